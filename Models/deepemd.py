@@ -1,0 +1,313 @@
+"""DeepEMD: images -> nodes -> weights and similarity -> optimal transport -> logits, in the order of the paper.
+
+Zhang, Cai, Lin, Shen: "DeepEMD: Few-Shot Image Classification with Differentiable Earth Mover's Distance and
+Structured Classifiers", CVPR 2020. Section numbers refer to it.
+
+Axes: E episodes, W way, K shot, Q queries, C channels, N and M nodes, P patches, B any batch.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import data_parallel
+
+from Models.emd import SOLVERS, emd, scale_to_mass
+from Models.emd.qpth_qp import FORMS
+from Models.resnet import ResNet12
+from Models.sfc import fit_prototypes
+from utils import number_above_zero, number_at_least, whole_numbers
+
+METRICS = {"cosine": "cosine similarity of two nodes"}
+NORMS = {"center": "subtract each node's own mean over channels", "none": "leave the nodes as they are"}
+
+WEIGHT_FLOOR = 1e-3
+
+
+# --- Section 3.4: the weights of the nodes, by cross-reference --------------------------------------------------------
+
+
+def cross_reference_weights(nodes: Tensor, other: Tensor) -> Tensor:
+    """How much of each node matters, judged by what it is compared with (equation 8).
+
+    A node that looks like the *average* node of the other image is likely to lie on what both images share, and one
+    that does not is likely background: ``weight_i = relu(<node_i, mean_j other_j>) + 1e-3``. Taken on the nodes as the
+    encoder gives them, not centred.
+
+    Args:
+        nodes: ``(..., A, C, N)``.
+        other: ``(..., B, C, M)``, with the same leading axes.
+
+    Returns:
+        ``(..., A, B, N)``: the weights of the nodes of each A against each B, at least 1e-3, not scaled.
+    """
+    return F.relu(torch.einsum("...acn,...bc->...abn", nodes, other.mean(-1))) + WEIGHT_FLOOR
+
+
+# --- Section 3.3: the cost of moving mass between two nodes -----------------------------------------------------------
+
+
+def cosine_similarity_map(query: Tensor, proto: Tensor, *, norm: str = "center") -> Tensor:
+    """Cosine similarity of every query node with every prototype node (equation 6: cost = 1 - similarity).
+
+    Args:
+        query: ``(..., Q, C, N)``.
+        proto: ``(..., W, C, M)``.
+        norm: a key of ``NORMS``; ``center`` first subtracts each node's mean over channels.
+
+    Returns:
+        ``(..., Q, W, N, M)``, in [-1, 1].
+    """
+    query, proto = _unit_nodes(query, norm), _unit_nodes(proto, norm)
+    # One matrix product per episode: (Q*N, C) x (C, W*M).
+    q, n = query.shape[-3], query.shape[-1]
+    w, m = proto.shape[-3], proto.shape[-1]
+    left = query.transpose(-2, -1).flatten(-3, -2)  # (..., Q*N, C)
+    right = proto.transpose(-3, -2).flatten(-2)  # (..., C, W*M)
+    return (left @ right).unflatten(-1, (w, m)).unflatten(-3, (q, n)).transpose(-3, -2)
+
+
+def _unit_nodes(nodes: Tensor, norm: str) -> Tensor:
+    if norm not in NORMS:
+        raise ValueError(f"expected norm to be one of {', '.join(NORMS)}; got {norm!r}")
+    if norm == "center":
+        nodes = nodes - nodes.mean(-2, keepdim=True)
+    return F.normalize(nodes, dim=-2, eps=1e-8)
+
+
+# --- Section 3.2: optimal matching -> logits --------------------------------------------------------------------------
+
+
+def emd_logits(
+    proto: Tensor,
+    query: Tensor,
+    *,
+    temperature: float = 12.5,
+    metric: str = "cosine",
+    norm: str = "center",
+    solver: str = "opencv",
+    **options: Any,
+) -> Tensor:
+    """Logits of queries against prototypes: how much alike they are under the best matching of their nodes.
+
+    The flow is the optimal one for ``cost = 1 - similarity`` and weights scaled to sum to N on both sides, and the logit
+    is ``temperature / N * sum(flow * similarity)`` (equation 7), which for equal masses is
+    ``temperature * (1 - EMD / N)``.
+
+    Args:
+        proto: ``(..., W, C, N)``, one set of nodes per class.
+        query: ``(..., Q, C, M)``, with the same leading axes (episodes).
+        temperature: the scale of the logits.
+        metric, norm: keys of ``METRICS`` and ``NORMS``.
+        solver, options: see :func:`Models.emd.emd`.
+
+    Returns:
+        ``(..., Q, W)``.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"expected metric to be one of {', '.join(METRICS)}; got {metric!r}")
+    if proto.shape[:-3] != query.shape[:-3] or proto.shape[-2] != query.shape[-2]:
+        raise ValueError(
+            "expected proto (..., W, C, N) and query (..., Q, C, M) with the same leading axes and C; "
+            f"got {tuple(proto.shape)} and {tuple(query.shape)}"
+        )
+    mass = query.shape[-1]
+    supply = scale_to_mass(cross_reference_weights(query, proto), mass)  # (..., Q, W, M)
+    demand = scale_to_mass(cross_reference_weights(proto, query), mass).transpose(-3, -2)  # (..., Q, W, N)
+    cost = 1 - cosine_similarity_map(query, proto, norm=norm)  # (..., Q, W, M, N)
+    distance, flow = emd(cost, supply, demand, solver=solver, **options)
+    # sum(flow * similarity) = sum(flow) - <cost, flow>. The sum of the flow is the mass, but for what an iterative
+    # solver leaves undone, and that belongs to the logit (equation 7 as published).
+    return temperature / mass * (flow.sum((-2, -1)) - distance)
+
+
+# --- The network ------------------------------------------------------------------------------------------------------
+
+
+class DeepEMD(nn.Module):
+    """A ResNet-12 whose output is compared by optimal transport.
+
+    Args:
+        feature_pyramid: sizes of further maps that the feature map is pooled to, as in ``(2, 1)``; whole images only.
+        temperature, metric, norm: see :func:`emd_logits`.
+        solver, form, l2_strength: see :mod:`Models.emd`. Solvers that have no such option are not given it.
+        sfc_lr, sfc_wd, sfc_update_step, sfc_bs: learning rate, weight decay, passes and batch size of
+            :func:`Models.sfc.fit_prototypes`, for ``shot > 1``.
+        device_ids: with more than one CUDA device, the encoder and the matching are spread over them by torch's
+            DataParallel. The module itself lives on the first.
+    """
+
+    def __init__(
+        self,
+        *,
+        feature_pyramid: Sequence[int] | None = None,
+        temperature: float = 12.5,
+        metric: str = "cosine",
+        norm: str = "center",
+        solver: str = "opencv",
+        form: str = "L2",
+        l2_strength: float = 1e-6,
+        sfc_lr: float = 0.1,
+        sfc_wd: float = 0.0,
+        sfc_update_step: int = 100,
+        sfc_bs: int = 4,
+        device_ids: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.encoder = ResNet12()
+        self.feature_pyramid = tuple(feature_pyramid or ())
+        self.head = {"temperature": temperature, "metric": metric, "norm": norm}
+        self.solver = solver
+        self.solver_options = {"form": form, "l2_strength": l2_strength}
+        self.sfc = {"lr": sfc_lr, "weight_decay": sfc_wd, "steps": sfc_update_step, "batch_size": sfc_bs}
+        self.device_ids = list(device_ids)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        way: int,
+        shot: int,
+        solver: str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """One episode: the logits of its queries.
+
+        Args:
+            images: ``(W*K + W*Q, 3, H, W)``, or ``(W*K + W*Q, P, 3, H, W)`` as patches; support first, and both
+                parts class-interleaved: ``c0 c1 .. c0 c1 ..``.
+            way, shot: W and K.
+            solver: in the place of the one given to the constructor.
+            generator: draws the order of the support images in the structured fully connected layer.
+
+        Returns:
+            ``(W*Q, W)``; the label of query i is ``i % W``.
+        """
+        nodes = self.encode(images)  # support and queries in one batch, so batch norm sees the whole episode
+        support, query = nodes[: way * shot], nodes[way * shot :]
+        return self.match(support, query, way=way, shot=shot, solver=solver, generator=generator)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images to nodes (section 3.1): ``(B, 3, H, W)`` or ``(B, P, 3, H, W)`` to ``(B, 640, N)``.
+
+        A whole image becomes the cells of its feature map, row by row, behind those of its feature pyramid.
+        Patches are encoded on their own and averaged to one node each, so N = P.
+        """
+        if images.dim() == 5:
+            maps = self._run_encoder(images.flatten(0, 1))  # (B*P, 640, h, w)
+            return maps.mean((-2, -1)).unflatten(0, images.shape[:2]).transpose(1, 2)
+        maps = self._run_encoder(images)  # (B, 640, h, w)
+        levels = [F.adaptive_avg_pool2d(maps, size) for size in self.feature_pyramid]
+        return torch.cat([level.flatten(2) for level in (*levels, maps)], dim=2)
+
+    def match(
+        self,
+        support: Tensor,
+        query: Tensor,
+        *,
+        way: int,
+        shot: int,
+        solver: str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Nodes to logits: ``(..., K*W, C, N)`` and ``(..., Q, C, N)`` to ``(..., Q, W)``, for one or many episodes."""
+        head = self._head_settings(solver or self.solver)
+        proto = support
+        if shot > 1:  # section 3.5: the structured fully connected layer
+            proto = fit_prototypes(support, way=way, shot=shot, generator=generator, **self.sfc, **head)
+        if len(self.device_ids) < 2:
+            return emd_logits(proto, query, **head)
+        # DataParallel cuts dimension 0 of its inputs: the queries there, and one copy of the prototypes per device.
+        # Inputs are zipped, so that with fewer cuts than devices the copies left over are dropped.
+        query = query.movedim(-3, 0)
+        copies = proto.expand(len(self.device_ids), *proto.shape)
+        return data_parallel(_Head(head), (query, copies), self.device_ids).movedim(0, -2)
+
+    def _run_encoder(self, images: Tensor) -> Tensor:
+        if len(self.device_ids) < 2:
+            return self.encoder(images)
+        return data_parallel(self.encoder, images, self.device_ids)
+
+    def _head_settings(self, solver: str) -> dict[str, Any]:
+        if solver not in SOLVERS:
+            raise ValueError(f"expected solver to be one of {', '.join(SOLVERS)}; got {solver!r}")
+        taken = {key: value for key, value in self.solver_options.items() if key in SOLVERS[solver].options}
+        return {**self.head, "solver": solver, **taken}
+
+
+class _Head(nn.Module):
+    """What one DataParallel replica does: its share of the queries ``(Q, ..., C, N)`` against ``(1, ..., W, C, N)``."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, query: Tensor, proto: Tensor) -> Tensor:
+        return emd_logits(proto[0], query.movedim(0, -3), **self.settings).movedim(-2, 0)
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1) -> None:
+    """The flags that :func:`build_model` reads. ``sfc_lr`` is the script's default."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "-temperature", type=number_above_zero(float), default=12.5, help="scale of the logits (default: %(default)s)"
+    )
+    group.add_argument(
+        "-metric", choices=METRICS, default="cosine", help="similarity of two nodes (default: %(default)s)"
+    )
+    group.add_argument(
+        "-norm", choices=NORMS, default="center", help="what is done to nodes before it (default: %(default)s)"
+    )
+    group.add_argument(
+        "-feature_pyramid",
+        type=whole_numbers,
+        metavar="SIZES",
+        help="fcn only: further maps the feature map is pooled to, as in 2,1 (default: none)",
+    )
+    solvers = "; ".join(f"{name}: {solver.summary}" for name, solver in SOLVERS.items())
+    group.add_argument("-solver", choices=SOLVERS, default="opencv", help=f"{solvers} (default: %(default)s)")
+    group.add_argument(
+        "-form", choices=FORMS, default="L2", help="form of the quadratic program of qpth (default: %(default)s)"
+    )
+    group.add_argument(
+        "-l2_strength",
+        type=number_above_zero(float),
+        default=1e-6,
+        help="weight of the quadratic term of form L2 (default: %(default)s)",
+    )
+    group = parser.add_argument_group("structured fully connected layer, for -shot above 1")
+    group.add_argument(
+        "-sfc_lr", type=number_above_zero(float), default=sfc_lr, help="learning rate (default: %(default)s)"
+    )
+    group.add_argument(
+        "-sfc_wd", type=number_at_least(0, float), default=0.0, help="weight decay (default: %(default)s)"
+    )
+    group.add_argument(
+        "-sfc_update_step",
+        type=number_above_zero(int),
+        default=100,
+        help="passes over the support (default: %(default)s)",
+    )
+    group.add_argument(
+        "-sfc_bs", type=number_above_zero(int), default=4, help="support images per step (default: %(default)s)"
+    )
+
+
+def build_model(args: argparse.Namespace, *, device_ids: Sequence[int] = ()) -> DeepEMD:
+    """The model that the flags of :func:`add_model_arguments` ask for.
+
+    Raises:
+        EmdError: a solver named by the flags cannot be used here.
+    """
+    for solver in {args.solver, getattr(args, "val_solver", args.solver)}:
+        emd(
+            torch.zeros(1, 1), torch.ones(1), torch.ones(1), solver=solver
+        )  # a missing library is told now, not at the first batch
+    names = "temperature metric norm feature_pyramid solver form l2_strength sfc_lr sfc_wd sfc_update_step sfc_bs"
+    return DeepEMD(device_ids=device_ids, **{name: getattr(args, name) for name in names.split()})

@@ -1,0 +1,132 @@
+"""QPTH: the transportation problem as a dense quadratic program, by a batched interior point method in float64.
+
+    minimise    1/2 x^T Q x + p^T x
+    subject to  x >= 0,   row sums <= supply,   column sums <= demand,   sum x = total
+
+with x the N*M entries of the flow (DeepEMD paper, section 3.2). Two forms:
+
+* ``L2``: Q = l2_strength * I, p = cost. The linear program with a small quadratic term.
+* ``QP``: Q = cost cost^T + 1e-4 I, p = 0. Its objective is half the square of the linear one, plus a small term.
+
+Gradient: implicit function theorem on the optimality conditions, so it reaches the cost *and* both weight vectors.
+Price: Q and the constraints are dense, (N*M)^2 doubles each, per problem. On a GPU it runs there.
+"""
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from Models.emd.errors import MissingLibraryError, ProblemError, SolverError
+
+FORMS = ("L2", "QP")
+QP_RIDGE = 1e-4
+# qpth returns its best iterate without a word about how good that is. A flow that misses the weights by more than the
+# first share of the mass is no flow at all; one that misses them by more than the second is usable, but worth a word.
+MARGINAL_FAILURE, MARGINAL_WARNING = 5e-2, 1e-3
+
+_one_at_a_time = threading.RLock()
+
+
+def solve(
+    cost: Tensor, supply: Tensor, demand: Tensor, *, form: str = "L2", l2_strength: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``. Called by :func:`Models.emd.emd`.
+
+    Args:
+        form: ``"L2"`` or ``"QP"``, as above.
+        l2_strength: the weight of the quadratic term of form ``L2``, positive. Larger is smoother and less exact.
+    """
+    if form not in FORMS:
+        raise ProblemError(f"expected form to be one of {', '.join(FORMS)}; got {form!r}")
+    if not l2_strength > 0:
+        raise ProblemError(f"expected a positive l2_strength; got {l2_strength}")
+    return _Qpth.apply(cost.double(), supply.double(), demand.double(), form, l2_strength)
+
+
+class _Qpth(torch.autograd.Function):
+    """qpth's own graph, wrapped so that both its directions run under :func:`_guard`."""
+
+    @staticmethod
+    def forward(ctx, cost, supply, demand, form, l2_strength):
+        ctx.leaves = [
+            tensor.detach().requires_grad_(ctx.needs_input_grad[i]) for i, tensor in enumerate((cost, supply, demand))
+        ]
+        with _guard(cost.device), torch.enable_grad():
+            flow = _solve_qp(*ctx.leaves, form, l2_strength)
+            ctx.inner = (ctx.leaves[0] * flow).sum((-2, -1))
+        flow = flow.detach()
+        ctx.mark_non_differentiable(flow)
+        return ctx.inner.detach(), flow
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_value, _):
+        wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]
+        with _guard(grad_value.device):
+            found = iter(torch.autograd.grad(ctx.inner, wanted, grad_value, retain_graph=True))
+        return (*(next(found) if leaf.requires_grad else None for leaf in ctx.leaves), None, None)
+
+
+def _solve_qp(cost: Tensor, supply: Tensor, demand: Tensor, form: str, l2_strength: float) -> Tensor:
+    try:
+        from qpth.qp import QPFunction
+    except ImportError as error:
+        raise MissingLibraryError(f'solver "qpth" needs qpth: pip install qpth "numpy<2" ({error})') from error
+
+    batch, n, m = cost.shape
+    flat = cost.reshape(batch, n * m)
+    identity = torch.eye(n * m, dtype=cost.dtype, device=cost.device)
+    if form == "L2":
+        quadratic, linear = l2_strength * identity, flat
+    else:
+        quadratic, linear = flat.unsqueeze(2) * flat.unsqueeze(1) + QP_RIDGE * identity, torch.zeros_like(flat)
+    # Whatever carries a gradient is given per problem, because qpth averages (instead of summing) the gradient of
+    # what it broadcasts over the batch. Constants are shared.
+    cells = identity.reshape(n, m, n * m)
+    constraints = torch.cat([-identity, cells.sum(1), cells.sum(0)])  # x >= 0, rows, columns
+    bounds = torch.cat([torch.zeros_like(flat), supply, demand], dim=1)
+    ones = identity.new_ones(1, n * m)
+    total = torch.minimum(supply.sum(1), demand.sum(1)).unsqueeze(1)
+    try:
+        flow = QPFunction(verbose=-1, check_Q_spd=False)(quadratic, linear, constraints, bounds, ones, total)
+    except (RuntimeError, TypeError) as error:  # a singular system; or the same in its first step, which returns None
+        if batch > 1:
+            for index in range(batch):  # only to find out whose fault it is
+                one = slice(index, index + 1)
+                try:
+                    _solve_qp(cost[one].detach(), supply[one].detach(), demand[one].detach(), form, l2_strength)
+                except SolverError:
+                    raise SolverError(f"qpth failed on problem {index} of {batch} (form {form}): {error}") from error
+        raise SolverError(f"qpth failed on problem 0 of {batch} (form {form}): {error}") from error
+    flow = flow.reshape(batch, n, m)
+    _check_flow(flow.detach(), supply.detach(), demand.detach(), form)
+    return flow
+
+
+def _check_flow(flow: Tensor, supply: Tensor, demand: Tensor, form: str) -> None:
+    miss = torch.maximum((flow.sum(2) - supply).abs().amax(1), (flow.sum(1) - demand).abs().amax(1))
+    miss = (miss / supply.sum(1).clamp_min(torch.finfo(miss.dtype).tiny)).nan_to_num(nan=torch.inf)
+    worst, index = (x.item() for x in miss.max(0))
+    what = f"qpth did not converge on problem {index} of {len(flow)} (form {form}): its flow misses the weights by {worst:.2g} of the mass"
+    if worst > MARGINAL_FAILURE:
+        raise SolverError(what)
+    if worst > MARGINAL_WARNING:
+        warnings.warn(what, stacklevel=2)
+
+
+@contextmanager
+def _guard(device: torch.device) -> Iterator[None]:
+    # One thread of ours at a time, since qpth keeps a work matrix in a global; and on a CPU one thread of MKL's, since
+    # with several its batched LU of more than about 150 unknowns hangs.
+    with _one_at_a_time:
+        before = torch.get_num_threads()
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)

@@ -1,0 +1,98 @@
+"""The structured fully connected layer (DeepEMD paper, section 3.5): k-shot prototypes fitted through the EMD.
+
+A fully connected layer compares a feature with one weight *vector* per class; its structured counterpart compares a set
+of nodes with one *set* of nodes per class, by the EMD. Like the weights of a last layer, those sets are learned by SGD,
+here from the K support images of each class.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# The published settings. The dampening scales every step but the first to a tenth, which is why the learning rates in
+# use look large.
+MOMENTUM, DAMPENING = 0.9, 0.9
+
+
+def fit_prototypes(
+    support: Tensor,
+    *,
+    way: int,
+    shot: int,
+    lr: float,
+    steps: int,
+    batch_size: int,
+    weight_decay: float = 0.0,
+    permutations: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    **head: Any,
+) -> Tensor:
+    """Fit one set of nodes per class to the support images.
+
+    Starts from the mean of each class's support nodes and takes ``steps`` passes over the support images in random order,
+    ``batch_size`` of them per SGD step, on the cross entropy of their EMD logits against the prototypes. Episodes are
+    fitted side by side and do not influence each other.
+
+    Args:
+        support: ``(..., K*W, C, N)``, class-interleaved: image i is of class ``i % W``. Leading axes are episodes.
+        way, shot: W and K.
+        lr, weight_decay: of SGD with momentum 0.9 and dampening 0.9.
+        steps: passes over the support.
+        batch_size: images per SGD step; the last batch of a pass may be smaller.
+        permutations: ``(steps, K*W)`` or ``(..., steps, K*W)``, the order of the images in each pass. Drawn from
+            ``generator``, episode after episode, when not given.
+        generator: a CPU generator; torch's global one when not given.
+        head: keyword arguments of :func:`Models.deepemd.emd_logits`.
+
+    Returns:
+        ``(..., W, C, N)``, detached: no gradient reaches the support through the fit.
+
+    Raises:
+        ValueError: shapes or numbers that do not fit together.
+    """
+    from Models.deepemd import emd_logits  # here, because deepemd itself is built on this module
+
+    images = way * shot
+    if support.dim() < 3 or support.shape[-3] != images:
+        raise ValueError(
+            f"expected support (..., {images}, C, N) for {way} way {shot} shot; got {tuple(support.shape)}"
+        )
+    if steps < 0 or batch_size < 1:
+        raise ValueError(f"expected steps >= 0 and batch_size >= 1; got {steps} and {batch_size}")
+    episode_shape, (channels, nodes) = support.shape[:-3], support.shape[-2:]
+    support = support.detach().reshape(-1, images, channels, nodes)  # (E, K*W, C, N)
+    episodes = len(support)
+    order = _orders(permutations, episodes, steps, images, generator).to(support.device)
+    rows = torch.arange(episodes, device=support.device).unsqueeze(1)
+
+    proto = support.unflatten(1, (shot, way)).mean(1).requires_grad_()  # (E, W, C, N)
+    optimizer = torch.optim.SGD([proto], lr=lr, momentum=MOMENTUM, dampening=DAMPENING, weight_decay=weight_decay)
+    with torch.enable_grad():
+        for step in range(steps):
+            for chosen in order[:, step].split(batch_size, dim=1):  # (E, b)
+                logits = emd_logits(proto, support[rows, chosen], **head)  # (E, b, W)
+                # The mean over the images of an episode, the sum over episodes: each gets the gradient it has alone.
+                loss = (
+                    F.cross_entropy(logits.flatten(0, 1), (chosen % way).flatten(), reduction="sum") / chosen.shape[1]
+                )
+                proto.grad = torch.autograd.grad(loss, proto)[0]
+                optimizer.step()
+    return proto.detach().reshape(*episode_shape, way, channels, nodes)
+
+
+def _orders(
+    permutations: Tensor | None, episodes: int, steps: int, images: int, generator: torch.Generator | None
+) -> Tensor:
+    """``(E, steps, K*W)``."""
+    if permutations is None:
+        drawn = [torch.randperm(images, generator=generator) for _ in range(episodes * steps)]
+        return (
+            torch.stack(drawn).reshape(episodes, steps, images)
+            if drawn
+            else torch.empty(episodes, 0, images, dtype=torch.long)
+        )
+    if permutations.shape[-2:] != (steps, images):
+        raise ValueError(f"expected permutations (..., {steps}, {images}); got {tuple(permutations.shape)}")
+    return permutations.reshape(-1, steps, images).expand(episodes, -1, -1)

@@ -1,0 +1,92 @@
+"""What is known of each data set: where it lies, how it is laid out, how large it is, its pixel statistics."""
+
+from dataclasses import dataclass, field
+
+SPLITS = ("train", "val", "test")
+
+_IMAGENET_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
+_IMAGENET_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
+_CIFAR_MEAN = (0.5071, 0.4866, 0.4409)
+_CIFAR_STD = (0.2009, 0.1984, 0.2023)
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One data set.
+
+    Attributes:
+        layout: a key of :data:`dataloader.readers.READERS`.
+        folders: the spellings of its folder under the data directory; the first that exists is read.
+        image_folders: where, under that folder, the images named by a csv file may lie.
+        split_folders: what a split's folder is called, where it is not called like the split.
+        classes: published number of classes per split; empty where anything goes.
+        mean, std: of the three channels, for pixels in [0, 1].
+        large_images: the published images are larger than 84 pixels; smaller ones cost accuracy, which deserves a word.
+        obtain: how to get it, for messages.
+    """
+
+    layout: str
+    folders: tuple[str, ...]
+    image_folders: tuple[str, ...] = (".",)
+    split_folders: dict[str, str] = field(default_factory=dict)
+    classes: dict[str, int] = field(default_factory=dict)
+    mean: tuple[float, float, float] = _IMAGENET_MEAN
+    std: tuple[float, float, float] = _IMAGENET_STD
+    large_images: bool = False
+    obtain: str = ""
+
+
+def _counts(train: int, val: int, test: int) -> dict[str, int]:
+    return dict(zip(SPLITS, (train, val, test), strict=True))
+
+
+CATALOG: dict[str, DatasetSpec] = {
+    "miniimagenet": DatasetSpec(
+        layout="csv",
+        folders=("miniimagenet",),
+        image_folders=("images",),
+        classes=_counts(64, 16, 20),
+        large_images=True,
+        obtain="bash datasets/download_miniimagenet.sh",
+    ),
+    "cub": DatasetSpec(
+        layout="csv_by_class",
+        folders=("cub",),
+        image_folders=(".", "images"),
+        classes=_counts(100, 50, 50),
+        large_images=True,
+        obtain="bash datasets/download_cub.sh",
+    ),
+    "tieredimagenet": DatasetSpec(
+        layout="folders",
+        folders=("tiered_imagenet", "tieredimagenet"),
+        classes=_counts(351, 97, 160),
+        large_images=True,
+        obtain="bash datasets/download_tieredimagenet.sh",
+    ),
+    "fc100": DatasetSpec(
+        layout="folders",
+        folders=("FC100", "fc100"),
+        classes=_counts(60, 20, 20),
+        obtain="bash datasets/download_fc100.sh",
+    ),
+    "cifar_fs": DatasetSpec(
+        layout="folders",
+        folders=("cifar_fs",),
+        split_folders={"train": "meta-train", "val": "meta-val", "test": "meta-test"},
+        classes=_counts(64, 16, 20),
+        mean=_CIFAR_MEAN,
+        std=_CIFAR_STD,
+        obtain="bash datasets/download_cifar_fs.sh",
+    ),
+    "folder": DatasetSpec(
+        layout="folders",
+        folders=(".",),
+        obtain="put your images in <data_dir>/{train,val,test}/<class>/",
+    ),
+    "glyphs": DatasetSpec(
+        layout="folders",
+        folders=("glyphs",),
+        obtain="python datasets/make_glyphs.py",
+    ),
+}

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The published pre-trained encoders, into deepemd_pretrain_model/<dataset>/resnet12/max_acc.pth
+# Usage: bash download_pretrain_model.sh [archive already downloaded, or its file:// URL]
+set -euo pipefail
+root=$(cd "$(dirname "$0")" && pwd)
+python=$root/.venv/bin/python
+[ -x "$python" ] || python=${PYTHON:-python3}
+exec "$python" "$root/datasets/fetch.py" 1Prn7_41NVrZbnePAlSiKjD21Jlz0LKJM deepemd_pretrain_model.tar "$root" deepemd_pretrain_model "$@"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The published meta-trained models, into deepemd_trained_model/<dataset>/<variant>/max_acc.pth
+# Usage: bash download_trained_model.sh [archive already downloaded, or its file:// URL]
+set -euo pipefail
+root=$(cd "$(dirname "$0")" && pwd)
+python=$root/.venv/bin/python
+[ -x "$python" ] || python=${PYTHON:-python3}
+exec "$python" "$root/datasets/fetch.py" 1lGcNHMRnBrjODDmt647RzMJ5cLCd4pmv deepemd_trained_model.tar "$root" deepemd_trained_model "$@"

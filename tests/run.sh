@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Environment, installation, then lint and all tests, the slow ones included. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. ./install.sh
+install requirements.txt tests/requirements.txt
+.venv/bin/python -m ruff check .
+.venv/bin/python -m ruff format --check .
+for script in *.sh datasets/*.sh tests/*.sh .ci/run; do bash -n "$script"; done
+exec .venv/bin/python -m pytest "$@"

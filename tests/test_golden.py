@@ -1,0 +1,122 @@
+"""Agreement with the figures in golden/, which the published implementation computed.
+
+Tolerances: what is plain float32 arithmetic agrees to rounding; qpth's own figures carry its stopping error (logits
+off by up to 8e-3 at 25 nodes), so gradients are compared to 1e-3 of their norm.
+"""
+
+import json
+
+import pytest
+import torch
+from helpers import GOLDEN, formula_weights, golden, normal_images, relative
+from torch.nn import functional as F
+
+from Models import DeepEMD, ResNet12
+from Models.deepemd import cosine_similarity_map, cross_reference_weights, emd_logits
+from Models.sfc import fit_prototypes
+
+HEADS = {"opencv": {"solver": "opencv"}, "qpth_L2": {"solver": "qpth"}, "qpth_QP": {"solver": "qpth", "form": "QP"}}
+slow = pytest.mark.slow
+
+
+def head_case(nodes: int):
+    figures = golden(f"head_n{nodes}")
+    return figures, figures["proto"].flatten(2), figures["query"].flatten(2)
+
+
+@pytest.mark.parametrize("nodes", [4, 9, 13, 25])
+def test_weights_and_similarity(nodes):
+    figures, proto, query = head_case(nodes)
+    assert (cross_reference_weights(query, proto) - figures["query_weight"]).abs().max() < 1e-4
+    assert (cross_reference_weights(proto, query) - figures["proto_weight"]).abs().max() < 1e-4
+    assert (cosine_similarity_map(query, proto) - figures["similarity"]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("nodes", "head"),
+    [(n, "opencv") for n in (4, 9, 13, 25)]
+    + [(4, "qpth_L2"), (4, "qpth_QP"), (9, "qpth_L2"), (13, "qpth_L2"), (13, "qpth_QP")]
+    + [pytest.param(25, "qpth_L2", marks=slow), pytest.param(25, "qpth_QP", marks=slow)],
+)
+def test_logits_and_gradients(nodes, head):
+    figures, proto, query = head_case(nodes)
+    proto.requires_grad_()
+    query.requires_grad_()
+    logits = emd_logits(proto, query, **HEADS[head])
+    loss = F.cross_entropy(logits, torch.arange(len(query)) % len(proto))
+    loss.backward()
+    logit_tolerance = 1e-4 if head == "opencv" else 1e-2
+    assert (logits - figures[f"{head}_logits"]).abs().max() < logit_tolerance
+    assert abs(float(loss.detach() - figures[f"{head}_loss"])) < logit_tolerance
+    for found, name in ((proto.grad, "proto"), (query.grad, "query")):
+        assert relative(found, figures[f"{head}_grad_{name}"].flatten(2)) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["sfc_w3s2", "sfc_w5s5"])
+def test_sfc_displacement(name):
+    figures = golden(name)
+    settings = {key: int(figures[key]) for key in ("way", "shot", "steps", "batch_size")}
+    result = fit_prototypes(
+        figures["support"].flatten(2), lr=float(figures["lr"]), permutations=figures["perms"], **settings
+    )
+    start = figures["init"].flatten(2)
+    assert relative(result - start, figures["result"].flatten(2) - start) < 2e-2
+
+
+def test_resnet():
+    figures = golden("resnet")
+    encoder = ResNet12()
+    formula_weights(encoder, 104)
+    images = normal_images(105, 3, 3, 84, 84)
+    with torch.no_grad():
+        out = encoder.eval()(images)
+        assert relative(out[0], figures["eval_image0"]) < 1e-4
+        torch.testing.assert_close(out.mean(), figures["eval_mean"], rtol=1e-4, atol=0)
+        torch.testing.assert_close(out.std(), figures["eval_std"], rtol=1e-4, atol=0)
+        out = encoder.train()(images)
+        assert relative(out[0, 0], figures["train_image0_channel0"]) < 1e-3
+        torch.testing.assert_close(out.mean(), figures["train_mean"], rtol=1e-3, atol=0)
+        torch.testing.assert_close(out.std(), figures["train_std"], rtol=1e-3, atol=0)
+
+
+def test_checkpoint_keys():
+    keys = json.loads((GOLDEN / "checkpoint_keys.json").read_text())
+    state = DeepEMD().encoder.state_dict()
+    assert list(state) == keys["pretrain"]
+    assert {key: list(value.shape) for key, value in state.items()} == keys["shapes"]
+    assert [f"module.{key}" for key in DeepEMD().state_dict()] == keys["meta_trained"]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "patches"),
+    [("model_fcn", {}, None), ("model_fcn_pyramid_2_1", {"feature_pyramid": (2, 1)}, None), ("model_patch_5", {}, 5)],
+)
+def test_whole_model(name, settings, patches):
+    figures = golden(name)
+    shape = (3, 84, 84) if patches is None else (patches, 3, 84, 84)
+    model = DeepEMD(**settings).eval()
+    formula_weights(model.encoder, 104)
+    images = torch.cat([normal_images(106, 3, *shape), normal_images(107, 5, *shape)])
+    with torch.no_grad():
+        nodes = model.encode(images)
+        logits = model(images, way=3, shot=1)
+    assert relative(nodes[0], figures["nodes_support0"].flatten(1)) < 1e-4
+    assert (logits - figures["logits"]).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("solver", ["opencv", "qpth"])
+def test_training_step(solver):
+    figures = golden(f"step_{solver}")
+    model = DeepEMD(solver=solver).train()
+    formula_weights(model.encoder, 104)
+    logits = model(normal_images(108, 6, 3, 84, 84), way=2, shot=1)
+    loss = F.cross_entropy(logits, torch.tensor([0, 1, 0, 1]))
+    loss.backward()
+    assert (logits - figures["logits"]).abs().max() < 2e-3
+    norms = {name: parameter.grad.norm() for name, parameter in model.encoder.named_parameters()}
+    named = [str(name).removeprefix("module.").removeprefix("encoder.") for name in figures["names"]]
+    found = torch.stack([norms[name] for name in named])
+    torch.testing.assert_close(found.double(), figures["grad_norm"], rtol=2e-3, atol=0)
+    for layer, conv in (("layer4", "conv3"), ("layer1", "conv1")):
+        gradient = getattr(getattr(model.encoder, layer)[0], conv).weight.grad.flatten()[:64]
+        assert relative(gradient, figures[f"{layer}_{conv}_first"]) < 5e-3

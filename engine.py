@@ -21,8 +21,8 @@ from utils import (
     number_at_least,
 )
 
-# So many steps in a row without a finite gradient, and the run stops.
-PATIENCE_WITH_NAN = 10
+# So many steps in a row without a usable gradient, and the run stops.
+PATIENCE = 10
 
 
 def add_training_arguments(
@@ -103,7 +103,7 @@ def evaluate(
     model.eval()
     labels = labels.to(device)
     losses, accuracies = [], []
-    bar = tqdm(loader, desc=title, leave=False, dynamic_ncols=True, mininterval=1)
+    bar = tqdm(loader, desc=title, leave=False, dynamic_ncols=True)
     for number, (images, _) in enumerate(bar):
         generator = named_generator(seed, "episode", number)
         logits = model(images.to(device, non_blocking=True), way=way, shot=shot, solver=solver, generator=generator)
@@ -114,26 +114,39 @@ def evaluate(
     return Evaluation(sum(losses) / len(losses), *mean_confidence_interval(accuracies), accuracies)
 
 
-class GradientCheck:
-    """Lets a step happen only when all gradients are finite; counts those that are not."""
+class StepGuard:
+    """Lets the optimiser step only on whole, finite gradients; counts the steps that were skipped.
+
+    Raises:
+        InputError: from :meth:`step`, when skipped steps follow each other without end.
+    """
 
     def __init__(self) -> None:
         self.skipped = 0
         self.in_a_row = 0
+        self.failure: str | None = None
+
+    def fail(self, why: str) -> None:
+        """Something went wrong on the way to the next step, which is therefore to be skipped."""
+        self.failure = why
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step or skip, and clear the gradients."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if torch.isfinite(torch.stack([gradient.norm() for gradient in gradients]).sum()):
+        failure, self.failure = self.failure, None
+        if failure is None and not torch.isfinite(torch.stack([gradient.norm() for gradient in gradients]).sum()):
+            failure = "gradient not finite"
+        if failure is None:
             optimizer.step()
             self.in_a_row = 0
         else:
             self.skipped += 1
             self.in_a_row += 1
-            tqdm.write(f"gradient not finite: step skipped ({self.skipped} so far)")
+            tqdm.write(f"step skipped ({self.skipped} so far): {failure}")
         optimizer.zero_grad(set_to_none=True)
-        if self.in_a_row >= PATIENCE_WITH_NAN:
+        if self.in_a_row >= PATIENCE:
             raise InputError(
-                f"{self.in_a_row} steps in a row had gradients that are not finite: stopped. Lower -lr, or try another -solver"
+                f"{self.in_a_row} steps in a row were skipped, the last because: {failure}. Lower -lr, or try another -solver"
             )
 
 
@@ -141,12 +154,13 @@ def train_epoch(
     forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     loader: DataLoader,
     optimizer: torch.optim.Optimizer,
-    check: GradientCheck,
+    guard: StepGuard,
     run: RunFolder,
     *,
     epoch: int,
     device: torch.device,
     accumulate: int = 1,
+    skip_on: tuple[type[Exception], ...] = (),
 ) -> tuple[float, float]:
     """One pass over a loader; returns mean loss and mean accuracy in percent.
 
@@ -154,21 +168,29 @@ def train_epoch(
         forward: ``(images, labels)`` of a batch to ``(logits, labels)``.
         epoch: counted from 1.
         accumulate: batches per optimiser step, whose mean gradient it takes.
+        skip_on: errors of a batch that cost its step, not the run.
     """
     losses, accuracies = [], []
-    bar = tqdm(loader, desc=f"epoch {epoch}", leave=False, dynamic_ncols=True, mininterval=1)
+    bar = tqdm(loader, desc=f"epoch {epoch}", leave=False, dynamic_ncols=True)
     for number, (images, labels) in enumerate(bar, start=1):
-        logits, labels = forward(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
-        loss = F.cross_entropy(logits, labels)
-        (loss / accumulate).backward()
+        try:
+            logits, labels = forward(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+            loss = F.cross_entropy(logits, labels)
+            (loss / accumulate).backward()
+            losses.append(loss.item())
+            accuracies.append(100 * (logits.argmax(1) == labels).float().mean().item())
+            step = (epoch - 1) * len(loader) + number
+            run.scalars(step, loss=losses[-1], acc=accuracies[-1], total_loss=losses[-1] / accumulate)
+        except skip_on as error:
+            guard.fail(str(error))
         if number % accumulate == 0:
-            check.step(optimizer)
-        losses.append(loss.item())
-        accuracies.append(100 * (logits.argmax(1) == labels).float().mean().item())
-        step = (epoch - 1) * len(loader) + number
-        run.scalars(step, loss=losses[-1], acc=accuracies[-1], total_loss=losses[-1] / accumulate)
-        bar.set_postfix_str(f"loss {sum(losses) / number:.4f}, acc {sum(accuracies) / number:.2f} %", refresh=False)
-    return sum(losses) / len(losses), sum(accuracies) / len(accuracies)
+            guard.step(optimizer)
+        bar.set_postfix_str(f"loss {_mean(losses):.4f}, acc {_mean(accuracies):.2f} %", refresh=False)
+    return _mean(losses), _mean(accuracies)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
 
 
 def fit(
@@ -182,6 +204,7 @@ def fit(
     *,
     device: torch.device,
     accumulate: int = 1,
+    skip_on: tuple[type[Exception], ...] = (),
 ) -> None:
     """Train for ``-max_epoch`` epochs; after each, validate, write the log, and keep the best weights.
 
@@ -190,17 +213,25 @@ def fit(
         forward: ``(images, labels)`` of a batch to ``(logits, labels)``.
         validate: evaluates the network as it is. Of equal accuracies the later epoch wins.
         weights_of: the module whose state dict is saved.
-        accumulate: batches per optimiser step.
+        accumulate, skip_on: see :func:`train_epoch`.
     """
     optimizer, scheduler = make_optimizer(network, args)
-    check = GradientCheck()
+    guard = StepGuard()
     best = -1.0
     for epoch in range(1, args.max_epoch + 1):
         watch = Stopwatch()
         network.train()
         rate = scheduler.get_last_lr()[0]
         loss, accuracy = train_epoch(
-            forward, loader, optimizer, check, run, epoch=epoch, device=device, accumulate=accumulate
+            forward,
+            loader,
+            optimizer,
+            guard,
+            run,
+            epoch=epoch,
+            device=device,
+            accumulate=accumulate,
+            skip_on=skip_on,
         )
         scheduler.step()
         result = validate()
@@ -213,9 +244,9 @@ def fit(
         run.scalars(epoch, val_loss=result.loss, val_acc=result.accuracy)
         run.record(
             epoch=epoch, lr=rate, train_loss=loss, train_acc=accuracy, val_loss=result.loss, val_acc=result.accuracy,
-            val_interval=result.interval, best=is_best, skipped_steps=check.skipped,
+            val_interval=result.interval, best=is_best, skipped_steps=guard.skipped,
         )  # fmt: skip
-        skipped = f", {check.skipped} steps skipped" if check.skipped else ""
+        skipped = f", {guard.skipped} steps skipped" if guard.skipped else ""
         run.log(
             f"epoch {epoch}/{args.max_epoch}: train loss {loss:.4f} acc {accuracy:.2f} %, {args.set} loss {result.loss:.4f} "
             f"acc {result}{' (best)' if is_best else ''}, lr {rate:.4g}, {watch}{skipped}"

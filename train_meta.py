@@ -5,7 +5,7 @@ from pathlib import Path
 from dataloader import add_data_arguments, add_episode_arguments, draw_episodes, episode_labels, open_dataset
 from engine import add_training_arguments, evaluate, fit, make_loader
 from Models import add_model_arguments, build_model
-from Models.emd import SOLVERS, EmdError
+from Models.emd import SOLVERS, EmdError, SolverError
 from utils import (
     BEST_WEIGHTS,
     RunFolder,
@@ -102,7 +102,7 @@ def main() -> None:
     run = RunFolder(path, args)
     fit(
         model, forward, loader(train_set, train_episodes), lambda: run_episodes(val_loader, args.set), run, model, args,
-        device=device, accumulate=args.bs,
+        device=device, accumulate=args.bs, skip_on=(SolverError,),
     )  # fmt: skip
 
     load_encoder_weights(model, run.path / BEST_WEIGHTS)

@@ -19,7 +19,7 @@ from Models.emd import SOLVERS, emd, scale_to_mass
 from Models.emd.qpth_qp import FORMS
 from Models.resnet import ResNet12
 from Models.sfc import fit_prototypes
-from utils import number_above_zero, number_at_least, whole_numbers
+from utils import InputError, number_above_zero, number_at_least, whole_numbers
 
 METRICS = {"cosine": "cosine similarity of two nodes"}
 NORMS = {"center": "subtract each node's own mean over channels", "none": "leave the nodes as they are"}
@@ -304,10 +304,15 @@ def build_model(args: argparse.Namespace, *, device_ids: Sequence[int] = ()) -> 
 
     Raises:
         EmdError: a solver named by the flags cannot be used here.
+        InputError: flags that do not go together.
     """
     for solver in {args.solver, getattr(args, "val_solver", args.solver)}:
         emd(
             torch.zeros(1, 1), torch.ones(1), torch.ones(1), solver=solver
         )  # a missing library is told now, not at the first batch
+    if args.feature_pyramid and getattr(args, "deepemd", "fcn") != "fcn":
+        raise InputError(
+            f"-feature_pyramid goes with -deepemd fcn; got -deepemd {args.deepemd}, whose nodes are patches"
+        )
     names = "temperature metric norm feature_pyramid solver form l2_strength sfc_lr sfc_wd sfc_update_step sfc_bs"
     return DeepEMD(device_ids=device_ids, **{name: getattr(args, name) for name in names.split()})

@@ -44,10 +44,7 @@ def fetch(drive_id: str, archive: str, into: Path, folders: list[str], source: s
             print(f"{into / folder} is there already: nothing to do (remove it to fetch it again)")
             return
     into.mkdir(parents=True, exist_ok=True)
-    if source is None:
-        path = _download(drive_id, into / f"{archive}.part", archive, into)
-    else:
-        path = _local(source)
+    path = _download(drive_id, into / f"{archive}.part", archive) if source is None else _local(source)
     found = _extract(path, into / f".{archive}.extracting", into, folders)
     if source is None:
         path.unlink()
@@ -63,7 +60,7 @@ def _local(source: str) -> Path:
     return path
 
 
-def _download(drive_id: str, partial: Path, archive: str, into: Path) -> Path:
+def _download(drive_id: str, partial: Path, archive: str) -> Path:
     way_round = (
         f"Google Drive did not give {archive} (id {drive_id}). Its quota may be used up for today, or the file may be gone. "
         f"Try again tomorrow, or open https://drive.google.com/file/d/{drive_id}/view in a browser, save the archive, and "

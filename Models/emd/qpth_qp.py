@@ -12,6 +12,7 @@ Gradient: implicit function theorem on the optimality conditions, so it reaches 
 Price: Q and the constraints are dense, (N*M)^2 doubles each, per problem. On a GPU it runs there.
 """
 
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -44,7 +45,11 @@ def solve(
         raise ProblemError(f"expected form to be one of {', '.join(FORMS)}; got {form!r}")
     if not l2_strength > 0:
         raise ProblemError(f"expected a positive l2_strength; got {l2_strength}")
-    return _Qpth.apply(cost.double(), supply.double(), demand.double(), form, l2_strength)
+    cost, supply, demand = cost.double(), supply.double(), demand.double()
+    if min(cost.shape[1:]) == 1:  # a single row or column leaves no choice, and qpth no interior to walk through
+        flow = supply.unsqueeze(2) * (demand / demand.sum(1, keepdim=True)).unsqueeze(1)
+        return (cost * flow).sum((-2, -1)), flow
+    return _Qpth.apply(cost, supply, demand, form, l2_strength)
 
 
 class _Qpth(torch.autograd.Function):
@@ -52,6 +57,7 @@ class _Qpth(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, cost, supply, demand, form, l2_strength):
+        ctx.form = form
         ctx.leaves = [
             tensor.detach().requires_grad_(ctx.needs_input_grad[i]) for i, tensor in enumerate((cost, supply, demand))
         ]
@@ -67,7 +73,14 @@ class _Qpth(torch.autograd.Function):
     def backward(ctx, grad_value, _):
         wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]
         with _guard(grad_value.device):
-            found = iter(torch.autograd.grad(ctx.inner, wanted, grad_value, retain_graph=True))
+            try:
+                found = iter(torch.autograd.grad(ctx.inner, wanted, grad_value, retain_graph=True))
+            except RuntimeError as error:
+                index = re.search(r"Batch element (\d+)", str(error))
+                which = f"problem {index[1]}" if index else "a problem"
+                raise SolverError(
+                    f"qpth met a singular system in the gradient of {which} of {len(grad_value)} (form {ctx.form})"
+                ) from error
         return (*(next(found) if leaf.requires_grad else None for leaf in ctx.leaves), None, None)
 
 
@@ -93,7 +106,9 @@ def _solve_qp(cost: Tensor, supply: Tensor, demand: Tensor, form: str, l2_streng
     total = torch.minimum(supply.sum(1), demand.sum(1)).unsqueeze(1)
     try:
         flow = QPFunction(verbose=-1, check_Q_spd=False)(quadratic, linear, constraints, bounds, ones, total)
-    except (RuntimeError, TypeError) as error:  # a singular system; or the same in its first step, which returns None
+        if flow is None:
+            raise RuntimeError("its first step met a singular system")
+    except RuntimeError as error:
         if batch > 1:
             for index in range(batch):  # only to find out whose fault it is
                 one = slice(index, index + 1)
@@ -111,7 +126,10 @@ def _check_flow(flow: Tensor, supply: Tensor, demand: Tensor, form: str) -> None
     miss = torch.maximum((flow.sum(2) - supply).abs().amax(1), (flow.sum(1) - demand).abs().amax(1))
     miss = (miss / supply.sum(1).clamp_min(torch.finfo(miss.dtype).tiny)).nan_to_num(nan=torch.inf)
     worst, index = (x.item() for x in miss.max(0))
-    what = f"qpth did not converge on problem {index} of {len(flow)} (form {form}): its flow misses the weights by {worst:.2g} of the mass"
+    what = (
+        f"qpth did not converge on problem {index} of {len(flow)} (form {form}): "
+        f"its flow misses the weights by {worst:.2g} of the mass"
+    )
     if worst > MARGINAL_FAILURE:
         raise SolverError(what)
     if worst > MARGINAL_WARNING:

@@ -1,0 +1,281 @@
+"""The EMD layer: known answers, properties, gradients, errors."""
+
+import itertools
+import math
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment, linprog
+
+from Models.emd import SOLVERS, MissingLibraryError, ProblemError, SolverError, emd, scale_to_mass
+
+EXACT = ["opencv"]
+EVERY = list(SOLVERS)
+# float32 arithmetic inside cv2; qpth stops near 1e-4 of the mass
+TOLERANCE = {"opencv": 1e-5, "qpth": 2e-3}
+
+
+def problem(n: int, m: int, seed: int = 0, batch: int = 1, dtype=torch.float64):
+    random = torch.Generator().manual_seed(seed)
+    cost = torch.rand(batch, n, m, generator=random, dtype=dtype)
+    supply = scale_to_mass(torch.rand(batch, n, generator=random, dtype=dtype) + 0.05, n)
+    demand = scale_to_mass(torch.rand(batch, m, generator=random, dtype=dtype) + 0.05, n)
+    return cost, supply, demand
+
+
+def highs(cost: torch.Tensor, supply: torch.Tensor, demand: torch.Tensor) -> float:
+    n, m = cost.shape
+    cells = np.eye(n * m).reshape(n, m, n * m)
+    # The last constraint follows from the others, and rounding would make it contradict them.
+    constraints, bounds = np.concatenate([cells.sum(1), cells.sum(0)])[:-1], np.concatenate([supply, demand])[:-1]
+    return linprog(cost.flatten(), A_eq=constraints, b_eq=bounds, method="highs").fun
+
+
+@pytest.mark.parametrize("solver", EVERY)
+class TestKnownAnswers:
+    def test_one_cell(self, solver):
+        result = emd(torch.tensor([[0.25]]), torch.tensor([2.0]), torch.tensor([2.0]), solver=solver)
+        torch.testing.assert_close(result.value, torch.tensor(0.5), atol=1e-4, rtol=0)
+        torch.testing.assert_close(result.flow, torch.tensor([[2.0]]), atol=1e-4, rtol=0)
+
+    def test_planted_permutation(self, solver):
+        order = torch.tensor([2, 0, 3, 1])
+        cost = torch.ones(4, 4)
+        cost[torch.arange(4), order] = 0.1
+        result = emd(cost, torch.ones(4), torch.ones(4), solver=solver)
+        assert abs(result.value.item() - 0.4) < 4 * TOLERANCE[solver]
+        assert result.flow.argmax(1).tolist() == order.tolist()
+
+    def test_points_on_a_line(self, solver):
+        # Between sorted samples of equal weight, the i-th goes to the i-th.
+        random = np.random.RandomState(3)
+        left, right = np.sort(random.rand(5)), np.sort(random.rand(5))
+        cost = torch.from_numpy(np.abs(left[:, None] - right[None]))
+        weight = torch.ones(5, dtype=torch.float64)
+        assert abs(emd(cost, weight, weight, solver=solver).value - np.abs(left - right).sum()) < 5 * TOLERANCE[solver]
+
+    def test_identical_distributions(self, solver):
+        points = torch.rand(5, 2, generator=torch.Generator().manual_seed(1))
+        weight = scale_to_mass(torch.arange(1.0, 6.0), 5)
+        assert (
+            emd(torch.cdist(points, points), weight, weight, solver=solver).value.abs() < 5 * TOLERANCE[solver] + 1e-3
+        )
+
+    def test_one_source(self, solver):
+        cost, demand = torch.tensor([[0.3, 0.1, 0.9]]), torch.tensor([0.5, 0.25, 0.25])
+        result = emd(cost, torch.ones(1), demand, solver=solver)
+        torch.testing.assert_close(result.flow[0], demand, atol=2e-3, rtol=0)
+
+    def test_uniform_weights_are_an_assignment(self, solver):
+        cost, _, _ = problem(5, 5, seed=4)
+        ones = torch.ones(1, 5, dtype=torch.float64)
+        rows, columns = linear_sum_assignment(cost[0])
+        expected = float(cost[0][rows, columns].sum())
+        assert abs(emd(cost, ones, ones, solver=solver).value.item() - expected) < 5 * TOLERANCE[solver]
+
+    @pytest.mark.parametrize(("n", "m"), [(3, 3), (2, 5), (5, 2), (5, 5)])
+    def test_against_highs(self, solver, n, m):
+        cost, supply, demand = problem(n, m, seed=n + 10 * m, batch=3)
+        values = emd(cost, supply, demand, solver=solver).value
+        for k in range(3):
+            assert abs(values[k].item() - highs(cost[k], supply[k], demand[k])) < n * TOLERANCE[solver]
+
+
+@pytest.mark.parametrize("solver", EVERY)
+class TestProperties:
+    def test_marginals(self, solver):
+        cost, supply, demand = problem(4, 5, batch=3)
+        flow = emd(cost, supply, demand, solver=solver).flow
+        torch.testing.assert_close(flow.sum(2), supply, atol=5e-3, rtol=0)
+        torch.testing.assert_close(flow.sum(1), demand, atol=5e-3, rtol=0)
+        assert flow.min() > -1e-3
+
+    def test_symmetry_linearity_shift(self, solver):
+        cost, supply, demand = problem(4, 4, seed=5)
+        value = emd(cost, supply, demand, solver=solver).value
+        close = {"atol": 4 * TOLERANCE[solver], "rtol": 0}
+        torch.testing.assert_close(emd(cost.mT, demand, supply, solver=solver).value, value, **close)
+        torch.testing.assert_close(emd(2 * cost, supply, demand, solver=solver).value, 2 * value, **close)
+        torch.testing.assert_close(emd(cost + 0.5, supply, demand, solver=solver).value, value + 0.5 * 4, **close)
+
+    def test_batch_equals_loop(self, solver):
+        cost, supply, demand = problem(4, 3, batch=40)
+        together = emd(cost, supply, demand, solver=solver)
+        for k in (0, 17, 39):
+            alone = emd(cost[k], supply[k], demand[k], solver=solver)
+            torch.testing.assert_close(alone.value, together.value[k], atol=4 * TOLERANCE[solver], rtol=0)
+
+    def test_leading_axes_dtype_and_purity(self, solver):
+        cost, supply, demand = problem(3, 4, batch=6, dtype=torch.float32)
+        before = [tensor.clone() for tensor in (cost, supply, demand)]
+        value, flow = emd(cost.view(2, 3, 3, 4), supply.view(2, 3, 3), demand.view(2, 3, 4), solver=solver)
+        assert value.shape == (2, 3)
+        assert flow.shape == (2, 3, 3, 4)
+        assert value.dtype == flow.dtype == torch.float32
+        assert not flow.requires_grad
+        assert emd(cost.double(), supply.double(), demand.double(), solver=solver).value.dtype == torch.float64
+        for tensor, copy in zip((cost, supply, demand), before, strict=True):
+            assert torch.equal(tensor, copy)
+
+    def test_empty_batch(self, solver):
+        cost = torch.zeros(0, 3, 4, requires_grad=True)
+        value, flow = emd(cost, torch.zeros(0, 3), torch.zeros(0, 4), solver=solver)
+        assert value.shape == (0,)
+        assert flow.shape == (0, 3, 4)
+        value.sum().backward()
+        assert cost.grad.shape == (0, 3, 4)
+
+    def test_no_grad_and_autocast(self, solver):
+        cost, supply, demand = problem(3, 3, dtype=torch.float32)
+        expected = emd(cost, supply, demand, solver=solver).value
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            found = emd(cost, supply, demand, solver=solver).value
+        assert not found.requires_grad
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+    def test_from_threads(self, solver):
+        cost, supply, demand = problem(4, 4, batch=40)
+        expected = emd(cost, supply, demand, solver=solver).value
+        found = {}
+
+        def work(number):
+            found[number] = emd(cost, supply, demand, solver=solver).value
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for number in range(4):
+            torch.testing.assert_close(found[number], expected, atol=1e-6, rtol=0)
+
+
+class TestGradients:
+    def test_opencv_is_the_flow_and_nothing_else(self):
+        cost, supply, demand = (tensor.requires_grad_() for tensor in problem(4, 5))
+        result = emd(cost, supply, demand, solver="opencv")
+        result.value.sum().backward()
+        torch.testing.assert_close(cost.grad, result.flow)
+        assert supply.grad is None
+        assert demand.grad is None
+
+    @pytest.mark.parametrize("form", ["L2", "QP"])
+    def test_qpth_reaches_cost_and_weights(self, form):
+        # A strong quadratic term, so that the solution is smooth and a finite difference means something. The weights
+        # are scaled inside, because the problem is defined for equal totals only.
+        cost, supply, demand = problem(3, 3, seed=2)
+        options = {"form": form, "l2_strength": 0.3} if form == "L2" else {"form": form}
+
+        def value(cost, supply, demand):
+            return emd(cost, scale_to_mass(supply, 3), scale_to_mass(demand, 3), solver="qpth", **options).value
+
+        inputs = tuple(tensor.clone().requires_grad_() for tensor in (cost, supply, demand))
+        assert torch.autograd.gradcheck(value, inputs, eps=1e-4, atol=2e-2 if form == "QP" else 2e-3)
+
+    def test_qpth_gradient_can_be_taken_twice(self):
+        cost, supply, demand = problem(3, 3)
+        cost.requires_grad_()
+        value = emd(cost, supply, demand, solver="qpth").value.sum()
+        first = torch.autograd.grad(value, cost, retain_graph=True)[0]
+        assert torch.equal(first, torch.autograd.grad(value, cost)[0])
+
+
+class TestErrors:
+    ok = (torch.rand(2, 3, 4), torch.ones(2, 3), torch.full((2, 4), 0.75))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({0: torch.rand(2, 3, 4).half()}, "float32 or float64"),
+            ({0: torch.rand(4)}, "expected cost"),
+            ({1: torch.ones(2, 4)}, r"expected supply \(2, 3\)"),
+            ({2: torch.ones(4)}, r"expected demand \(2, 4\)"),
+            ({0: torch.full((2, 3, 4), math.nan)}, "problem 0 of 2: cost has entries that are not finite"),
+            ({1: torch.tensor([[1.0, 1, 1], [4, -1, 0]])}, "problem 1 of 2: supply .* negative"),
+            ({2: torch.full((2, 4), math.inf)}, "demand .* not finite"),
+            ({2: torch.ones(2, 4)}, r"different totals; scale both with scale_to_mass \(3 and 4\)"),
+            ({0: [[1.0]]}, "expected cost to be a tensor; got list"),
+        ],
+    )
+    def test_bad_problem(self, change, message):
+        given_ = [change.get(k, tensor) for k, tensor in enumerate(self.ok)]
+        with pytest.raises(ProblemError, match=message):
+            emd(*given_)
+
+    def test_bad_names(self):
+        with pytest.raises(ProblemError, match="one of opencv, qpth.*got 'sinkhorn'"):
+            emd(*self.ok, solver="sinkhorn")
+        with pytest.raises(ProblemError, match="does not take the option 'form'"):
+            emd(*self.ok, solver="opencv", form="L2")
+        with pytest.raises(ProblemError, match="form to be one of L2, QP"):
+            emd(*self.ok, solver="qpth", form="LP")
+        with pytest.raises(ProblemError, match="positive mass"):
+            scale_to_mass(torch.ones(3), 0)
+
+    def test_a_failing_solver_names_the_problem(self, monkeypatch):
+        import cv2
+
+        calls = itertools.count()
+        real = cv2.EMD
+
+        def fails_on_the_second(*args):
+            if next(calls) == 1:
+                raise cv2.error("broken")
+            return real(*args)
+
+        monkeypatch.setattr(cv2, "EMD", fails_on_the_second)
+        with pytest.raises(SolverError, match="problem 1 of 2.*broken"):
+            emd(*self.ok, solver="opencv")
+
+    def test_a_wrong_flow_is_not_passed_on(self, monkeypatch):
+        import cv2
+
+        monkeypatch.setattr(cv2, "EMD", lambda *args: (0.0, None, np.zeros((3, 4), np.float32)))
+        with pytest.raises(SolverError, match="did not solve problem 0 of 2"):
+            emd(*self.ok, solver="opencv")
+
+    def test_missing_libgl_names_the_cure(self, monkeypatch):
+        import builtins
+
+        from Models.emd import opencv
+
+        real = builtins.__import__
+
+        def without_libgl(name, *args, **kwargs):
+            if name == "cv2":
+                raise ImportError("libGL.so.1: cannot open shared object file: No such file or directory")
+            return real(name, *args, **kwargs)
+
+        monkeypatch.setattr(builtins, "__import__", without_libgl)
+        opencv._import_cv2.cache_clear()
+        with pytest.raises(MissingLibraryError, match="apt-get install libgl1"):
+            emd(*self.ok, solver="opencv")
+        opencv._import_cv2.cache_clear()
+
+
+def test_only_the_chosen_solver_is_imported():
+    import subprocess
+    import sys
+
+    code = "import sys, Models.emd; print([name for name in ('cv2', 'qpth', 'numba') if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 7), m=st.integers(1, 7), seed=st.integers(0, 2**16), levels=st.sampled_from([1, 2, 3, 1000]),
+    empty=st.booleans(), solver=st.sampled_from(EXACT),
+)  # fmt: skip
+def test_exact_solvers_on_ties_and_empty_nodes(n, m, seed, levels, empty, solver):
+    random = torch.Generator().manual_seed(seed)
+    cost = torch.randint(0, levels, (n, m), generator=random).double() / levels
+    supply, demand = (torch.randint(0 if empty else 1, 4, (size,), generator=random).double() for size in (n, m))
+    supply[0], demand[0] = supply[0] + 1, demand[0] + 1
+    supply, demand = scale_to_mass(supply, 5), scale_to_mass(demand, 5)
+    result = emd(cost, supply, demand, solver=solver)
+    assert abs(result.value.item() - highs(cost, supply, demand)) < 1e-4

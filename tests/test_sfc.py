@@ -1,0 +1,77 @@
+"""The structured fully connected layer."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from Models.deepemd import emd_logits
+from Models.sfc import fit_prototypes
+
+WAY, SHOT = 3, 2
+SETTINGS = {"way": WAY, "shot": SHOT, "lr": 1.0, "steps": 3, "batch_size": 4}
+
+
+def support(*leading: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*leading, WAY * SHOT, 16, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def test_no_step_gives_the_class_means():
+    nodes = support()
+    found = fit_prototypes(nodes, **{**SETTINGS, "steps": 0})
+    torch.testing.assert_close(found[1], (nodes[1] + nodes[1 + WAY]) / 2)
+
+
+def test_fitting_lowers_the_loss_and_detaches():
+    nodes = support().requires_grad_()
+    labels = torch.arange(WAY).repeat(SHOT)
+
+    def loss(proto):
+        return F.cross_entropy(emd_logits(proto, nodes), labels).item()
+
+    found = fit_prototypes(nodes, generator=torch.Generator().manual_seed(0), **{**SETTINGS, "steps": 30})
+    assert not found.requires_grad
+    assert loss(found) < loss(fit_prototypes(nodes, **{**SETTINGS, "steps": 0}))
+
+
+def test_works_without_gradients_around_it():
+    with torch.no_grad():
+        found = fit_prototypes(support(), generator=torch.Generator().manual_seed(0), **SETTINGS)
+    assert torch.equal(found, fit_prototypes(support(), generator=torch.Generator().manual_seed(0), **SETTINGS))
+
+
+def test_episodes_side_by_side_equal_one_after_the_other():
+    nodes = support(2, 2)
+    generator = torch.Generator().manual_seed(5)
+    together = fit_prototypes(nodes, generator=generator, **SETTINGS)
+    assert together.shape == (2, 2, WAY, 16, 4)
+    generator = torch.Generator().manual_seed(5)
+    for row in range(2):
+        for column in range(2):
+            alone = fit_prototypes(nodes[row, column], generator=generator, **SETTINGS)
+            torch.testing.assert_close(together[row, column], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_permutations_replay_a_run():
+    generator = torch.Generator().manual_seed(7)
+    orders = torch.stack([torch.randperm(WAY * SHOT, generator=generator) for _ in range(3)])
+    drawn = fit_prototypes(support(), generator=torch.Generator().manual_seed(7), **SETTINGS)
+    assert torch.equal(fit_prototypes(support(), permutations=orders, **SETTINGS), drawn)
+
+
+def test_weight_decay_shrinks():
+    plain = fit_prototypes(support(), generator=torch.Generator().manual_seed(0), **SETTINGS)
+    decayed = fit_prototypes(support(), generator=torch.Generator().manual_seed(0), weight_decay=0.1, **SETTINGS)
+    assert decayed.norm() < plain.norm()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "change", "message"),
+    [
+        (support()[:5], {}, "expected support"),
+        (support(), {"batch_size": 0}, "batch_size >= 1"),
+        (support(), {"permutations": torch.zeros(2, 6, dtype=torch.long)}, "expected permutations"),
+    ],
+)
+def test_bad_input(nodes, change, message):
+    with pytest.raises(ValueError, match=message):
+        fit_prototypes(nodes, **{**SETTINGS, **change})

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import data_parallel
 
 from Models.emd import SOLVERS, emd, scale_to_mass
-from Models.emd.qpth_qp import FORMS
+from Models.emd.forms import FORMS
+from Models.emd.simplex import GRADIENTS
 from Models.resnet import ResNet12
 from Models.sfc import fit_prototypes
 from utils import InputError, number_above_zero, number_at_least, whole_numbers
@@ -133,7 +134,7 @@ class DeepEMD(nn.Module):
     Args:
         feature_pyramid: sizes of further maps that the feature map is pooled to, as in ``(2, 1)``; whole images only.
         temperature, metric, norm: see :func:`emd_logits`.
-        solver, form, l2_strength: see :mod:`Models.emd`. Solvers that have no such option are not given it.
+        solver, form, l2_strength, emd_gradient: see :mod:`Models.emd`. Solvers without such an option are not given it.
         sfc_lr, sfc_wd, sfc_update_step, sfc_bs: learning rate, weight decay, passes and batch size of
             :func:`Models.sfc.fit_prototypes`, for ``shot > 1``.
         device_ids: with more than one CUDA device, the encoder and the matching are spread over them by torch's
@@ -150,6 +151,7 @@ class DeepEMD(nn.Module):
         solver: str = "opencv",
         form: str = "L2",
         l2_strength: float = 1e-6,
+        emd_gradient: str = "full",
         sfc_lr: float = 0.1,
         sfc_wd: float = 0.0,
         sfc_update_step: int = 100,
@@ -161,7 +163,7 @@ class DeepEMD(nn.Module):
         self.feature_pyramid = tuple(feature_pyramid or ())
         self.head = {"temperature": temperature, "metric": metric, "norm": norm}
         self.solver = solver
-        self.solver_options = {"form": form, "l2_strength": l2_strength}
+        self.solver_options = {"form": form, "l2_strength": l2_strength, "gradient": emd_gradient}
         self.sfc = {"lr": sfc_lr, "weight_decay": sfc_wd, "steps": sfc_update_step, "batch_size": sfc_bs}
         self.device_ids = list(device_ids)
 
@@ -273,7 +275,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
     solvers = "; ".join(f"{name}: {solver.summary}" for name, solver in SOLVERS.items())
     group.add_argument("-solver", choices=SOLVERS, default="opencv", help=f"{solvers} (default: %(default)s)")
     group.add_argument(
-        "-form", choices=FORMS, default="L2", help="form of the quadratic program of qpth (default: %(default)s)"
+        "-form",
+        choices=FORMS,
+        default="L2",
+        help="form of the quadratic program of qpth and ipm (default: %(default)s)",
     )
     group.add_argument(
         "-l2_strength",
@@ -281,6 +286,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
         default=1e-6,
         help="weight of the quadratic term of form L2 (default: %(default)s)",
     )
+    group.add_argument(
+        "-emd_gradient", choices=GRADIENTS, default="full", help="gradient of simplex: "
+        + "; ".join(f"{name}: {what}" for name, what in GRADIENTS.items()) + " (default: %(default)s)",
+    )  # fmt: skip
     group = parser.add_argument_group("structured fully connected layer, for -shot above 1")
     group.add_argument(
         "-sfc_lr", type=number_above_zero(float), default=sfc_lr, help="learning rate (default: %(default)s)"
@@ -314,5 +323,5 @@ def build_model(args: argparse.Namespace, *, device_ids: Sequence[int] = ()) -> 
         raise InputError(
             f"-feature_pyramid goes with -deepemd fcn; got -deepemd {args.deepemd}, whose nodes are patches"
         )
-    names = "temperature metric norm feature_pyramid solver form l2_strength sfc_lr sfc_wd sfc_update_step sfc_bs"
+    names = "temperature metric norm feature_pyramid solver form l2_strength emd_gradient sfc_lr sfc_wd sfc_update_step sfc_bs"
     return DeepEMD(device_ids=device_ids, **{name: getattr(args, name) for name in names.split()})

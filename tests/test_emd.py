@@ -13,10 +13,10 @@ from scipy.optimize import linear_sum_assignment, linprog
 
 from Models.emd import SOLVERS, MissingLibraryError, ProblemError, SolverError, emd, scale_to_mass
 
-EXACT = ["opencv"]
+EXACT = ["opencv", "simplex"]
 EVERY = list(SOLVERS)
-# float32 arithmetic inside cv2; qpth stops near 1e-4 of the mass
-TOLERANCE = {"opencv": 1e-5, "qpth": 2e-3}
+# float32 arithmetic inside cv2; the quadratic term of ipm; qpth stops near 1e-4 of the mass
+TOLERANCE = {"opencv": 1e-5, "simplex": 1e-7, "ipm": 1e-5, "qpth": 2e-3}
 
 
 def problem(n: int, m: int, seed: int = 0, batch: int = 1, dtype=torch.float64):
@@ -176,6 +176,80 @@ class TestGradients:
         inputs = tuple(tensor.clone().requires_grad_() for tensor in (cost, supply, demand))
         assert torch.autograd.gradcheck(value, inputs, eps=1e-4, atol=2e-2 if form == "QP" else 2e-3)
 
+    def test_simplex_cost_gradient_is_that_of_opencv(self):
+        cost, supply, demand = (tensor.requires_grad_() for tensor in problem(4, 5, batch=2))
+        emd(cost, supply, demand, solver="simplex", gradient="cost").value.sum().backward()
+        assert supply.grad is None
+        assert demand.grad is None
+        expected = torch.autograd.grad(emd(cost, supply, demand, solver="opencv").value.sum(), cost)[0]
+        torch.testing.assert_close(cost.grad, expected, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize(("n", "m"), [(3, 3), (2, 4), (5, 3), (1, 3), (4, 1)])
+    def test_simplex_by_finite_differences(self, n, m):
+        # The value is piecewise linear in each argument: between kinks a finite difference is exact.
+        def value(cost, supply, demand):
+            return emd(cost, scale_to_mass(supply, 2), scale_to_mass(demand, 2), solver="simplex").value
+
+        inputs = tuple(tensor.requires_grad_() for tensor in problem(n, m, seed=n, batch=2))
+        assert torch.autograd.gradcheck(value, inputs, eps=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("form", ["L2", "QP"])
+    @pytest.mark.parametrize(("n", "m"), [(3, 3), (2, 4), (4, 2)])
+    def test_ipm_by_finite_differences(self, form, n, m):
+        options = {"form": form, "l2_strength": 0.3} if form == "L2" else {"form": form}
+
+        def both(cost, supply, demand):
+            weights = scale_to_mass(supply, 2), scale_to_mass(demand, 2)
+            return tuple(emd(cost, *weights, solver="ipm", differentiable_flow=True, **options))
+
+        inputs = tuple(tensor.requires_grad_() for tensor in problem(n, m, seed=3, batch=2))
+        assert torch.autograd.gradcheck(both, inputs, eps=1e-5, atol=1e-3 if form == "QP" else 1e-4)
+
+    @pytest.mark.parametrize("form", ["L2", "QP"])
+    @pytest.mark.parametrize(
+        ("n", "m"),
+        [(3, 3), (5, 4), pytest.param(13, 13, marks=pytest.mark.slow), pytest.param(25, 25, marks=pytest.mark.slow)],
+    )
+    def test_ipm_is_qpth(self, form, n, m):
+        found = {}
+        for solver in ("qpth", "ipm"):
+            cost, supply, demand = (tensor.requires_grad_() for tensor in problem(n, m, seed=1, batch=2))
+            # A quadratic term that matters, so that both solve a problem that is not the linear one.
+            weights = scale_to_mass(supply, n), scale_to_mass(demand, n)
+            value = emd(cost, *weights, solver=solver, form=form, l2_strength=0.1).value
+            value.sum().backward()
+            found[solver] = value.detach(), cost.grad, supply.grad, demand.grad
+        torch.testing.assert_close(found["ipm"][0], found["qpth"][0], atol=1e-4 * n, rtol=0)
+        for ours, theirs in zip(found["ipm"][1:], found["qpth"][1:], strict=True):
+            assert (ours - theirs).norm() < 5e-3 * theirs.norm()
+
+    def test_simplex_is_the_limit_of_ipm(self):
+        cost, supply, demand = problem(8, 8, seed=6, batch=4)
+        exact = emd(cost, supply, demand, solver="simplex").value
+        gaps = [
+            (emd(cost, supply, demand, solver="ipm", l2_strength=strength).value - exact).abs().max().item()
+            for strength in (1e-1, 1e-3, 1e-6)
+        ]
+        assert gaps[0] > gaps[1] >= gaps[2] - 1e-9
+        assert gaps[2] < 1e-6
+
+    def test_subgradient_inequality_where_the_optimum_is_not_unique(self):
+        # Ties everywhere. The value is concave in the cost and convex in the weights, so a linear model with the
+        # gradient given must bound it from above in the one, from below in the other.
+        random = torch.Generator().manual_seed(0)
+        for seed in range(20):
+            cost = torch.randint(0, 3, (5, 5), generator=random).double()
+            one = torch.ones(5, dtype=torch.float64)
+            inputs = [cost.clone().requires_grad_(), one.clone().requires_grad_(), one.clone().requires_grad_()]
+            value = emd(*inputs, solver="simplex").value
+            value.backward()
+            other_cost, other_supply, other_demand = (tensor[0] for tensor in problem(5, 5, seed=seed))
+            at_other_cost = emd(other_cost, one, one, solver="simplex").value
+            assert at_other_cost <= value + (inputs[0].grad * (other_cost - cost)).sum() + 1e-9
+            at_others = emd(cost, other_supply, other_demand, solver="simplex").value
+            change = inputs[1].grad @ (other_supply - one) + inputs[2].grad @ (other_demand - one)
+            assert at_others >= value + change - 1e-9
+
     def test_qpth_gradient_can_be_taken_twice(self):
         cost, supply, demand = problem(3, 3)
         cost.requires_grad_()
@@ -207,12 +281,17 @@ class TestErrors:
             emd(*given_)
 
     def test_bad_names(self):
-        with pytest.raises(ProblemError, match="one of opencv, qpth.*got 'sinkhorn'"):
+        with pytest.raises(ProblemError, match="one of opencv, .*got 'sinkhorn'"):
             emd(*self.ok, solver="sinkhorn")
         with pytest.raises(ProblemError, match="does not take the option 'form'"):
             emd(*self.ok, solver="opencv", form="L2")
-        with pytest.raises(ProblemError, match="form to be one of L2, QP"):
-            emd(*self.ok, solver="qpth", form="LP")
+        for solver in ("qpth", "ipm"):
+            with pytest.raises(ProblemError, match="form to be one of L2, QP"):
+                emd(*self.ok, solver=solver, form="LP")
+            with pytest.raises(ProblemError, match="positive l2_strength"):
+                emd(*self.ok, solver=solver, l2_strength=0)
+        with pytest.raises(ProblemError, match="gradient to be one of full, cost"):
+            emd(*self.ok, solver="simplex", gradient="half")
         with pytest.raises(ProblemError, match="positive mass"):
             scale_to_mass(torch.ones(3), 0)
 
@@ -237,6 +316,27 @@ class TestErrors:
         monkeypatch.setattr(cv2, "EMD", lambda *args: (0.0, None, np.zeros((3, 4), np.float32)))
         with pytest.raises(SolverError, match="did not solve problem 0 of 2"):
             emd(*self.ok, solver="opencv")
+
+    def test_simplex_and_ipm_say_when_they_do_not_end(self, monkeypatch):
+        from Models.emd import interior_point, simplex
+
+        monkeypatch.setattr(interior_point, "MAX_ITERATIONS", 2)
+        with pytest.raises(SolverError, match="ipm did not converge on problem 0 of 2"):
+            emd(*self.ok, solver="ipm")
+        kernel = simplex._kernel()
+        real = kernel.solve_range
+
+        class GivesUp:
+            SOLVED = kernel.SOLVED
+
+            @staticmethod
+            def solve_range(*args):
+                real(*args)
+                args[-2][1] = kernel.TOO_MANY_PIVOTS
+
+        monkeypatch.setattr(simplex, "_kernel", lambda: GivesUp)
+        with pytest.raises(SolverError, match="simplex did not end on problem 1 of 2"):
+            emd(*self.ok, solver="simplex")
 
     def test_missing_libgl_names_the_cure(self, monkeypatch):
         import builtins
@@ -279,3 +379,53 @@ def test_exact_solvers_on_ties_and_empty_nodes(n, m, seed, levels, empty, solver
     supply, demand = scale_to_mass(supply, 5), scale_to_mass(demand, 5)
     result = emd(cost, supply, demand, solver=solver)
     assert abs(result.value.item() - highs(cost, supply, demand)) < 1e-4
+
+
+def certify(cost, supply, demand):
+    """The simplex's flow and duals prove each other optimal."""
+    from Models.emd.simplex import solve_arrays
+
+    value, flow, u, v = solve_arrays(cost, supply, demand)
+    size = max(1.0, np.abs(cost).max()) * max(1.0, supply.sum(1).max())
+    assert flow.min() >= 0
+    assert np.abs(flow.sum(2) - supply).max() < 1e-12 * size
+    assert np.abs(flow.sum(1) - demand).max() < 1e-12 * size
+    assert (cost - u[:, :, None] - v[:, None, :]).min() > -1e-12 * size
+    gap = (cost * flow).sum((1, 2)) - (supply * u).sum(1) - (demand * v).sum(1)
+    assert np.abs(gap).max() < 1e-11 * size
+    assert np.abs(value - (cost * flow).sum((1, 2))).max() < 1e-12 * size
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    n=st.integers(1, 12), m=st.integers(1, 12), seed=st.integers(0, 2**16), levels=st.sampled_from([1, 2, 5, 10**6]),
+    masses=st.sampled_from([1, 2, 4, 10**6]), empty=st.booleans(), repeat=st.booleans(), scale=st.sampled_from([1e-8, 1.0, 1e6]),
+)  # fmt: skip
+def test_simplex_certificate(n, m, seed, levels, masses, empty, repeat, scale):
+    random = np.random.default_rng(seed)
+    cost = (random.integers(0, levels, (3, n, m)) - levels // 2) / levels * scale
+    if repeat:
+        cost[:, -1] = cost[:, 0]
+    supply, demand = (random.integers(0 if empty else 1, masses + 1, (3, size)).astype(float) for size in (n, m))
+    supply[:, 0] += 1
+    demand[:, -1] += 1
+    demand *= (supply.sum(1) / demand.sum(1))[:, None]
+    certify(cost, supply, demand)
+
+
+@pytest.mark.slow
+def test_a_thousand_random_problems():
+    random = np.random.default_rng(0)
+    for number in range(1000):
+        n, m = random.integers(2, 41, 2)
+        cost, supply, demand = random.random((1, n, m)), random.random((1, n)), random.random((1, m))
+        if number % 4 == 0:  # as patches that repeat give it
+            cost, supply = np.round(cost, 1), np.round(supply + 0.1, 1)
+        supply *= n / supply.sum()
+        demand *= n / demand.sum()
+        certify(cost, supply, demand)
+        if number % 10 == 0:
+            problem = [torch.from_numpy(array) for array in (cost, supply, demand)]
+            exact = emd(*problem, solver="simplex").value
+            assert abs(exact.item() - highs(*(tensor[0] for tensor in problem))) < 1e-7
+            assert abs(exact.item() - emd(*problem, solver="ipm").value.item()) < 1e-5

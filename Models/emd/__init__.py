@@ -45,7 +45,7 @@ class EmdResult(NamedTuple):
     """What :func:`emd` returns."""
 
     value: Tensor  # (...,)      <cost, flow>, differentiable as the solver says
-    flow: Tensor  # (..., N, M)  the optimal flow, detached
+    flow: Tensor  # (..., N, M)  the optimal flow, detached unless the solver was asked otherwise
 
 
 class Solver(NamedTuple):
@@ -58,6 +58,12 @@ class Solver(NamedTuple):
 
 SOLVERS: dict[str, Solver] = {
     "opencv": Solver("opencv", (), "exact, float32, on the CPU; gradient for the cost only"),
+    "simplex": Solver("simplex", ("gradient",), "exact, float64, on the CPU, fast; gradient as -emd_gradient says"),
+    "ipm": Solver(
+        "interior_point",
+        ("form", "l2_strength", "differentiable_flow"),
+        "the problem of qpth by a faster method, on any device",
+    ),
     "qpth": Solver(
         "qpth_qp", ("form", "l2_strength"), "regularised, float64, on any device; gradient for cost and weights"
     ),
@@ -99,9 +105,8 @@ def emd(cost: Tensor, supply: Tensor, demand: Tensor, *, solver: str = "opencv",
     solve = importlib.import_module(f"{__name__}.{SOLVERS[solver].module}").solve
     with torch.autocast(device_type=cost.device.type, enabled=False):
         value, flow = solve(cost.reshape(-1, n, m), supply.reshape(-1, n), demand.reshape(-1, m), **options)
-    return EmdResult(
-        value.to(cost.dtype).reshape(batch_shape), flow.detach().to(cost.dtype).reshape(*batch_shape, n, m)
-    )
+    flow = flow if options.get("differentiable_flow") else flow.detach()
+    return EmdResult(value.to(cost.dtype).reshape(batch_shape), flow.to(cost.dtype).reshape(*batch_shape, n, m))
 
 
 def scale_to_mass(weight: Tensor, mass: float) -> Tensor:
@@ -136,11 +141,13 @@ def _check(cost: Tensor, supply: Tensor, demand: Tensor) -> None:
             raise ProblemError(
                 f"expected {name} {tuple(expected)} to go with cost {tuple(cost.shape)}; got {tuple(tensor.shape)}"
             )
-    total, other = supply.detach().sum(-1), demand.detach().sum(-1)
+    cost, supply, demand = cost.detach(), supply.detach(), demand.detach()
+    total, other = supply.sum(-1), demand.sum(-1)
+    # A sum is finite only if all its terms are, and costs less than looking at each.
     faults = {
-        "cost has entries that are not finite": ~torch.isfinite(cost.detach()).flatten(-2).all(-1),
-        "supply has entries that are negative or not finite": ~((supply >= 0) & torch.isfinite(supply)).all(-1),
-        "demand has entries that are negative or not finite": ~((demand >= 0) & torch.isfinite(demand)).all(-1),
+        "cost has entries that are not finite (or too large to add up)": ~torch.isfinite(cost.sum((-2, -1))),
+        "supply has entries that are negative or not finite": ~((supply.amin(-1) >= 0) & torch.isfinite(total)),
+        "demand has entries that are negative or not finite": ~((demand.amin(-1) >= 0) & torch.isfinite(other)),
         "supply and demand sum to different totals; scale both with scale_to_mass": (total - other).abs()
         > TOTALS_TOLERANCE * torch.maximum(total, other),
     }

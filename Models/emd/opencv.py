@@ -4,8 +4,6 @@ Gradient: the flow is taken as a constant, so ``d value / d cost = flow`` and no
 That is the published "opencv" recipe; it omits the weight path, 10-18 % of the gradient's norm on typical problems.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -13,68 +11,37 @@ import torch
 from torch import Tensor
 
 from Models.emd.errors import MissingLibraryError, SolverError
-
-# Below this many problems per thread, handing them out costs more than it saves.
-PROBLEMS_PER_THREAD = 16
+from Models.emd.on_cpu import in_threads, to_numpy
 
 
 def solve(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, Tensor]:
     """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``. Called by :func:`Models.emd.emd`."""
-    # One transfer there and one back for the whole batch.
-    n, m = cost.shape[-2:]
-    packed = torch.cat([cost.detach().flatten(1), supply.detach(), demand.detach()], dim=1).float().cpu().numpy()
-    flow = torch.from_numpy(_solve_all(packed, n, m)).to(device=cost.device, dtype=cost.dtype)
+    flow = torch.from_numpy(_solve_arrays(*to_numpy(cost, supply, demand, torch.float32)))
+    flow = flow.to(device=cost.device, dtype=cost.dtype)
     return (cost * flow).sum((-2, -1)), flow
 
 
-def _solve_all(packed: np.ndarray, n: int, m: int) -> np.ndarray:
+def _solve_arrays(cost: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> np.ndarray:
     cv2 = _import_cv2()
-    flow = np.empty((len(packed), n, m), dtype=np.float32)
+    flow = np.empty_like(cost)
 
-    def solve_range(first: int, last: int) -> None:
+    def work(first: int, last: int) -> None:
         for index in range(first, last):
-            problem = packed[index]
-            # Copies, because cv2 wants whole rows of its own.
-            costs = problem[: n * m].reshape(n, m).copy()
-            supply, demand = problem[n * m : n * m + n, None].copy(), problem[n * m + n :, None].copy()
             try:
-                _, _, flow[index] = cv2.EMD(supply, demand, cv2.DIST_USER, costs)
+                _, _, flow[index] = cv2.EMD(supply[index, :, None], demand[index, :, None], cv2.DIST_USER, cost[index])
             except cv2.error as error:
-                raise SolverError(f"opencv failed on problem {index} of {len(packed)}: {error}") from error
+                raise SolverError(f"opencv failed on problem {index} of {len(cost)}: {error}") from error
 
-    threads = min(_thread_count(), len(packed) // PROBLEMS_PER_THREAD)
-    if threads < 2:
-        solve_range(0, len(packed))
-    else:
-        bounds = np.linspace(0, len(packed), threads + 1).astype(int)
-        # cv2 releases the interpreter lock while it solves.
-        for done in [
-            _pool(os.getpid()).submit(solve_range, *pair) for pair in zip(bounds[:-1], bounds[1:], strict=True)
-        ]:
-            done.result()
-    _check_marginals(flow, packed[:, n * m : n * m + n], packed[:, n * m + n :])
-    return flow
-
-
-def _check_marginals(flow: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> None:
-    # cv2 drops what is not moved when it gives up, so a wrong answer shows in the marginals.
+    in_threads(work, len(cost))  # cv2 releases the interpreter lock while it solves
+    # cv2 leaves out what it did not move when it gives up, so a wrong answer shows in the marginals.
     miss = np.maximum(np.abs(flow.sum(2) - supply).max(1), np.abs(flow.sum(1) - demand).max(1))
-    bad = np.flatnonzero(~(miss <= 1e-3 * np.maximum(supply.sum(1), 1e-30)))
+    bad = np.flatnonzero(~(miss <= 1e-3 * np.maximum(supply.sum(1), np.finfo(np.float32).tiny)))
     if len(bad):
+        index = bad[0]
         raise SolverError(
-            f"opencv did not solve problem {bad[0]} of {len(flow)}: its flow misses the weights by {miss[bad[0]]:.3g}"
+            f"opencv did not solve problem {index} of {len(cost)}: its flow misses the weights by {miss[index]:.3g}"
         )
-
-
-def _thread_count() -> int:
-    # Follows torch.set_num_threads, so that one setting governs the whole process.
-    return torch.get_num_threads()
-
-
-@lru_cache(maxsize=1)
-def _pool(process_id: int) -> ThreadPoolExecutor:
-    # Keyed by the process: a forked child must not wait for threads that stayed with its parent.
-    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="emd-opencv")
+    return flow
 
 
 @lru_cache(maxsize=1)

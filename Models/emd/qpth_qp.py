@@ -3,10 +3,7 @@
     minimise    1/2 x^T Q x + p^T x
     subject to  x >= 0,   row sums <= supply,   column sums <= demand,   sum x = total
 
-with x the N*M entries of the flow (DeepEMD paper, section 3.2). Two forms:
-
-* ``L2``: Q = l2_strength * I, p = cost. The linear program with a small quadratic term.
-* ``QP``: Q = cost cost^T + 1e-4 I, p = 0. Its objective is half the square of the linear one, plus a small term.
+with x the N*M entries of the flow (DeepEMD paper, section 3.2), Q and p as :mod:`Models.emd.forms` says.
 
 Gradient: implicit function theorem on the optimality conditions, so it reaches the cost *and* both weight vectors.
 Price: Q and the constraints are dense, (N*M)^2 doubles each, per problem. On a GPU it runs there.
@@ -21,10 +18,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from Models.emd.errors import MissingLibraryError, ProblemError, SolverError
+from Models.emd.errors import MissingLibraryError, SolverError
+from Models.emd.forms import QP_RIDGE, check_form, forced_flow
 
-FORMS = ("L2", "QP")
-QP_RIDGE = 1e-4
 # qpth returns its best iterate without a word about how good that is. A flow that misses the weights by more than the
 # first share of the mass is no flow at all; one that misses them by more than the second is usable, but worth a word.
 MARGINAL_FAILURE, MARGINAL_WARNING = 5e-2, 1e-3
@@ -41,13 +37,10 @@ def solve(
         form: ``"L2"`` or ``"QP"``, as above.
         l2_strength: the weight of the quadratic term of form ``L2``, positive. Larger is smoother and less exact.
     """
-    if form not in FORMS:
-        raise ProblemError(f"expected form to be one of {', '.join(FORMS)}; got {form!r}")
-    if not l2_strength > 0:
-        raise ProblemError(f"expected a positive l2_strength; got {l2_strength}")
+    check_form(form, l2_strength)
     cost, supply, demand = cost.double(), supply.double(), demand.double()
-    if min(cost.shape[1:]) == 1:  # a single row or column leaves no choice, and qpth no interior to walk through
-        flow = supply.unsqueeze(2) * (demand / demand.sum(1, keepdim=True)).unsqueeze(1)
+    if min(cost.shape[1:]) == 1:
+        flow = forced_flow(supply, demand)
         return (cost * flow).sum((-2, -1)), flow
     return _Qpth.apply(cost, supply, demand, form, l2_strength)
 

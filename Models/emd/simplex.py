@@ -1,0 +1,116 @@
+"""A network simplex in numba: exact, float64, on the CPU, several problems at a time, with both dual vectors.
+
+Gradient ``full``: that of the linear program itself, for cost and both weight vectors. Gradient ``cost``: the flow is a
+constant and nothing reaches the weights, which is what :mod:`Models.emd.opencv` gives, from a faster solver.
+"""
+
+import sys
+import threading
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from Models.emd.errors import MissingLibraryError, ProblemError, SolverError
+from Models.emd.on_cpu import in_threads, to_numpy
+
+GRADIENTS = {"full": "for cost and weights", "cost": "for the cost only, as opencv has it"}
+
+# Rows priced together before a pivot: fewer find a cell sooner, more find a better one.
+ROWS_PER_PRICING = 8
+SECONDS_BEFORE_A_WORD = 2.0
+
+
+def solve(cost: Tensor, supply: Tensor, demand: Tensor, *, gradient: str = "full") -> tuple[Tensor, Tensor]:
+    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``. Called by :func:`Models.emd.emd`.
+
+    Args:
+        gradient: a key of ``GRADIENTS``.
+    """
+    if gradient not in GRADIENTS:
+        raise ProblemError(f"expected gradient to be one of {', '.join(GRADIENTS)}; got {gradient!r}")
+    if gradient == "cost":
+        supply, demand = supply.detach(), demand.detach()
+    return _Simplex.apply(cost.double(), supply.double(), demand.double())
+
+
+class _Simplex(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, cost, supply, demand):
+        arrays = solve_arrays(*to_numpy(cost, supply, demand, torch.float64))
+        value, flow, u, v = (torch.from_numpy(array) for array in arrays)
+        if cost.device.type != "cpu":  # one transfer back
+            packed = torch.cat([value.unsqueeze(1), flow.flatten(1), u, v], dim=1).to(cost.device)
+            value, flow, u, v = packed.split([1, flow[0].numel(), u.shape[1], v.shape[1]], dim=1)
+            value, flow = value.squeeze(1), flow.reshape(cost.shape)
+        ctx.save_for_backward(flow, u, v)
+        ctx.mark_non_differentiable(flow)
+        return value, flow
+
+    # The value of a linear program as a function of its data. By strong duality
+    #
+    #     value(c, s, d) = min { <c, x> : x 1 = s, x^T 1 = d, x >= 0 } = max { <s, u> + <d, v> : u_i + v_j <= c_ij }.
+    #
+    # The first form is a minimum of functions linear in c, one per flow; the second a maximum of functions linear in
+    # (s, d), one per pair of duals. Where the optimum is unique, the gradient of such a minimum or maximum is that of the
+    # function that attains it (envelope theorem), so
+    #
+    #     d value / d c = x,      d value / d s = u,      d value / d d = v,
+    #
+    # and where it is not unique, these are a supergradient in c and a subgradient in (s, d). As the totals of s and d
+    # must agree, u and v are determined up to a constant that moves from one to the other; it drops out of every change
+    # that keeps the totals equal, such as scale_to_mass allows.
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_value, _):
+        flow, u, v = ctx.saved_tensors
+        wants_cost, wants_supply, wants_demand = ctx.needs_input_grad
+        return (
+            grad_value[:, None, None] * flow if wants_cost else None,
+            grad_value[:, None] * u if wants_supply else None,
+            grad_value[:, None] * v if wants_demand else None,
+        )
+
+
+def solve_arrays(cost: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Contiguous float64 ``(B,N,M), (B,N), (B,M)`` to value ``(B,)``, flow ``(B,N,M)`` and duals ``u (B,N), v (B,M)``."""
+    kernel = _kernel()
+    value, flow, u, v = np.empty(len(cost)), np.empty_like(cost), np.empty_like(supply), np.empty_like(demand)
+    status, pivots = np.empty(len(cost), np.int64), np.empty(len(cost), np.int64)
+
+    def work(first: int, last: int) -> None:
+        kernel.solve_range(cost, supply, demand, first, last, ROWS_PER_PRICING, value, flow, u, v, status, pivots)
+
+    in_threads(work, len(cost))
+    failed = np.flatnonzero(status != kernel.SOLVED)
+    if len(failed):
+        index = failed[0]
+        raise SolverError(f"simplex did not end on problem {index} of {len(cost)} within {pivots[index]} pivots")
+    return value, flow, u, v
+
+
+@lru_cache(maxsize=1)
+def _kernel():
+    """The compiled module; the first call on a machine compiles it, later ones read it from numba's cache."""
+    word = threading.Timer(
+        SECONDS_BEFORE_A_WORD,
+        print,
+        ["compiling the simplex solver (once; it is kept for later runs)"],
+        {"file": sys.stderr},
+    )
+    word.daemon = True
+    word.start()
+    try:
+        from Models.emd import simplex_kernel
+
+        one = np.ones((1, 1))
+        state = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        simplex_kernel.solve_range(
+            np.ones((1, 1, 1)), one, one, 0, 1, 1, np.ones(1), np.ones((1, 1, 1)), one.copy(), one.copy(), *state
+        )
+    except ImportError as error:
+        raise MissingLibraryError(f'solver "simplex" needs numba: pip install numba ({error})') from error
+    finally:
+        word.cancel()
+    return simplex_kernel

@@ -3,9 +3,10 @@
     python benchmarks/emd.py                     the whole table (minutes; qpth takes most of them)
     python benchmarks/emd.py -nodes 9,25 -solvers simplex,opencv
 
-The problems are those of the head: cosine costs and cross-reference weights of random features. Every figure is the best
-of several runs in this one process (memory: in a fresh one each). "forward" is without gradients, "both" is forward and backward for all inputs that
-the solver has a gradient for. Memory is the growth of the process's peak, per problem.
+The problems are those of the head: cosine costs and cross-reference weights of random features. Every time is the best of
+several runs in this one process, every memory figure is from a fresh one. "forward" is without gradients, "both" is
+forward and backward, for all inputs that the solver has a gradient for. Memory is the growth of the process's peak, per
+problem.
 """
 
 import argparse

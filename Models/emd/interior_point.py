@@ -15,10 +15,10 @@ from Models.emd.errors import SolverError
 from Models.emd.forms import QP_RIDGE, check_form, forced_flow
 
 MAX_ITERATIONS = 60
-ITERATIONS_BETWEEN_CHECKS = 4
+ITERATIONS_BETWEEN_CHECKS = 2
 # Complementarity x z, relative to its scale, at which a problem is solved; and at which it counts as solved when
 # rounding lets it come no further.
-TOLERANCE, ACCEPTABLE = 1e-12, 1e-8
+TOLERANCE, ACCEPTABLE = 1e-11, 1e-8
 STEP_TO_BOUNDARY = 0.995
 # Nodes without mass have no interior; they are lent this share of it.
 SMALLEST_SHARE = 1e-12
@@ -71,7 +71,7 @@ class _Factors(NamedTuple):
     row_sum: Tensor  # (B,N)
     cholesky: Tensor  # (B,M-1,M-1)
     rank_one: Tensor | None  # (B,N,M): the cost, where Q has the part c c^T
-    rank_one_step: Tensor | None  # (B,N,M): what the system without that part answers to it
+    answer: tuple[Tensor, Tensor, Tensor] | None  # dx, du, dv that the system without that part gives for it
 
 
 def _factorise(theta: Tensor, rank_one: Tensor | None) -> _Factors:
@@ -84,13 +84,13 @@ def _factorise(theta: Tensor, rank_one: Tensor | None) -> _Factors:
     factors = _Factors(theta, row_sum, cholesky, None, None)
     if rank_one is None:
         return factors
-    step, _, _ = _newton(factors, rank_one, torch.zeros_like(row_sum), torch.zeros_like(theta[:, 0]))
-    return factors._replace(rank_one=rank_one, rank_one_step=step)
+    answer = _newton(factors, rank_one, torch.zeros_like(row_sum), torch.zeros_like(theta[:, 0]))
+    return factors._replace(rank_one=rank_one, answer=answer)
 
 
 def _newton(factors: _Factors, h: Tensor, row_change: Tensor, column_change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dx, du, dv of the step above, for h ``(B,N,M)`` and the changes of the row and column sums."""
-    theta, row_sum, cholesky, rank_one, rank_one_step = factors
+    theta, row_sum, cholesky, rank_one, answer = factors
     scaled = theta * h
     row_rest, column_rest = row_change - scaled.sum(2), column_change - scaled.sum(1)
     right = column_rest - (theta * (row_rest / row_sum).unsqueeze(2)).sum(1)
@@ -101,10 +101,8 @@ def _newton(factors: _Factors, h: Tensor, row_change: Tensor, column_change: Ten
     if rank_one is None:
         return dx, du, dv
     # Sherman-Morrison: h becomes h - c tau with tau = <c, dx>.
-    tau = (rank_one * dx).sum((1, 2)) / (1 + (rank_one * rank_one_step).sum((1, 2)))
-    return _newton(
-        factors._replace(rank_one=None), h - tau[:, None, None] * rank_one, row_change, column_change
-    )  # fmt: skip
+    tau = _total(rank_one * dx) / (1 + _total(rank_one * answer[0]))
+    return dx - tau * answer[0], du - tau[:, 0] * answer[1], dv - tau[:, 0] * answer[2]
 
 
 class _InteriorPoint(torch.autograd.Function):
@@ -155,8 +153,11 @@ def _solve(
     def gradient(x: Tensor) -> Tensor:
         return ridge * x + (cost * _total(cost * x) if is_qp else cost)
 
-    # A start that satisfies all sums, with duals that satisfy stationarity: u below what any cell allows.
-    x = supply.unsqueeze(2) * demand.unsqueeze(1) / total.unsqueeze(2)
+    # A start half way between the flow that satisfies all sums and the one that is the same in every cell: the first alone
+    # lies close to the boundary where weights are small, the second alone far from the sums. The duals satisfy
+    # stationarity, with u below what any cell allows.
+    even = total / (supply.shape[1] * demand.shape[1])
+    x = (supply.unsqueeze(2) * demand.unsqueeze(1) / total.unsqueeze(2) + even.unsqueeze(2)) / 2
     slope = gradient(x)
     scale = slope.abs().amax((1, 2)).clamp_min(torch.finfo(x.dtype).tiny)
     u = slope.amin(2) - scale.unsqueeze(1)

@@ -1,7 +1,7 @@
 """The loops that the scripts share: a training run, one epoch of it, one evaluation."""
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,40 +78,139 @@ class Evaluation(NamedTuple):
         return f"{self.accuracy:.2f} +- {self.interval:.2f} %"
 
 
+# An image as a data set is asked for it: its index, or its index and the seed of its random view.
+Item = int | tuple[int, int]
+
+# Nodes kept over an evaluation take at most this much memory (12,000 images of 25 nodes take 0.7 GB); what needs more is
+# gone through in rounds, each of which fits.
+CACHE_BYTES = 1 << 30
+# Images (patches) encoded at once, per device.
+ENCODE_BATCH = {"cpu": 32, "cuda": 256}
+
+
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that :func:`evaluate` takes as they are."""
+    group = parser.add_argument_group("speed of evaluation")
+    group.add_argument(
+        "-feature_cache", choices=("auto", "off"), default="auto",
+        help="auto: encode each image once per set of weights, where its view is not random (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "-episode_batch", type=number_at_least(1, int), default=8,
+        help="episodes that are matched together; decides memory and speed, not results (default: %(default)s)",
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: DataLoader,
+    dataset: Dataset,
+    episodes: Iterable[Sequence[tuple[int, int]]],
     labels: Tensor,
     *,
     way: int,
     shot: int,
     device: torch.device,
     seed: int,
+    num_workers: int = 0,
     solver: str | None = None,
+    feature_cache: str = "auto",
+    episode_batch: int = 8,
     title: str = "",
 ) -> Evaluation:
-    """Classify the queries of every episode of a loader.
+    """Classify the queries of every episode.
+
+    Images stream through the encoder in batches of their own, in the order in which episodes ask for them; an episode is
+    matched as soon as all its images are there. An image that several episodes ask for is encoded once.
 
     Args:
-        model: takes ``(images, way=, shot=, solver=, generator=)`` to logits ``(W*Q, W)``. Left in evaluation mode.
-        loader: gives the images of one episode at a time, support first.
+        model: has ``folded()``, a copy for evaluation with ``encode(images)`` to nodes ``(B, C, N)`` and
+            ``match(support, query, way=, shot=, solver=, generator=)`` to logits ``(E, W*Q, W)``.
+        dataset: gives ``(image, label)`` for an :data:`Item`; its ``view`` says whether it ``is_random``.
+        episodes: each a list of (index, seed), support first.
         labels: ``(W*Q,)``, of the queries.
         seed: of the draws inside the model; those of episode k depend on it and on k alone.
         solver: in the place of the model's own.
+        feature_cache: ``"off"`` encodes an image anew for every use.
+        episode_batch: episodes that are matched together.
     """
-    model.eval()
+    model = model.folded()
     labels = labels.to(device)
-    losses, accuracies = [], []
-    bar = tqdm(loader, desc=title, leave=False, dynamic_ncols=True)
-    for number, (images, _) in enumerate(bar):
-        generator = named_generator(seed, "episode", number)
-        logits = model(images.to(device, non_blocking=True), way=way, shot=shot, solver=solver, generator=generator)
-        losses.append(F.cross_entropy(logits, labels).item())
-        accuracies.append(100 * (logits.argmax(1) == labels).float().mean().item())
-        mean, interval = mean_confidence_interval(accuracies)
-        bar.set_postfix_str(f"acc {mean:.2f} +- {interval:.2f} %", refresh=False)
+    is_random = dataset.view.is_random
+    wanted: list[list[Item]] = [[item if is_random else item[0] for item in episode] for episode in episodes]
+    first = dataset[wanted[0][0]][0]
+    shape = model.encode(first.unsqueeze(0).to(device)).shape[1:]  # (C, N)
+
+    capacity = episode_batch * len(wanted[0])
+    if feature_cache == "auto" and len({item for episode in wanted for item in episode}) < sum(map(len, wanted)):
+        capacity = max(capacity, CACHE_BYTES // (4 * shape.numel()))
+    rounds = _rounds(wanted, capacity, distinct=feature_cache == "off")
+    patches = first.shape[0] if first.dim() == 4 else 1
+    encode_batch = max(1, ENCODE_BATCH.get(device.type, 32) * max(1, torch.cuda.device_count()) // patches)
+    batches = [items[k : k + encode_batch] for items, _ in rounds for k in range(0, len(items), encode_batch)]
+    loader = iter(make_loader(dataset, batches, num_workers=num_workers, device=device))
+
+    losses: list[float] = []
+    accuracies: list[float] = []
+    bar = tqdm(total=len(wanted), desc=title, leave=False, dynamic_ncols=True)
+    for items, places in rounds:
+        nodes = _room_for(len(items), shape, device)
+        filled = 0
+        for start in range(0, len(places), episode_batch):
+            group = torch.tensor(places[start : start + episode_batch])  # (E, images)
+            while filled <= int(group.max()):
+                images = next(loader)[0].to(device, non_blocking=True)
+                nodes[filled : filled + len(images)] = model.encode(images)
+                filled += len(images)
+            chosen = nodes[group.flatten().to(nodes.device)].to(device, non_blocking=True).unflatten(0, group.shape)
+            done = len(losses)
+            logits = model.match(
+                chosen[:, : way * shot],
+                chosen[:, way * shot :],
+                way=way,
+                shot=shot,
+                solver=solver,
+                generator=[named_generator(seed, "episode", done + k) for k in range(len(group))],
+            )
+            for episode in logits:
+                losses.append(F.cross_entropy(episode, labels).item())
+                accuracies.append(100 * (episode.argmax(1) == labels).float().mean().item())
+            mean, interval = mean_confidence_interval(accuracies)
+            bar.set_postfix_str(f"acc {mean:.2f} +- {interval:.2f} %", refresh=False)
+            bar.update(len(group))
+    bar.close()
     return Evaluation(sum(losses) / len(losses), *mean_confidence_interval(accuracies), accuracies)
+
+
+def _rounds(episodes: list[list[Item]], capacity: int, *, distinct: bool) -> list[tuple[list[Item], list[list[int]]]]:
+    """Cut the episodes into rounds that need at most ``capacity`` images each.
+
+    Returns per round the images in the order of their first use, and for each episode the places of its images among
+    them. ``distinct`` gives every use of an image a place of its own.
+    """
+    rounds: list[tuple[list[Item], list[list[int]]]] = []
+    place: dict[Item, int] = {}
+    for episode in episodes:
+        new = len(episode) if distinct else sum(item not in place for item in episode)
+        if not rounds or len(rounds[-1][0]) + new > capacity:
+            rounds.append(([], []))
+            place = {}
+        items, places = rounds[-1]
+        row = []
+        for item in episode:
+            if distinct or item not in place:
+                place[item] = len(items)
+                items.append(item)
+            row.append(place[item])
+        places.append(row)
+    return rounds
+
+
+def _room_for(images: int, shape: torch.Size, device: torch.device) -> Tensor:
+    """Room for the nodes of a round: on the model's device, or in pinned host memory where that device is short of it."""
+    if device.type == "cuda" and 4 * images * shape.numel() > torch.cuda.mem_get_info(device)[0] // 4:
+        return torch.empty(images, *shape, pin_memory=True)
+    return torch.empty(images, *shape, device=device)
 
 
 class StepGuard:

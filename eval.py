@@ -1,7 +1,7 @@
 """Stage 3: the test protocol. Accuracy of a checkpoint over many episodes."""
 
 from dataloader import add_data_arguments, add_episode_arguments, draw_episodes, episode_labels, open_dataset
-from engine import evaluate, make_loader
+from engine import add_evaluation_arguments, evaluate
 from Models import add_model_arguments, build_model
 from Models.emd import EmdError
 from utils import (
@@ -32,6 +32,7 @@ def main() -> None:
     add_run_arguments(parser)
     add_data_arguments(parser)
     add_episode_arguments(parser)
+    add_evaluation_arguments(parser)
     add_model_arguments(parser, sfc_lr=100.0)
     args = parser.parse_args()
 
@@ -46,12 +47,16 @@ def main() -> None:
     watch = Stopwatch()
     result = evaluate(
         model,
-        make_loader(dataset, episodes, num_workers=args.num_workers, device=device),
+        dataset,
+        episodes,
         episode_labels(args.way, args.query),
         way=args.way,
         shot=args.shot,
         device=device,
         seed=seed,
+        num_workers=args.num_workers,
+        feature_cache=args.feature_cache,
+        episode_batch=args.episode_batch,
         title=args.set,
     )
     print(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dataloader import add_data_arguments, add_episode_arguments, draw_episodes, episode_labels, open_dataset
-from engine import add_training_arguments, evaluate, fit, make_loader
+from engine import add_evaluation_arguments, add_training_arguments, evaluate, fit, make_loader
 from Models import add_model_arguments, build_model
 from Models.emd import SOLVERS, EmdError, SolverError
 from utils import (
@@ -65,6 +65,7 @@ def main() -> None:
     add_run_arguments(parser)
     add_data_arguments(parser)
     add_episode_arguments(parser)
+    add_evaluation_arguments(parser)
     add_model_arguments(parser)
     args = parser.parse_args()
 
@@ -77,14 +78,12 @@ def main() -> None:
     train_set = open_dataset(args, "train", train=True)
     val_set = open_dataset(args, args.set, train=False)
     test_set = open_dataset(args, "test", train=False)
-    train_episodes = draw_episodes(args, train_set, args.val_frequency * args.bs, seed=seed, name="train")
+    train_episodes = draw_episodes(args, train_set, args.val_frequency * args.bs, seed=seed, name="train", train=True)
     val_episodes = draw_episodes(args, val_set, args.val_episode, seed=seed, name=args.set)
     val_episodes = val_episodes if args.random_val_task else list(val_episodes)
     test_episodes = draw_episodes(args, test_set, args.test_episode, seed=seed, name="final test")
 
-    def loader(dataset, episodes):
-        return make_loader(dataset, episodes, num_workers=args.num_workers, device=device)
-
+    loader = make_loader(train_set, train_episodes, num_workers=args.num_workers, device=device)
     labels = episode_labels(args.way, args.query).to(device)
     settings = {"way": args.way, "shot": args.shot}
     sfc_order = named_generator(seed, "train", "sfc")
@@ -92,38 +91,28 @@ def main() -> None:
     def forward(images, _):
         return model(images, generator=sfc_order, **settings), labels
 
-    def run_episodes(episodes, title):
+    def run_episodes(dataset, episodes, title):
         return evaluate(
-            model, episodes, labels, device=device, seed=seed, solver=args.val_solver, title=title, **settings
-        )
+            model, dataset, episodes, labels, device=device, seed=seed, num_workers=args.num_workers, solver=args.val_solver,
+            feature_cache=args.feature_cache, episode_batch=args.episode_batch, title=title, **settings,
+        )  # fmt: skip
 
-    val_loader = loader(val_set, val_episodes)
     path = Path("checkpoint", args.dataset, args.deepemd, f"{args.shot}shot-{args.way}way", args.extra_dir)
     run = RunFolder(path, args)
     fit(
-        model, forward, loader(train_set, train_episodes), lambda: run_episodes(val_loader, args.set), run, model, args,
+        model, forward, loader, lambda: run_episodes(val_set, val_episodes, args.set), run, model, args,
         device=device, accumulate=args.bs, skip_on=(SolverError,),
     )  # fmt: skip
 
     load_encoder_weights(model, run.path / BEST_WEIGHTS)
     watch = Stopwatch()
-    result = run_episodes(loader(test_set, test_episodes), "test")
+    result = run_episodes(test_set, test_episodes, "test")
     run.log(f"test, best model, {args.way}-way {args.shot}-shot, {args.test_episode} episodes: acc {result} ({watch})")
     run.finish(test_acc=result.accuracy, test_interval=result.interval, test_loss=result.loss)
-    keep = [
-        "dataset",
-        "data_dir",
-        "deepemd",
-        "image_size",
-        "way",
-        "shot",
-        "query",
-        "num_patch",
-        "patch_list",
-        "patch_ratio",
-    ]
-    keep += ["feature_pyramid", "temperature", "metric", "norm", "gpu", "seed", "num_workers", "test_episode"]
-    print(f"next: {next_command('eval.py', parser, args, keep, model_dir=run.path / BEST_WEIGHTS)}")
+    keep = "dataset data_dir deepemd image_size way shot query num_patch patch_list patch_ratio fixed_patches feature_pyramid"
+    keep += " temperature metric norm gpu seed num_workers test_episode feature_cache episode_batch amp compile"
+    more = {"solver": args.val_solver} if args.val_solver != "opencv" else {}
+    print(f"next: {next_command('eval.py', parser, args, keep.split(), model_dir=run.path / BEST_WEIGHTS, **more)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataloader import (
     episode_labels,
     open_dataset,
 )
-from engine import add_training_arguments, evaluate, fit, make_loader
+from engine import add_evaluation_arguments, add_training_arguments, evaluate, fit, make_loader
 from Models import Classifier, add_model_arguments, build_model
 from Models.emd import EmdError
 from utils import (
@@ -42,6 +42,7 @@ def main() -> None:
     add_run_arguments(parser)
     add_data_arguments(parser)
     add_episode_arguments(parser)
+    add_evaluation_arguments(parser)
     add_model_arguments(parser)
     args = parser.parse_args()
 
@@ -61,13 +62,13 @@ def main() -> None:
     )
     train_batches = SeededBatches(shuffled, named_generator(seed, "train", "views"))
     train_loader = make_loader(train_set, train_batches, num_workers=args.num_workers, device=device)
-    val_loader = make_loader(val_set, val_episodes, num_workers=args.num_workers, device=device)
 
     def validate():
-        labels = episode_labels(args.way, args.query)
         return evaluate(
-            model, val_loader, labels, way=args.way, shot=args.shot, device=device, seed=seed, title=args.set
-        )
+            model, val_set, val_episodes, episode_labels(args.way, args.query), way=args.way, shot=args.shot, device=device,
+            seed=seed, num_workers=args.num_workers, feature_cache=args.feature_cache, episode_batch=args.episode_batch,
+            title=args.set,
+        )  # fmt: skip
 
     path = Path(
         "checkpoint",

@@ -7,6 +7,7 @@ Axes: E episodes, W way, K shot, Q queries, C channels, N and M nodes, P patches
 """
 
 import argparse
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,10 @@ from utils import InputError, number_above_zero, number_at_least, whole_numbers
 METRICS = {"cosine": "cosine similarity of two nodes"}
 NORMS = {"center": "subtract each node's own mean over channels", "none": "leave the nodes as they are"}
 
+AMP = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 WEIGHT_FLOOR = 1e-3
+SMALLEST_NORM = 1e-8
 
 
 # --- Section 3.4: the weights of the nodes, by cross-reference --------------------------------------------------------
@@ -45,7 +49,7 @@ def cross_reference_weights(nodes: Tensor, other: Tensor) -> Tensor:
     Returns:
         ``(..., A, B, N)``: the weights of the nodes of each A against each B, at least 1e-3, not scaled.
     """
-    return F.relu(torch.einsum("...acn,...bc->...abn", nodes, other.mean(-1))) + WEIGHT_FLOOR
+    return F.relu(other.mean(-1).unsqueeze(-3) @ nodes) + WEIGHT_FLOOR  # (..., 1, B, C) x (..., A, C, N)
 
 
 # --- Section 3.3: the cost of moving mass between two nodes -----------------------------------------------------------
@@ -62,7 +66,7 @@ def cosine_similarity_map(query: Tensor, proto: Tensor, *, norm: str = "center")
     Returns:
         ``(..., Q, W, N, M)``, in [-1, 1].
     """
-    query, proto = _unit_nodes(query, norm), _unit_nodes(proto, norm)
+    query, proto = unit_nodes(query, norm), unit_nodes(proto, norm)
     # One matrix product per episode: (Q*N, C) x (C, W*M).
     q, n = query.shape[-3], query.shape[-1]
     w, m = proto.shape[-3], proto.shape[-1]
@@ -71,12 +75,12 @@ def cosine_similarity_map(query: Tensor, proto: Tensor, *, norm: str = "center")
     return (left @ right).unflatten(-1, (w, m)).unflatten(-3, (q, n)).transpose(-3, -2)
 
 
-def _unit_nodes(nodes: Tensor, norm: str) -> Tensor:
-    if norm not in NORMS:
-        raise ValueError(f"expected norm to be one of {', '.join(NORMS)}; got {norm!r}")
+def unit_nodes(nodes: Tensor, norm: str) -> Tensor:
+    """Nodes ``(..., C, N)`` as the similarity sees them: centred, if ``norm`` says so, and scaled to length 1."""
+    check_geometry("cosine", norm)
     if norm == "center":
         nodes = nodes - nodes.mean(-2, keepdim=True)
-    return F.normalize(nodes, dim=-2, eps=1e-8)
+    return F.normalize(nodes, dim=-2, eps=SMALLEST_NORM)
 
 
 # --- Section 3.2: optimal matching -> logits --------------------------------------------------------------------------
@@ -108,21 +112,35 @@ def emd_logits(
     Returns:
         ``(..., Q, W)``.
     """
-    if metric not in METRICS:
-        raise ValueError(f"expected metric to be one of {', '.join(METRICS)}; got {metric!r}")
     if proto.shape[:-3] != query.shape[:-3] or proto.shape[-2] != query.shape[-2]:
         raise ValueError(
             "expected proto (..., W, C, N) and query (..., Q, C, M) with the same leading axes and C; "
             f"got {tuple(proto.shape)} and {tuple(query.shape)}"
         )
-    mass = query.shape[-1]
-    supply = scale_to_mass(cross_reference_weights(query, proto), mass)  # (..., Q, W, M)
-    demand = scale_to_mass(cross_reference_weights(proto, query), mass).transpose(-3, -2)  # (..., Q, W, N)
-    cost = 1 - cosine_similarity_map(query, proto, norm=norm)  # (..., Q, W, M, N)
-    distance, flow = emd(cost, supply, demand, solver=solver, **options)
+    check_geometry(metric, norm)
+    query_weight = cross_reference_weights(query, proto)  # (..., Q, W, M)
+    proto_weight = cross_reference_weights(proto, query).transpose(-3, -2)  # (..., Q, W, N)
+    similarity = cosine_similarity_map(query, proto, norm=norm)  # (..., Q, W, M, N)
+    return matching_logits(similarity, query_weight, proto_weight, temperature=temperature, solver=solver, **options)
+
+
+def matching_logits(
+    similarity: Tensor, query_weight: Tensor, proto_weight: Tensor, *, temperature: float, solver: str, **options: Any
+) -> Tensor:
+    """The last step of :func:`emd_logits`: similarity ``(..., M, N)`` and weights ``(..., M)``, ``(..., N)`` to ``(...)``."""
+    mass = similarity.shape[-2]
+    supply, demand = scale_to_mass(query_weight, mass), scale_to_mass(proto_weight, mass)
+    distance, flow = emd(1 - similarity, supply, demand, solver=solver, **options)
     # sum(flow * similarity) = sum(flow) - <cost, flow>. The sum of the flow is the mass, but for what an iterative
     # solver leaves undone, and that belongs to the logit (equation 7 as published).
     return temperature / mass * (flow.sum((-2, -1)) - distance)
+
+
+def check_geometry(metric: str, norm: str) -> None:
+    """Raises ValueError for what is no key of ``METRICS`` and ``NORMS``."""
+    for name, value, known in (("metric", metric, METRICS), ("norm", norm, NORMS)):
+        if value not in known:
+            raise ValueError(f"expected {name} to be one of {', '.join(known)}; got {value!r}")
 
 
 # --- The network ------------------------------------------------------------------------------------------------------
@@ -137,6 +155,9 @@ class DeepEMD(nn.Module):
         solver, form, l2_strength, emd_gradient: see :mod:`Models.emd`. Solvers without such an option are not given it.
         sfc_lr, sfc_wd, sfc_update_step, sfc_bs: learning rate, weight decay, passes and batch size of
             :func:`Models.sfc.fit_prototypes`, for ``shot > 1``.
+        checkpoint_activations: see :class:`Models.resnet.ResNet12`.
+        amp: a key of ``AMP``: the number format of the encoder's convolutions. The head stays in float32 and float64.
+        compiled: run the encoder through ``torch.compile``.
         device_ids: with more than one CUDA device, the encoder and the matching are spread over them by torch's
             DataParallel. The module itself lives on the first.
     """
@@ -156,10 +177,19 @@ class DeepEMD(nn.Module):
         sfc_wd: float = 0.0,
         sfc_update_step: int = 100,
         sfc_bs: int = 4,
+        checkpoint_activations: bool = False,
+        amp: str = "off",
+        compiled: bool = False,
         device_ids: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.encoder = ResNet12()
+        if amp not in AMP:
+            raise ValueError(f"expected amp to be one of {', '.join(AMP)}; got {amp!r}")
+        self.encoder = ResNet12(checkpoint_activations=checkpoint_activations)
+        self.amp = amp
+        self.compiled = compiled
+        if compiled:
+            self.encoder.compile()  # in place: no other module, no other key names
         self.feature_pyramid = tuple(feature_pyramid or ())
         self.head = {"temperature": temperature, "metric": metric, "norm": norm}
         self.solver = solver
@@ -213,9 +243,12 @@ class DeepEMD(nn.Module):
         way: int,
         shot: int,
         solver: str | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Tensor:
-        """Nodes to logits: ``(..., K*W, C, N)`` and ``(..., Q, C, N)`` to ``(..., Q, W)``, for one or many episodes."""
+        """Nodes to logits: ``(..., K*W, C, N)`` and ``(..., Q, C, N)`` to ``(..., Q, W)``, for one or many episodes.
+
+        Arguments as for :meth:`forward`; ``generator`` may be one per episode.
+        """
         head = self._head_settings(solver or self.solver)
         proto = support
         if shot > 1:  # section 3.5: the structured fully connected layer
@@ -229,9 +262,18 @@ class DeepEMD(nn.Module):
         return data_parallel(_Head(head), (query, copies), self.device_ids).movedim(0, -2)
 
     def _run_encoder(self, images: Tensor) -> Tensor:
-        if len(self.device_ids) < 2:
-            return self.encoder(images)
-        return data_parallel(self.encoder, images, self.device_ids)
+        with torch.autocast(images.device.type, dtype=AMP[self.amp], enabled=AMP[self.amp] is not None):
+            is_single = len(self.device_ids) < 2
+            maps = self.encoder(images) if is_single else data_parallel(self.encoder, images, self.device_ids)
+        return maps.float() if self.amp != "off" else maps
+
+    def folded(self) -> "DeepEMD":
+        """A copy for evaluation, with the same weights and a faster encoder (see :meth:`Models.resnet.ResNet12.folded`)."""
+        model = copy.copy(self)
+        model._modules = {"encoder": self.encoder.folded()}
+        if self.compiled:
+            model.encoder.compile()
+        return model.eval()
 
     def _head_settings(self, solver: str) -> dict[str, Any]:
         if solver not in SOLVERS:
@@ -290,6 +332,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
         "-emd_gradient", choices=GRADIENTS, default="full", help="gradient of simplex: "
         + "; ".join(f"{name}: {what}" for name, what in GRADIENTS.items()) + " (default: %(default)s)",
     )  # fmt: skip
+    group.add_argument(
+        "-amp", choices=AMP, default="off", help="number format of the encoder, not the head (default: %(default)s)"
+    )
+    group.add_argument("-compile", action="store_true", help="run the encoder through torch.compile")
+    group.add_argument(
+        "-checkpoint_activations", action="store_true",
+        help="in training, compute the encoder's activations twice instead of keeping them: less memory, more time",
+    )  # fmt: skip
     group = parser.add_argument_group("structured fully connected layer, for -shot above 1")
     group.add_argument(
         "-sfc_lr", type=number_above_zero(float), default=sfc_lr, help="learning rate (default: %(default)s)"
@@ -324,4 +374,7 @@ def build_model(args: argparse.Namespace, *, device_ids: Sequence[int] = ()) -> 
             f"-feature_pyramid goes with -deepemd fcn; got -deepemd {args.deepemd}, whose nodes are patches"
         )
     names = "temperature metric norm feature_pyramid solver form l2_strength emd_gradient sfc_lr sfc_wd sfc_update_step sfc_bs"
-    return DeepEMD(device_ids=device_ids, **{name: getattr(args, name) for name in names.split()})
+    names += " checkpoint_activations amp"
+    return DeepEMD(
+        device_ids=device_ids, compiled=args.compile, **{name: getattr(args, name) for name in names.split()}
+    )

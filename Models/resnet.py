@@ -1,8 +1,14 @@
 """The encoder: ResNet-12 of the TADAM/FEAT family (DeepEMD paper, section 5.1, "Network")."""
 
-import torch.nn as nn
-from torch import Tensor
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint
 
 LEAK = 0.1
 WIDTHS = (64, 160, 320, 640)
@@ -38,16 +44,35 @@ class ResidualBlock(nn.Module):
         return F.max_pool2d(F.leaky_relu(out, LEAK, inplace=True), kernel_size=2)
 
 
+@contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """Batch norm normalises by the batch, but its running statistics stay as they are."""
+    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+
+
 class ResNet12(nn.Module):
     """Images ``(B, 3, H, W)`` to a feature map ``(B, 640, H // 16, W // 16)``; 84 pixels give 5 x 5.
 
     12,424,320 parameters. H and W must be at least 16.
+
+    Args:
+        checkpoint_activations: in training, keep only what enters each block and compute the rest again on the way back.
     """
 
     out_channels = WIDTHS[-1]
 
-    def __init__(self) -> None:
+    def __init__(self, *, checkpoint_activations: bool = False) -> None:
         super().__init__()
+        self.checkpoint_activations = checkpoint_activations
         for number, (before, after) in enumerate(zip((3, *WIDTHS[:-1]), WIDTHS, strict=True), start=1):
             # One block to a layer, kept in a Sequential because the released key names say "layer1.0.".
             self.add_module(f"layer{number}", nn.Sequential(ResidualBlock(before, after)))
@@ -56,4 +81,27 @@ class ResNet12(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layer4(self.layer3(self.layer2(self.layer1(images))))
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            images = self._checkpointed(layer, images) if self._is_checkpointing() else layer(images)
+        return images
+
+    def _is_checkpointing(self) -> bool:
+        return self.checkpoint_activations and self.training and torch.is_grad_enabled()
+
+    @staticmethod
+    def _checkpointed(layer: nn.Module, images: Tensor) -> Tensor:
+        # The second pass must not count the batch again.
+        contexts = lambda: (nullcontext(), _statistics_kept(layer))  # noqa: E731
+        return checkpoint(layer, images, use_reentrant=False, context_fn=contexts)
+
+    def folded(self) -> "ResNet12":
+        """A copy for evaluation: batch norm folded into the convolutions, channels last. The same to float rounding."""
+        encoder = copy.deepcopy(self).eval().requires_grad_(False)
+        for layer in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
+            block = layer[0]
+            for number in (1, 2, 3):
+                conv = fuse_conv_bn_eval(getattr(block, f"conv{number}"), getattr(block, f"bn{number}"))
+                setattr(block, f"conv{number}", conv)
+                setattr(block, f"bn{number}", nn.Identity())
+            block.downsample = nn.Sequential(fuse_conv_bn_eval(block.downsample[0], block.downsample[1]))
+        return encoder.to(memory_format=torch.channels_last)

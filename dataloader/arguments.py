@@ -3,6 +3,8 @@
 import argparse
 import os
 
+import torch
+
 from dataloader.catalog import CATALOG
 from dataloader.dataset import ImageDataset
 from dataloader.episodes import EpisodeSampler, SeededBatches
@@ -22,6 +24,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-num_patch", type=number_at_least(1, int), default=9, help="sampling: patches per image (default: %(default)s)"
     )
+    group.add_argument(
+        "-fixed_patches", action="store_true",
+        help="sampling: draw the patches of an image once in validation and test, not anew for each use",
+    )  # fmt: skip
     group.add_argument(
         "-patch_list", type=whole_numbers, default=(2, 3), metavar="CELLS",
         help="grid: cells along an edge, for each level of the pyramid (default: 2,3)",
@@ -73,13 +79,18 @@ def open_dataset(args: argparse.Namespace, split: str, *, train: bool, deepemd: 
 
 
 def draw_episodes(
-    args: argparse.Namespace, dataset: ImageDataset, episodes: int, *, seed: int, name: str
+    args: argparse.Namespace, dataset: ImageDataset, episodes: int, *, seed: int, name: str, train: bool = False
 ) -> SeededBatches:
-    """Episodes of the shape that the flags give them; ``name`` keeps the draws of several uses apart."""
+    """Episodes of the shape that the flags give them; ``name`` keeps the draws of several uses apart.
+
+    ``-fixed_patches`` holds for evaluation only; ``train`` passes it over.
+    """
     try:
         sampler = EpisodeSampler(
             dataset.labels, episodes, args.way, args.shot + args.query, named_generator(seed, name, "episodes")
         )
     except InputError as error:
         raise InputError(f"{args.dataset}, {name} episodes: {error}") from None
-    return SeededBatches(sampler, named_generator(seed, name, "views"))
+    generator = named_generator(seed, name, "views")
+    fixed = torch.randint(2**62, (len(dataset),), generator=generator) if args.fixed_patches and not train else None
+    return SeededBatches(sampler, generator, seed_per_image=fixed)

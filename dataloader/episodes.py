@@ -68,17 +68,28 @@ class EpisodeSampler(Sampler[list[int]]):
 
 
 class SeededBatches(Sampler[list[tuple[int, int]]]):
-    """Gives every index of the batches it is made from a seed of its own, as :class:`ImageDataset` takes them."""
+    """Gives every index of the batches it is made from a seed, as :class:`ImageDataset` takes them.
 
-    def __init__(self, batches: Iterable[Sequence[int]], generator: torch.Generator) -> None:
-        self.batches, self.generator = batches, generator
+    Args:
+        batches: lists of indices.
+        generator: draws the seeds.
+        seed_per_image: ``(B,)`` one seed for each image of the data set, whenever it comes; none are drawn then.
+    """
+
+    def __init__(
+        self, batches: Iterable[Sequence[int]], generator: torch.Generator, seed_per_image: Tensor | None = None
+    ) -> None:
+        self.batches, self.generator, self.seed_per_image = batches, generator, seed_per_image
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for batch in self.batches:
-            seeds = torch.randint(2**62, (len(batch),), generator=self.generator)
+            if self.seed_per_image is None:
+                seeds = torch.randint(2**62, (len(batch),), generator=self.generator)
+            else:
+                seeds = self.seed_per_image[torch.as_tensor(batch)]
             yield list(zip(batch, seeds.tolist(), strict=True))
 
 

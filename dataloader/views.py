@@ -1,18 +1,26 @@
 """How a PIL image becomes what the encoder sees: one tensor, a grid of patches, or random patches.
 
 A view is called with an RGB image and gives ``(3, S, S)`` (fcn) or ``(P, 3, S, S)`` (grid, sampling), normalised;
-S is the image size. Its random draws come from torch's global generator, which the data set seeds per image.
-Sizes of the published system: S = 84, shorter steps in proportion.
+S is the image size. ``is_random`` says whether two calls may differ. The random draws come from torch's global
+generator, which the data set seeds per image. Sizes of the published system: S = 84, shorter steps in proportion.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-View = Callable[[Image.Image], Tensor]
+
+class View(Protocol):
+    """What every view is."""
+
+    is_random: bool
+
+    def __call__(self, image: Image.Image) -> Tensor: ...
+
 
 # The evaluation view of whole images resizes to 92 and cuts the middle 84.
 RESIZE_TO, CROP_TO = 92, 84
@@ -39,6 +47,7 @@ class FcnView:
     """The whole image: ``(3, S, S)``. In training a random crop and flip, otherwise the middle."""
 
     def __init__(self, *, train: bool, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.is_random = train
         if train:
             geometry = [transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip()]
         else:
@@ -67,6 +76,7 @@ class GridView:
         patch_list: Sequence[int],
         patch_ratio: float,
     ) -> None:
+        self.is_random = train
         self.train, self.patch_list, self.patch_ratio = train, patch_list, patch_ratio
         flip = [transforms.RandomHorizontalFlip()] if train else []
         self.transform = transforms.Compose([transforms.Resize([image_size, image_size]), *flip, _to_tensor(mean, std)])
@@ -88,6 +98,7 @@ class SamplingView:
     """``num_patch`` random crops, flipped at random, in training and in evaluation: ``(P, 3, S, S)``."""
 
     def __init__(self, *, image_size: int, mean: Sequence[float], std: Sequence[float], num_patch: int) -> None:
+        self.is_random = True
         self.num_patch = num_patch
         self.transform = transforms.Compose(
             [transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(), _to_tensor(mean, std)]

@@ -13,9 +13,15 @@ CPU = torch.device("cpu")
 
 
 class Samples(torch.utils.data.Dataset):
-    """Sample i is the vector of i."""
+    """Sample i is the vector of i; its view is random or not, as one is told. Counts what it is asked for."""
 
-    def __getitem__(self, index):
+    def __init__(self, is_random=False):
+        self.view = argparse.Namespace(is_random=is_random)
+        self.asked = []
+
+    def __getitem__(self, item):
+        self.asked.append(item)
+        index = item[0] if isinstance(item, tuple) else item
         return torch.full((2,), float(index)), index % 2
 
 
@@ -24,31 +30,63 @@ class FixedLogits(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.draws = []
+        self.draws, self.encoded = [], []
 
-    def forward(self, images, *, way, shot, solver, generator):
-        self.draws.append(torch.rand((), generator=generator).item())
-        right = int(images[0, 0])
-        classes = torch.arange(way).repeat(len(images) // way - shot)
-        return nn.functional.one_hot(
-            torch.where(torch.arange(len(classes)) < right, classes, (classes + 1) % way), way
-        ).float()
+    def folded(self):
+        return self
+
+    def encode(self, images):
+        self.encoded.append(len(images))
+        return images.unsqueeze(2)  # (B, C, 1)
+
+    def match(self, support, query, *, way, shot, solver, generator):
+        self.draws += [torch.rand((), generator=one).item() for one in generator]
+        right = support[:, 0, 0, 0].unsqueeze(1)  # (E, 1)
+        number = torch.arange(query.shape[1])
+        return nn.functional.one_hot((number % way + (number >= right)) % way, way).float()
+
+
+LABELS = torch.tensor([0, 1, 0, 1])
+SHAPE = {"way": 2, "shot": 1, "device": CPU, "seed": 3}
+
+
+def episode(*indices):
+    return [(index, 100 + index) for index in indices]
 
 
 def test_evaluate_counts_and_seeds_each_episode():
     model = FixedLogits()
-    loader = make_loader(Samples(), [[k, 9, 9, 9, 9, 9] for k in (4, 2, 0)], num_workers=0, device=CPU)
-    labels = torch.tensor([0, 1, 0, 1])
-    result = evaluate(model, loader, labels, way=2, shot=1, device=CPU, seed=3)
+    result = evaluate(model, Samples(), [episode(k, 9, 9, 9, 9, 9) for k in (4, 2, 0)], LABELS, **SHAPE)
     assert result.accuracies == [100, 50, 0]
     assert result.accuracy == 50
     assert str(result).startswith("50.00 +- 46.20")
-    first = model.draws
-    model.draws = []
-    shorter = make_loader(Samples(), [[k, 9, 9, 9, 9, 9] for k in (0, 4)], num_workers=0, device=CPU)
-    evaluate(model, shorter, labels, way=2, shot=1, device=CPU, seed=3)
+    first, model.draws = model.draws, []
+    evaluate(model, Samples(), [episode(k, 9, 9, 9, 9, 9) for k in (0, 4)], LABELS, **SHAPE)
     assert model.draws == first[:2]
     assert len(set(first)) == 3
+
+
+@pytest.mark.parametrize("episode_batch", [1, 2, 8])
+@pytest.mark.parametrize("is_random", [False, True])
+@pytest.mark.parametrize("feature_cache", ["auto", "off"])
+def test_each_image_is_encoded_once(episode_batch, is_random, feature_cache):
+    episodes = [episode(k % 5, 5, 6, 7, 8, 9) for k in range(7)]
+    data, model = Samples(is_random), FixedLogits()
+    settings = {"episode_batch": episode_batch, "feature_cache": feature_cache, **SHAPE}
+    result = evaluate(model, data, episodes, LABELS, **settings)
+    assert result.accuracies == [25.0 * k for k in (0, 1, 2, 3, 4, 0, 1)]
+    # One more for the shape. The seeds are those of the images here, so random views repeat as well.
+    assert len(data.asked) == sum(model.encoded) == 1 + (10 if feature_cache == "auto" else 42)
+    assert all(isinstance(item, tuple) == is_random for item in data.asked)
+
+
+def test_more_images_than_fit_are_gone_through_in_rounds(monkeypatch):
+    monkeypatch.setattr("engine.CACHE_BYTES", 20 * 4 * 2)  # room for 20 images
+    episodes = [episode(*range(k, k + 6)) for k in range(0, 60, 2)] * 2
+    data, model = Samples(), FixedLogits()
+    result = evaluate(model, data, episodes, LABELS, episode_batch=2, **SHAPE)
+    assert result.accuracies == [25.0 * min(k, 4) for k in range(0, 60, 2)] * 2
+    assert len(data.asked) < len(episodes) * 6 / 2
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from Models.deepemd import emd_logits
-from Models.sfc import fit_prototypes
+from Models.sfc import _SupportLoss, fit_prototypes
 
 WAY, SHOT = 3, 2
 SETTINGS = {"way": WAY, "shot": SHOT, "lr": 1.0, "steps": 3, "batch_size": 4}
@@ -75,3 +75,15 @@ def test_weight_decay_shrinks():
 def test_bad_input(nodes, change, message):
     with pytest.raises(ValueError, match=message):
         fit_prototypes(nodes, **{**SETTINGS, **change})
+
+
+@pytest.mark.parametrize("head", [{"solver": "simplex"}, {"solver": "opencv"}, {"solver": "ipm", "norm": "none"}])
+def test_gradient_by_hand_is_that_of_the_head(head):
+    nodes = support().double()
+    proto = nodes[:WAY].clone() + 0.1
+    chosen = torch.tensor([[0, 4, 5, 1]])
+    leaf = proto.clone().requires_grad_()
+    F.cross_entropy(emd_logits(leaf, nodes[chosen[0]], **head), chosen[0] % WAY).backward()
+    problem = _SupportLoss(nodes.unsqueeze(0), WAY, **head)
+    found = problem.gradient(proto.mT.unsqueeze(0).contiguous(), torch.zeros(1, 1, dtype=torch.long), chosen)
+    torch.testing.assert_close(found[0].mT, leaf.grad, atol=1e-6, rtol=1e-4)

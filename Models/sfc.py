@@ -6,6 +6,7 @@ here from the K support images of each class.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,9 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from Models.emd.on_cpu import one_thread
+
 # The published settings. The dampening scales every step but the first to a tenth, which is why the learning rates in
 # use look large.
 MOMENTUM, DAMPENING = 0.9, 0.9
+# Numbers in all prototypes together below which several threads of a CPU would wait for each other more than they work.
+SMALL = 1 << 18
 
 
 def fit_prototypes(
@@ -70,16 +75,17 @@ def fit_prototypes(
     problem = _SupportLoss(support, way, **head)
     proto = support.unflatten(1, (shot, way)).mean(1).mT.contiguous()  # (E, W, N, C): channels last, see below
     momentum = None
-    for step in range(steps):
-        for chosen in order[:, step].split(batch_size, dim=1):  # (E, b)
-            gradient = problem.gradient(proto, rows, chosen)
-            if weight_decay:
-                gradient.add_(proto, alpha=weight_decay)
-            if momentum is None:
-                momentum = gradient
-            else:
-                momentum.mul_(MOMENTUM).add_(gradient, alpha=1 - DAMPENING)
-            proto.sub_(momentum, alpha=lr)
+    with one_thread(proto.device) if proto.numel() < SMALL else nullcontext():
+        for step in range(steps):
+            for chosen in order[:, step].split(batch_size, dim=1):  # (E, b)
+                gradient = problem.gradient(proto, rows, chosen)
+                if weight_decay:
+                    gradient.add_(proto, alpha=weight_decay)
+                if momentum is None:
+                    momentum = gradient
+                else:
+                    momentum.mul_(MOMENTUM).add_(gradient, alpha=1 - DAMPENING)
+                proto.sub_(momentum, alpha=lr)
     return proto.mT.reshape(*episode_shape, way, channels, nodes)
 
 

@@ -1,16 +1,17 @@
 """What the solvers on the CPU share: one transfer each way per batch, and threads."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Below this many problems per thread, handing them out costs more than it saves.
-PROBLEMS_PER_THREAD = 16
+# Below this many cells of cost per thread, handing the problems out costs more than it saves.
+CELLS_PER_THREAD = 10_000
 
 
 def to_numpy(cost: Tensor, supply: Tensor, demand: Tensor, dtype: torch.dtype) -> tuple[np.ndarray, ...]:
@@ -23,12 +24,15 @@ def to_numpy(cost: Tensor, supply: Tensor, demand: Tensor, dtype: torch.dtype) -
     return tuple(tensor.to(dtype).contiguous().numpy() for tensor in tensors)
 
 
-def in_threads(work: Callable[[int, int], None], problems: int) -> None:
-    """Call ``work(first, last)`` on ranges that cover all problems, in threads; it must release the interpreter lock.
+def in_threads(work: Callable[[int, int], None], cost: np.ndarray) -> None:
+    """Call ``work(first, last)`` on ranges that cover all problems of ``cost (B,N,M)``, in threads.
+
+    ``work`` should release the interpreter lock.
 
     As many threads as ``torch.get_num_threads()`` says, so that one setting governs the whole process.
     """
-    threads = min(torch.get_num_threads(), problems // PROBLEMS_PER_THREAD)
+    problems = len(cost)
+    threads = min(torch.get_num_threads(), problems, cost.size // CELLS_PER_THREAD)
     if threads < 2:
         work(0, problems)
         return
@@ -36,6 +40,18 @@ def in_threads(work: Callable[[int, int], None], problems: int) -> None:
     pool = _pool(os.getpid())
     for done in [pool.submit(work, *pair) for pair in zip(bounds[:-1], bounds[1:], strict=True)]:
         done.result()
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """Keep torch to one thread, where ``device`` is the CPU."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @lru_cache(maxsize=1)

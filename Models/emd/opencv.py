@@ -32,7 +32,7 @@ def _solve_arrays(cost: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> n
             except cv2.error as error:
                 raise SolverError(f"opencv failed on problem {index} of {len(cost)}: {error}") from error
 
-    in_threads(work, len(cost))  # cv2 releases the interpreter lock while it solves
+    in_threads(work, cost)  # cv2 releases the interpreter lock while it solves
     # cv2 leaves out what it did not move when it gives up, so a wrong answer shows in the marginals.
     miss = np.maximum(np.abs(flow.sum(2) - supply).max(1), np.abs(flow.sum(1) - demand).max(1))
     bad = np.flatnonzero(~(miss <= 1e-3 * np.maximum(supply.sum(1), np.finfo(np.float32).tiny)))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from Models.emd.errors import MissingLibraryError, SolverError
 from Models.emd.forms import QP_RIDGE, check_form, forced_flow
+from Models.emd.on_cpu import one_thread
 
 # qpth returns its best iterate without a word about how good that is. A flow that misses the weights by more than the
 # first share of the mass is no flow at all; one that misses them by more than the second is usable, but worth a word.
@@ -133,11 +134,5 @@ def _check_flow(flow: Tensor, supply: Tensor, demand: Tensor, form: str) -> None
 def _guard(device: torch.device) -> Iterator[None]:
     # One thread of ours at a time, since qpth keeps a work matrix in a global; and on a CPU one thread of MKL's, since
     # with several its batched LU of more than about 150 unknowns hangs.
-    with _one_at_a_time:
-        before = torch.get_num_threads()
-        if device.type == "cpu":
-            torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+    with _one_at_a_time, one_thread(device):
+        yield

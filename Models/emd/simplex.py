@@ -82,7 +82,7 @@ def solve_arrays(cost: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> tu
     def work(first: int, last: int) -> None:
         kernel.solve_range(cost, supply, demand, first, last, ROWS_PER_PRICING, value, flow, u, v, status, pivots)
 
-    in_threads(work, len(cost))
+    in_threads(work, cost)
     failed = np.flatnonzero(status != kernel.SOLVED)
     if len(failed):
         index = failed[0]

@@ -261,3 +261,10 @@ def test_seeds_are_drawn_apart_from_the_episodes():
     seeded = list(SeededBatches(sampler, torch.Generator().manual_seed(2)))
     assert [[index for index, _ in batch] for batch in seeded] == plain
     assert len({seed for batch in seeded for _, seed in batch}) == 12
+
+
+def test_one_seed_per_image():
+    labels = torch.arange(6).repeat_interleave(4)
+    sampler = EpisodeSampler(labels, 4, 3, 2, torch.Generator().manual_seed(1))
+    batches = list(SeededBatches(sampler, torch.Generator(), seed_per_image=torch.arange(24) + 1000))
+    assert all(seed == index + 1000 for batch in batches for index, seed in batch)

@@ -46,7 +46,8 @@ def test_imports_run_one_way(place):
 FLAGS = """
 common: dataset=miniimagenet data_dir=datasets way=5 shot=1 query=15 temperature=12.5 metric=cosine norm=center deepemd=fcn
   feature_pyramid=none gpu seed=1 extra_dir= num_workers image_size=84 num_patch=9 patch_list=2,3 patch_ratio=2.0 solver=opencv
-  form=L2 l2_strength=1e-06 emd_gradient=full sfc_wd=0.0 sfc_update_step=100 sfc_bs=4
+  form=L2 l2_strength=1e-06 emd_gradient=full feature_cache=auto episode_batch=8 fixed_patches amp=off compile
+  checkpoint_activations sfc_wd=0.0 sfc_update_step=100 sfc_bs=4
 train_pretrain: max_epoch=120 lr=0.1 step_size=30 gamma=0.2 bs=128 set=val num_episode=100 save_all random_val_task
 train_meta: set=val bs=1 max_epoch=100 lr=0.0005 step_size=10 gamma=0.5 val_frequency=50 random_val_task save_all
   val_episode=1000 test_episode=5000 pretrain_dir=deepemd_pretrain_model/ sfc_lr=0.1 val_solver=opencv

@@ -54,7 +54,6 @@ def test_three_stages(trained):
     results = (meta / "results.txt").read_text().splitlines()
     assert [line.split(":")[0] for line in results[:2]] == ["epoch 1/2", "epoch 2/2"]
     assert results[2].startswith("test, best model, 5-way 1-shot, 4 episodes: acc")
-    # The final test of the training run is what eval.py finds for the same weights, drawn from other episodes.
     assert not list(cwd.rglob("*.part"))
 
 
@@ -136,6 +135,32 @@ def test_eval_needs_only_its_split_and_shows_the_running_mean(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.search(r"acc \d+\.\d\d \+- \d+\.\d\d %", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [[], ["-deepemd", "grid", "-patch_list", "1,2"], ["-deepemd", "sampling", "-num_patch", "2", "-fixed_patches"]],
+)
+def test_cache_and_batches_change_no_accuracy(trained, glyphs, variant):
+    cwd, _ = trained
+    weights = cwd / "checkpoint/pre_train/glyphs/64-0.0100-30-0.20"
+    flags = [
+        "-dataset",
+        "glyphs",
+        "-data_dir",
+        glyphs,
+        *SMALL,
+        "-model_dir",
+        weights,
+        "-test_episode",
+        12,
+        "-way",
+        3,
+        *variant,
+    ]
+    ways = [[], ["-feature_cache", "off"], ["-episode_batch", 5, "-num_workers", 1]]
+    found = [re.search(r"acc .*%", succeed("eval.py", *flags, *extra, cwd=cwd))[0] for extra in ways]
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,11 @@ class Solver(NamedTuple):
 
 SOLVERS: dict[str, Solver] = {
     "opencv": Solver("opencv", (), "exact, float32, on the CPU; gradient for the cost only"),
-    "simplex": Solver("simplex", ("gradient",), "exact, float64, on the CPU, fast; gradient as -emd_gradient says"),
+    "simplex": Solver(
+        "simplex",
+        ("gradient",),
+        "exact, float64, on the CPU, fast; gradient for cost and weights, or for the cost only",
+    ),
     "ipm": Solver(
         "interior_point",
         ("form", "l2_strength", "differentiable_flow"),

@@ -85,7 +85,7 @@ Item = int | tuple[int, int]
 # gone through in rounds, each of which fits.
 CACHE_BYTES = 1 << 30
 # Images (patches) encoded at once, per device.
-ENCODE_BATCH = {"cpu": 32, "cuda": 256}
+ENCODE_BATCH = {"cpu": 8, "cuda": 256}
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -216,11 +216,15 @@ def _room_for(images: int, shape: torch.Size, device: torch.device) -> Tensor:
 class StepGuard:
     """Lets the optimiser step only on whole, finite gradients; counts the steps that were skipped.
 
+    Args:
+        scaler: scales the loss, where half precision needs it.
+
     Raises:
         InputError: from :meth:`step`, when skipped steps follow each other without end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        self.scaler = scaler or torch.amp.GradScaler(enabled=False)
         self.skipped = 0
         self.in_a_row = 0
         self.failure: str | None = None
@@ -231,12 +235,16 @@ class StepGuard:
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Step or skip, and clear the gradients."""
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         failure, self.failure = self.failure, None
-        if failure is None and not torch.isfinite(torch.stack([gradient.norm() for gradient in gradients]).sum()):
-            failure = "gradient not finite"
         if failure is None:
-            optimizer.step()
+            self.scaler.unscale_(optimizer)
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            if torch.isfinite(torch.stack([gradient.norm() for gradient in gradients]).sum()):
+                self.scaler.step(optimizer)
+            else:
+                failure = "gradient not finite"
+            self.scaler.update()  # to a smaller scale, if that was at fault
+        if failure is None:
             self.in_a_row = 0
         else:
             self.skipped += 1
@@ -275,7 +283,7 @@ def train_epoch(
         try:
             logits, labels = forward(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
             loss = F.cross_entropy(logits, labels)
-            (loss / accumulate).backward()
+            guard.scaler.scale(loss / accumulate).backward()
             losses.append(loss.item())
             accuracies.append(100 * (logits.argmax(1) == labels).float().mean().item())
             step = (epoch - 1) * len(loader) + number
@@ -315,7 +323,7 @@ def fit(
         accumulate, skip_on: see :func:`train_epoch`.
     """
     optimizer, scheduler = make_optimizer(network, args)
-    guard = StepGuard()
+    guard = StepGuard(torch.amp.GradScaler(device.type, enabled=args.amp == "float16"))
     best = -1.0
     for epoch in range(1, args.max_epoch + 1):
         watch = Stopwatch()

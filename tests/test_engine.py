@@ -91,7 +91,7 @@ def test_more_images_than_fit_are_gone_through_in_rounds(monkeypatch):
 
 @pytest.fixture
 def settings(tmp_path):
-    args = argparse.Namespace(max_epoch=3, lr=0.1, step_size=2, gamma=0.5, save_all=True, set="val")
+    args = argparse.Namespace(max_epoch=3, lr=0.1, step_size=2, gamma=0.5, save_all=True, set="val", amp="off")
     return args, RunFolder(tmp_path / "run", args)
 
 
@@ -179,3 +179,19 @@ def test_a_failing_batch_costs_its_step(settings):
     calls.clear()
     with pytest.raises(ArithmeticError):
         train_epoch(forward, loader, optimizer, guard, run, epoch=1, device=CPU)
+
+
+def test_float16_scales_the_loss_and_backs_off(settings):
+    args, run = settings
+    network = nn.Linear(2, 2)
+    optimizer, _ = make_optimizer(network, args)
+    guard = StepGuard(torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=1000))
+    start = network.weight.detach().clone()
+    loader = make_loader(Samples(), [[2, 3]] * 3, num_workers=0, device=CPU)
+    train_epoch(
+        lambda images, labels: (network(images), labels), loader, optimizer, guard, run, epoch=1, device=CPU
+    )  # fmt: skip
+    assert guard.skipped >= 1
+    assert guard.scaler.get_scale() == 2.0 ** (127 - guard.skipped)
+    assert torch.equal(network.weight, start) == (guard.skipped == 3)
+    assert network.weight.isfinite().all()

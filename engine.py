@@ -146,7 +146,8 @@ def evaluate(
         capacity = max(capacity, CACHE_BYTES // (4 * shape.numel()))
     rounds = _rounds(wanted, capacity, distinct=feature_cache == "off")
     patches = first.shape[0] if first.dim() == 4 else 1
-    encode_batch = max(1, ENCODE_BATCH.get(device.type, 32) * max(1, torch.cuda.device_count()) // patches)
+    devices = max(1, len(getattr(model, "device_ids", ())))
+    encode_batch = max(1, devices * ENCODE_BATCH.get(device.type, ENCODE_BATCH["cpu"]) // patches)
     batches = [items[k : k + encode_batch] for items, _ in rounds for k in range(0, len(items), encode_batch)]
     loader = iter(make_loader(dataset, batches, num_workers=num_workers, device=device))
 

@@ -1,5 +1,7 @@
 """Stage 3: the test protocol. Accuracy of a checkpoint over many episodes."""
 
+from pathlib import Path
+
 from dataloader import add_data_arguments, add_episode_arguments, draw_episodes, episode_labels, open_dataset
 from engine import add_evaluation_arguments, evaluate
 from Models import add_model_arguments, build_model
@@ -7,6 +9,7 @@ from Models.emd import EmdError
 from utils import (
     Stopwatch,
     add_run_arguments,
+    append_line,
     choose_device,
     load_encoder_weights,
     make_parser,
@@ -59,10 +62,13 @@ def main() -> None:
         episode_batch=args.episode_batch,
         title=args.set,
     )
-    print(
+    line = (
         f"{args.dataset} {args.set}, {args.deepemd}, {args.way}-way {args.shot}-shot, {args.test_episode} episodes: "
         f"acc {result} ({watch})"
     )
+    print(line)
+    if args.extra_dir:
+        append_line(Path("checkpoint", "eval", args.extra_dir, "results.txt"), f"{line}, {args.model_dir}")
 
 
 if __name__ == "__main__":

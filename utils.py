@@ -47,7 +47,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "-seed", type=number_at_least(0, int), default=1,
         help="0 draws a seed and lets cuDNN choose the fastest kernels (default: %(default)s)",
     )  # fmt: skip
-    group.add_argument("-extra_dir", default="", help="a further folder below the run folder, to keep runs apart")
+    group.add_argument(
+        "-extra_dir",
+        default="",
+        help="a further folder below the run folder, to keep runs apart; eval.py then adds its result to "
+        "checkpoint/eval/<extra_dir>/results.txt",
+    )
 
 
 def number_at_least(minimum: float, kind: type) -> Callable[[str], Any]:
@@ -197,8 +202,7 @@ class RunFolder:
     def log(self, line: str) -> None:
         """Print a line, and add it to ``results.txt``."""
         print(line)
-        with (self.path / "results.txt").open("a", encoding="utf-8") as results:
-            results.write(line + "\n")
+        append_line(self.path / "results.txt", line)
 
     def scalars(self, step: int, **values: float) -> None:
         """Send scalars to TensorBoard, as ``data/<name>``."""
@@ -224,6 +228,13 @@ class RunFolder:
         params = {key: value.detach().cpu() for key, value in state.items()}
         _write_atomically(self.path / name, lambda file: torch.save({"params": params}, file))
         return self.path / name
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file, made with its folder where it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

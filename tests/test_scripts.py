@@ -131,10 +131,11 @@ def test_eval_needs_only_its_split_and_shows_the_running_mean(tmp_path):
         write_images(tmp_path / "own" / "val" / f"class{number}", 3, seed=number)
     done = run(
         "eval.py", "-dataset", "folder", "-data_dir", "own", "-set", "val", "-model_dir", "none", *SMALL, "-test_episode", 20,
-        cwd=tmp_path,
+        "-extra_dir", "mine", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.search(r"acc \d+\.\d\d \+- \d+\.\d\d %", done.stderr)
+    assert (tmp_path / "checkpoint/eval/mine/results.txt").read_text() == done.stdout.strip() + ", none\n"
 
 
 @pytest.mark.parametrize(

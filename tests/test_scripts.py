@@ -159,9 +159,9 @@ def test_cache_and_batches_change_no_accuracy(trained, glyphs, variant):
         3,
         *variant,
     ]
-    ways = [[], ["-feature_cache", "off"], ["-episode_batch", 5, "-num_workers", 1]]
+    ways = [[], ["-feature_cache", "off", "-episode_batch", 5, "-num_workers", 1]]
     found = [re.search(r"acc .*%", succeed("eval.py", *flags, *extra, cwd=cwd))[0] for extra in ways]
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
 
 
 @pytest.fixture(scope="module")

@@ -179,6 +179,7 @@ def evaluate(
             mean, interval = mean_confidence_interval(accuracies)
             bar.set_postfix_str(f"acc {mean:.2f} +- {interval:.2f} %", refresh=False)
             bar.update(len(group))
+        del nodes, chosen  # before there is room for the next round's
     bar.close()
     return Evaluation(sum(losses) / len(losses), *mean_confidence_interval(accuracies), accuracies)
 

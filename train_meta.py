@@ -5,7 +5,7 @@ from pathlib import Path
 from dataloader import add_data_arguments, add_episode_arguments, draw_episodes, episode_labels, open_dataset
 from engine import add_evaluation_arguments, add_training_arguments, evaluate, fit, make_loader
 from Models import add_model_arguments, build_model
-from Models.emd import SOLVERS, EmdError, SolverError
+from Models.emd import SOLVERS, EmdError, ProblemError, SolverError
 from utils import (
     BEST_WEIGHTS,
     RunFolder,
@@ -101,7 +101,7 @@ def main() -> None:
     run = RunFolder(path, args)
     fit(
         model, forward, loader, lambda: run_episodes(val_set, val_episodes, args.set), run, model, args,
-        device=device, accumulate=args.bs, skip_on=(SolverError,),
+        device=device, accumulate=args.bs, skip_on=(SolverError, ProblemError),
     )  # fmt: skip
 
     load_encoder_weights(model, run.path / BEST_WEIGHTS)

@@ -4,6 +4,8 @@
     python benchmarks/episodes.py -image_size 32         a quick look
     python benchmarks/episodes.py -only end_to_end       one part: parts, sfc, end_to_end, training
 
+"parts" has a row per variant and shot, whose memory is the peak of a fresh process that does ours alone.
+
 The published way: every episode encoded anew, similarity through expanded (Q, W, N, N, C) tensors, one solver call per
 pair of query and prototype. It is written here from its description, and runs in the same process on the same threads.
 Times are the best of at least two calls. Encoding time is proportional to the number of images, so it is measured on one
@@ -12,6 +14,7 @@ batch and multiplied; what is multiplied instead of run is marked with *.
 
 import argparse
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -119,27 +122,68 @@ def encoding_times(model: DeepEMD, image_size: int) -> tuple[float, float]:
         )
 
 
+def head_times(model: DeepEMD, nodes: int) -> tuple[float, float]:
+    """Seconds to match 75 queries with 5 prototypes: ours, and the published way."""
+    support, query = torch.randn(WAY, 640, nodes).abs(), torch.randn(WAY * QUERY, 640, nodes).abs()
+    with torch.no_grad():
+        ours = best_time(lambda: model.match(support, query, way=WAY, shot=1), 5)
+        return ours, best_time(lambda: published_logits(support, query))
+
+
+def sfc_times(nodes: int, solver: str, episodes: int, **options: str) -> float:
+    """Seconds per episode for 100 passes over 25 support images, in batches of 4, ``episodes`` fitted at once."""
+    support = torch.randn(episodes, 5 * WAY, 640, nodes, generator=torch.Generator().manual_seed(0)).abs()
+    settings = {"way": WAY, "shot": 5, "lr": 100.0, "batch_size": 4, "solver": solver, **options}
+    fit_prototypes(support, steps=1, **settings)
+    return 100 / 10 * best_time(lambda: fit_prototypes(support, steps=10, **settings)) / episodes
+
+
+def published_sfc_time(nodes: int) -> float:
+    support = torch.randn(5 * WAY, 640, nodes, generator=torch.Generator().manual_seed(0)).abs()
+    published_sfc(support, 5, 1, 100.0)
+    return 100 / 3 * best_time(lambda: published_sfc(support, 5, 3, 100.0))
+
+
+def peak_memory(deepemd: str, shot: int, image_size: int) -> None:
+    """Print the peak memory of this process, in MB, over the encoding and the matching of 8 episodes."""
+    model = DeepEMD(sfc_update_step=2).eval().folded()
+    images = torch.randn(max(1, ENCODE_BATCH["cpu"] // PATCHES[deepemd]), PATCHES[deepemd], 3, image_size, image_size)
+    with torch.no_grad():
+        nodes = model.encode(images[:, 0] if deepemd == "fcn" else images).shape[2]
+        episodes = torch.randn(8, WAY * (shot + QUERY), 640, nodes).abs()
+        model.match(episodes[:, : WAY * shot], episodes[:, WAY * shot :], way=WAY, shot=shot)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def memory_in_a_fresh_process(deepemd: str, shot: int, image_size: int) -> float:
+    command = [sys.executable, __file__, "-image_size", str(image_size), "-memory_of", f"{deepemd};{shot}"]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def parts(folder: Path, model: DeepEMD, image_size: int) -> None:
     ours, published = encoding_times(model, image_size)
     side = image_size // 16
-    print("\nSeconds per 1-shot episode of 80 images; ratio: published way / ours, encoding and head together\n")
-    print("| variant | loading | encoding* | head | published: encoding* | published: head | ratio | head / encoding |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("\nSeconds per episode, nothing cached; solver opencv, 8 episodes fitted at once\n")
+    print(
+        "| variant | shot | loading | encoding* | head | SFC* | published way: encoding* | head | SFC* | ratio | peak memory |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for deepemd, patches in PATCHES.items():
         data = open_images(folder, deepemd, image_size)
-        loading = best_time(lambda data=data: [data[index, 1] for index in range(80)])
+        loading = best_time(lambda data=data: [data[index, 1] for index in range(20)]) / 20
         nodes = side * side if deepemd == "fcn" else patches
-        support, query = torch.randn(WAY, 640, nodes).abs(), torch.randn(WAY * QUERY, 640, nodes).abs()
-        with torch.no_grad():
-            head = best_time(lambda s=support, q=query: model.match(s, q, way=WAY, shot=1), 5)
-            published_head = best_time(lambda s=support, q=query: published_logits(s, q))
-        encoding, published_encoding = 80 * patches * ours, 80 * patches * published
-        ratio = (published_encoding + published_head) / (encoding + head)
-        print(
-            f"| {deepemd} | {loading:.3f} | {encoding:.2f} | {head:.3f} | {published_encoding:.2f} | {published_head:.3f} "
-            f"| {ratio:.2f}x | {100 * head / encoding:.1f} % |",
-            flush=True,
-        )
+        head, published_head = head_times(model, nodes)
+        for shot in (1, 5):
+            images = WAY * (shot + QUERY)
+            fit, published_fit = (sfc_times(nodes, "opencv", 8), published_sfc_time(nodes)) if shot > 1 else (0.0, 0.0)
+            now = images * patches * ours, head, fit
+            before = images * patches * published, published_head, published_fit
+            print(
+                f"| {deepemd} | {shot} | {images * loading:.2f} | {now[0]:.2f} | {now[1]:.3f} | {now[2]:.2f} | {before[0]:.2f} "
+                f"| {before[1]:.3f} | {before[2]:.1f} | {sum(before) / sum(now):.1f}x "
+                f"| {memory_in_a_fresh_process(deepemd, shot, image_size):.0f} MB |",
+                flush=True,
+            )
 
 
 def sfc(image_size: int) -> None:
@@ -149,18 +193,13 @@ def sfc(image_size: int) -> None:
     print("| nodes | published way* | solver | 1 episode | ratio | 8 episodes at once, per episode | ratio |")
     print("|---|---|---|---|---|---|---|")
     for nodes in sorted({side * side, 9, 13}):
-        support = torch.randn(8, 5 * WAY, 640, nodes, generator=torch.Generator().manual_seed(0)).abs()
-        published_sfc(support[0], 5, 1, 100.0)
-        published = 100 / 3 * best_time(lambda s=support: published_sfc(s[0], 5, 3, 100.0))
+        published = published_sfc_time(nodes)
         for solver, options in (("opencv", {}), ("simplex", {}), ("simplex", {"gradient": "cost"})):
-            fit = {"way": WAY, "shot": 5, "lr": 100.0, "batch_size": 4, "solver": solver, **options}
-            fit_prototypes(support[:1], steps=1, **fit)
-            one = 100 / 20 * best_time(lambda s=support, f=fit: fit_prototypes(s[:1], steps=20, **f))
-            eight = 100 / 10 * best_time(lambda s=support, f=fit: fit_prototypes(s, steps=10, **f)) / 8
-            ratios = published / one, published / eight
+            one, eight = (sfc_times(nodes, solver, episodes, **options) for episodes in (1, 8))
             name = ", ".join([solver, *(f"-emd_gradient {value}" for value in options.values())])
             print(
-                f"| {nodes} | {published:.1f} | {name} | {one:.2f}* | {ratios[0]:.0f}x | {eight:.2f}* | {ratios[1]:.0f}x |",
+                f"| {nodes} | {published:.1f} | {name} | {one:.2f}* | {published / one:.0f}x "
+                f"| {eight:.2f}* | {published / eight:.0f}x |",
                 flush=True,
             )
 
@@ -171,10 +210,7 @@ def end_to_end(folder: Path, model: DeepEMD, image_size: int) -> None:
     labels = episode_labels(WAY, QUERY)
     side = image_size // 16
     encode, published_encode = encoding_times(model, image_size)
-    support, query = torch.randn(WAY, 640, side * side).abs(), torch.randn(WAY * QUERY, 640, side * side).abs()
-    with torch.no_grad():
-        published_head = best_time(lambda: published_logits(support, query))
-        head = best_time(lambda: model.match(support, query, way=WAY, shot=1), 5)
+    head, published_head = head_times(model, side * side)
     published = 80 * published_encode + published_head
 
     def run(episodes: int, feature_cache: str) -> tuple[float, list[float]]:
@@ -205,20 +241,14 @@ def end_to_end(folder: Path, model: DeepEMD, image_size: int) -> None:
         f"Worked out for the full protocol (5000 episodes over 12,000 images): {protocol / 60:.0f} min against "
         f"{before / 3600:.1f} h, {before / protocol:.0f}x*"
     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"Peak memory of this process, the published way included: {peak:.0f} MB (eval.py alone: see the README)")
 
 
 def training(model: DeepEMD, image_size: int) -> None:
     """A meta-training epoch: 50 steps, then 1000 validation episodes over 9,600 images."""
     encode, published_encode = encoding_times(model, image_size)
     side = image_size // 16
-    support, query = torch.randn(WAY, 640, side * side).abs(), torch.randn(WAY * QUERY, 640, side * side).abs()
+    head, published_head = head_times(model, side * side)
     images, labels = torch.randn(80, 3, image_size, image_size), episode_labels(WAY, QUERY)
-    with torch.no_grad():
-        published_head, head = best_time(lambda: published_logits(support, query)), best_time(
-            lambda: model.match(support, query, way=WAY, shot=1), 5
-        )  # fmt: skip
     model.train()
 
     def step(logits_of: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -241,7 +271,12 @@ def main() -> None:
     parser.add_argument("-image_size", type=int, default=84)
     parser.add_argument("-only", choices=("parts", "sfc", "end_to_end", "training"))
     parser.add_argument("-threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("-memory_of", help=argparse.SUPPRESS)  # what memory_in_a_fresh_process asks of itself
     args = parser.parse_args()
+    if args.memory_of:
+        deepemd, shot = args.memory_of.split(";")
+        peak_memory(deepemd, int(shot), args.image_size)
+        return
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print(f"{args.threads} threads, {args.image_size} pixels, 5-way, 15 queries per class")

@@ -2,7 +2,11 @@
 
 import itertools
 import math
+import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -357,10 +361,39 @@ class TestErrors:
         opencv._import_cv2.cache_clear()
 
 
-def test_only_the_chosen_solver_is_imported():
-    import subprocess
-    import sys
+class SolvesInItsWorker(torch.utils.data.Dataset):
+    """An item is a value that the worker process computed."""
 
+    def __init__(self, solver):
+        self.solver, self.problems = solver, problem(25, 25, batch=64)
+
+    def __getitem__(self, index):
+        return emd(*self.problems, solver=self.solver).value
+
+
+@pytest.mark.parametrize("solver", ["opencv", "simplex", "ipm"])
+def test_in_a_forked_worker_after_use_in_the_parent(solver):
+    data = SolvesInItsWorker(solver)
+    expected = data[0]
+    loader = torch.utils.data.DataLoader(
+        data, sampler=[0, 1], num_workers=1, timeout=60, multiprocessing_context="fork"
+    )
+    for found in loader:
+        torch.testing.assert_close(found[0], expected, atol=1e-9, rtol=0)
+
+
+def test_the_folder_can_be_lifted_out(tmp_path):
+    """Copied under another name, with nothing of this project beside it."""
+    source = Path(__file__).parents[1] / "Models" / "emd"
+    shutil.copytree(source, tmp_path / "transport", ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import torch; from transport import SOLVERS, emd\n"
+        "for solver in SOLVERS: assert emd(torch.eye(2), torch.ones(2), torch.ones(2), solver=solver).value.abs() < 1e-3"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_only_the_chosen_solver_is_imported():
     code = "import sys, Models.emd; print([name for name in ('cv2', 'qpth', 'numba') if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -5,7 +5,8 @@ The transportation problem (DeepEMD paper, section 3.2)::
     minimise    <cost, flow>
     subject to  flow 1 = supply,   flow^T 1 = demand,   flow >= 0
 
-This package needs nothing but torch, and whatever the chosen solver needs. It may be lifted out as it is.
+This package needs nothing but torch, and whatever the chosen solver needs; the folder may be lifted out as it is
+(without its __pycache__, where numba keeps what it compiled under this name).
 
     >>> import torch
     >>> from Models.emd import emd, scale_to_mass
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from Models.emd.errors import EmdError, MissingLibraryError, ProblemError, SolverError
+from .errors import EmdError, MissingLibraryError, ProblemError, SolverError
 
 __all__ = [
     "SOLVERS",

@@ -8,7 +8,7 @@
 
 from torch import Tensor
 
-from Models.emd.errors import ProblemError
+from .errors import ProblemError
 
 FORMS = ("L2", "QP")
 QP_RIDGE = 1e-4

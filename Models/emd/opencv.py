@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from Models.emd.errors import MissingLibraryError, SolverError
-from Models.emd.on_cpu import in_threads, to_numpy
+from .errors import MissingLibraryError, SolverError
+from .on_cpu import in_threads, to_numpy
 
 
 def solve(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from Models.emd.errors import MissingLibraryError, SolverError
-from Models.emd.forms import QP_RIDGE, check_form, forced_flow
-from Models.emd.on_cpu import one_thread
+from .errors import MissingLibraryError, SolverError
+from .forms import QP_RIDGE, check_form, forced_flow
+from .on_cpu import one_thread
 
 # qpth returns its best iterate without a word about how good that is. A flow that misses the weights by more than the
 # first share of the mass is no flow at all; one that misses them by more than the second is usable, but worth a word.

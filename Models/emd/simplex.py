@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from Models.emd.errors import MissingLibraryError, ProblemError, SolverError
-from Models.emd.on_cpu import in_threads, to_numpy
+from .errors import MissingLibraryError, ProblemError, SolverError
+from .on_cpu import in_threads, to_numpy
 
 GRADIENTS = {"full": "for cost and weights", "cost": "for the cost only, as opencv has it"}
 
@@ -93,6 +93,10 @@ def solve_arrays(cost: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> tu
 @lru_cache(maxsize=1)
 def _kernel():
     """The compiled module; the first call on a machine compiles it, later ones read it from numba's cache."""
+    try:
+        import numba  # noqa: F401 - the kernel does; here, so that nothing else is mistaken for its absence
+    except ImportError as error:
+        raise MissingLibraryError(f'solver "simplex" needs numba: pip install numba ({error})') from error
     word = threading.Timer(
         SECONDS_BEFORE_A_WORD,
         print,
@@ -102,15 +106,13 @@ def _kernel():
     word.daemon = True
     word.start()
     try:
-        from Models.emd import simplex_kernel
+        from . import simplex_kernel
 
         one = np.ones((1, 1))
         state = np.zeros(1, np.int64), np.zeros(1, np.int64)
         simplex_kernel.solve_range(
             np.ones((1, 1, 1)), one, one, 0, 1, 1, np.ones(1), np.ones((1, 1, 1)), one.copy(), one.copy(), *state
         )
-    except ImportError as error:
-        raise MissingLibraryError(f'solver "simplex" needs numba: pip install numba ({error})') from error
     finally:
         word.cancel()
     return simplex_kernel

@@ -21,6 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from process_memory import megabytes
+
 from Models.deepemd import cosine_similarity_map, cross_reference_weights
 from Models.emd import SOLVERS, emd, scale_to_mass
 
@@ -72,16 +74,11 @@ def peak_growth(case: str, nodes: int, batch: int) -> float:
     inputs = problems(nodes, batch)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
-        before = _memory("VmRSS")
+        before = megabytes("VmRSS")
         run_both(case, inputs)
-        return max(0.0, _memory("VmHWM") - before)
+        return max(0.0, megabytes("VmHWM") - before)
     except OSError:
         return float("nan")
-
-
-def _memory(field: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
 
 
 def cv2_loop(nodes: int, batch: int) -> float:

@@ -13,7 +13,6 @@ batch and multiplied; what is multiplied instead of run is marked with *.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from process_memory import megabytes
 
 from dataloader import EpisodeSampler, ImageDataset, SeededBatches, episode_labels, make_view
 from engine import ENCODE_BATCH, evaluate
@@ -152,7 +153,7 @@ def peak_memory(deepemd: str, shot: int, image_size: int) -> None:
         nodes = model.encode(images[:, 0] if deepemd == "fcn" else images).shape[2]
         episodes = torch.randn(8, WAY * (shot + QUERY), 640, nodes).abs()
         model.match(episodes[:, : WAY * shot], episodes[:, WAY * shot :], way=WAY, shot=shot)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(megabytes("VmHWM"))
 
 
 def memory_in_a_fresh_process(deepemd: str, shot: int, image_size: int) -> float:

@@ -92,13 +92,17 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that :func:`evaluate` takes as they are."""
     group = parser.add_argument_group("speed of evaluation")
     group.add_argument(
-        "-feature_cache", choices=("auto", "off"), default="auto",
+        "-feature_cache",
+        choices=("auto", "off"),
+        default="auto",
         help="auto: encode each image once per set of weights, where its view is not random (default: %(default)s)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "-episode_batch", type=number_at_least(1, int), default=8,
+        "-episode_batch",
+        type=number_at_least(1, int),
+        default=8,
         help="episodes that are matched together; decides memory and speed, not results (default: %(default)s)",
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
@@ -332,15 +336,7 @@ def fit(
         network.train()
         rate = scheduler.get_last_lr()[0]
         loss, accuracy = train_epoch(
-            forward,
-            loader,
-            optimizer,
-            guard,
-            run,
-            epoch=epoch,
-            device=device,
-            accumulate=accumulate,
-            skip_on=skip_on,
+            forward, loader, optimizer, guard, run, epoch=epoch, device=device, accumulate=accumulate, skip_on=skip_on
         )
         scheduler.step()
         result = validate()
@@ -352,9 +348,16 @@ def fit(
             run.save_weights(f"epoch-{epoch}.pth", weights_of.state_dict())
         run.scalars(epoch, val_loss=result.loss, val_acc=result.accuracy)
         run.record(
-            epoch=epoch, lr=rate, train_loss=loss, train_acc=accuracy, val_loss=result.loss, val_acc=result.accuracy,
-            val_interval=result.interval, best=is_best, skipped_steps=guard.skipped,
-        )  # fmt: skip
+            epoch=epoch,
+            lr=rate,
+            train_loss=loss,
+            train_acc=accuracy,
+            val_loss=result.loss,
+            val_acc=result.accuracy,
+            val_interval=result.interval,
+            best=is_best,
+            skipped_steps=guard.skipped,
+        )
         skipped = f", {guard.skipped} steps skipped" if guard.skipped else ""
         run.log(
             f"epoch {epoch}/{args.max_epoch}: train loss {loss:.4f} acc {accuracy:.2f} %, {args.set} loss {result.loss:.4f} "

@@ -25,13 +25,16 @@ def main() -> None:
         "-set", choices=("train", "val", "test"), default="test", help="split to draw from (default: %(default)s)"
     )
     parser.add_argument(
-        "-test_episode", type=number_at_least(1, int), default=5000,
+        "-test_episode",
+        type=number_at_least(1, int),
+        default=5000,
         help="episodes; the paper takes 5000 for 1-shot, 600 for 5-shot (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "-model_dir", default="deepemd_trained_model/miniimagenet/fcn/max_acc.pth",
+        "-model_dir",
+        default="deepemd_trained_model/miniimagenet/fcn/max_acc.pth",
         help='checkpoint, or "none" for an encoder that has learned nothing (default: %(default)s)',
-    )  # fmt: skip
+    )
     add_run_arguments(parser)
     add_data_arguments(parser)
     add_episode_arguments(parser)

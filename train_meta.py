@@ -58,10 +58,11 @@ def main() -> None:
         help="solver of validation and final test (default: %(default)s)",
     )
     parser.add_argument(
-        "-pretrain_dir", default="deepemd_pretrain_model/",
+        "-pretrain_dir",
+        default="deepemd_pretrain_model/",
         help="encoder to start from: a checkpoint, a run folder of train_pretrain.py, or a folder with "
         '<dataset>/resnet12/max_acc.pth in it; "none" starts from nothing (default: %(default)s)',
-    )  # fmt: skip
+    )
     add_run_arguments(parser)
     add_data_arguments(parser)
     add_episode_arguments(parser)
@@ -93,16 +94,34 @@ def main() -> None:
 
     def run_episodes(dataset, episodes, title):
         return evaluate(
-            model, dataset, episodes, labels, device=device, seed=seed, num_workers=args.num_workers, solver=args.val_solver,
-            feature_cache=args.feature_cache, episode_batch=args.episode_batch, title=title, **settings,
-        )  # fmt: skip
+            model,
+            dataset,
+            episodes,
+            labels,
+            device=device,
+            seed=seed,
+            num_workers=args.num_workers,
+            solver=args.val_solver,
+            feature_cache=args.feature_cache,
+            episode_batch=args.episode_batch,
+            title=title,
+            **settings,
+        )
 
     path = Path("checkpoint", args.dataset, args.deepemd, f"{args.shot}shot-{args.way}way", args.extra_dir)
     run = RunFolder(path, args)
     fit(
-        model, forward, loader, lambda: run_episodes(val_set, val_episodes, args.set), run, model, args,
-        device=device, accumulate=args.bs, skip_on=(SolverError, ProblemError),
-    )  # fmt: skip
+        model,
+        forward,
+        loader,
+        lambda: run_episodes(val_set, val_episodes, args.set),
+        run,
+        model,
+        args,
+        device=device,
+        accumulate=args.bs,
+        skip_on=(SolverError, ProblemError),
+    )
 
     load_encoder_weights(model, run.path / BEST_WEIGHTS)
     watch = Stopwatch()

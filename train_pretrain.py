@@ -65,10 +65,19 @@ def main() -> None:
 
     def validate():
         return evaluate(
-            model, val_set, val_episodes, episode_labels(args.way, args.query), way=args.way, shot=args.shot, device=device,
-            seed=seed, num_workers=args.num_workers, feature_cache=args.feature_cache, episode_batch=args.episode_batch,
+            model,
+            val_set,
+            val_episodes,
+            episode_labels(args.way, args.query),
+            way=args.way,
+            shot=args.shot,
+            device=device,
+            seed=seed,
+            num_workers=args.num_workers,
+            feature_cache=args.feature_cache,
+            episode_batch=args.episode_batch,
             title=args.set,
-        )  # fmt: skip
+        )
 
     path = Path(
         "checkpoint",
@@ -79,9 +88,15 @@ def main() -> None:
     )
     run = RunFolder(path, args)
     fit(
-        network, lambda images, labels: (network(images), labels), train_loader, validate, run, model.encoder, args,
+        network,
+        lambda images, labels: (network(images), labels),
+        train_loader,
+        validate,
+        run,
+        model.encoder,
+        args,
         device=device,
-    )  # fmt: skip
+    )
     run.finish()
     keep = ["dataset", "data_dir", "deepemd", "image_size", "way", "query", "gpu", "seed", "num_workers"]
     print(f"next: {next_command('train_meta.py', parser, args, keep, pretrain_dir=run.path / BEST_WEIGHTS)}")

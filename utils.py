@@ -44,9 +44,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "-gpu", help='GPUs to use, as in 0 or 0,1,2,3, or "cpu" (default: all GPUs there are, else the CPU)'
     )
     group.add_argument(
-        "-seed", type=number_at_least(0, int), default=1,
+        "-seed",
+        type=number_at_least(0, int),
+        default=1,
         help="0 draws a seed and lets cuDNN choose the fastest kernels (default: %(default)s)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "-extra_dir",
         default="",

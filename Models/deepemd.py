@@ -329,17 +329,22 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
         help="weight of the quadratic term of form L2 (default: %(default)s)",
     )
     group.add_argument(
-        "-emd_gradient", choices=GRADIENTS, default="full", help="gradient of simplex: "
-        + "; ".join(f"{name}: {what}" for name, what in GRADIENTS.items()) + " (default: %(default)s)",
-    )  # fmt: skip
+        "-emd_gradient",
+        choices=GRADIENTS,
+        default="full",
+        help="gradient of simplex: "
+        + "; ".join(f"{name}: {what}" for name, what in GRADIENTS.items())
+        + " (default: %(default)s)",
+    )
     group.add_argument(
         "-amp", choices=AMP, default="off", help="number format of the encoder, not the head (default: %(default)s)"
     )
     group.add_argument("-compile", action="store_true", help="run the encoder through torch.compile")
     group.add_argument(
-        "-checkpoint_activations", action="store_true",
+        "-checkpoint_activations",
+        action="store_true",
         help="in training, compute the encoder's activations twice instead of keeping them: less memory, more time",
-    )  # fmt: skip
+    )
     group = parser.add_argument_group("structured fully connected layer, for -shot above 1")
     group.add_argument(
         "-sfc_lr", type=number_above_zero(float), default=sfc_lr, help="learning rate (default: %(default)s)"

@@ -25,25 +25,35 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "-num_patch", type=number_at_least(1, int), default=9, help="sampling: patches per image (default: %(default)s)"
     )
     group.add_argument(
-        "-fixed_patches", action="store_true",
+        "-fixed_patches",
+        action="store_true",
         help="sampling: draw the patches of an image once in validation and test, not anew for each use",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "-patch_list", type=whole_numbers, default=(2, 3), metavar="CELLS",
+        "-patch_list",
+        type=whole_numbers,
+        default=(2, 3),
+        metavar="CELLS",
         help="grid: cells along an edge, for each level of the pyramid (default: 2,3)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "-patch_ratio", type=number_at_least(1, float), default=2.0,
+        "-patch_ratio",
+        type=number_at_least(1, float),
+        default=2.0,
         help="grid: how much larger than its share a patch is, in evaluation (default: %(default)s)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "-image_size", type=number_at_least(SMALLEST_IMAGE, int), default=CROP_TO,
+        "-image_size",
+        type=number_at_least(SMALLEST_IMAGE, int),
+        default=CROP_TO,
         help="pixels along an edge of what the encoder sees; smaller for quick runs (default: %(default)s)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "-num_workers", type=number_at_least(0, int), default=min(8, os.cpu_count() or 1),
+        "-num_workers",
+        type=number_at_least(0, int),
+        default=min(8, os.cpu_count() or 1),
         help="processes that load images; results do not depend on it (default: %(default)s)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "-verify_images", action="store_true", help="decode every image first, and leave out those that cannot be read"
     )

@@ -80,13 +80,7 @@ CATALOG: dict[str, DatasetSpec] = {
         obtain="bash datasets/download_cifar_fs.sh",
     ),
     "folder": DatasetSpec(
-        layout="folders",
-        folders=(".",),
-        obtain="put your images in <data_dir>/{train,val,test}/<class>/",
+        layout="folders", folders=(".",), obtain="put your images in <data_dir>/{train,val,test}/<class>/"
     ),
-    "glyphs": DatasetSpec(
-        layout="folders",
-        folders=("glyphs",),
-        obtain="python datasets/make_glyphs.py",
-    ),
+    "glyphs": DatasetSpec(layout="folders", folders=("glyphs",), obtain="python datasets/make_glyphs.py"),
 }

@@ -112,8 +112,13 @@ def _draw(letter: str, font: ImageFont.FreeTypeFont, size: int, draw: random.Ran
     c = (left + right) / 2 - a * (middle + shift_x) - b * (middle + shift_y)
     f = (upper + lower) / 2 - d * (middle + shift_x) - e * (middle + shift_y)
     # Drawn at twice the size and halved, for smooth edges.
-    mapped = canvas.transform((2 * size, 2 * size), Image.Transform.AFFINE, (a / 2, b / 2, c, d / 2, e / 2, f),
-                              Image.Resampling.BILINEAR, fillcolor=255)  # fmt: skip
+    mapped = canvas.transform(
+        (2 * size, 2 * size),
+        Image.Transform.AFFINE,
+        (a / 2, b / 2, c, d / 2, e / 2, f),
+        Image.Resampling.BILINEAR,
+        fillcolor=255,
+    )
     return mapped.resize((size, size), Image.Resampling.BOX)
 
 

@@ -401,9 +401,13 @@ def test_only_the_chosen_solver_is_imported():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(1, 7), m=st.integers(1, 7), seed=st.integers(0, 2**16), levels=st.sampled_from([1, 2, 3, 1000]),
-    empty=st.booleans(), solver=st.sampled_from(EXACT),
-)  # fmt: skip
+    n=st.integers(1, 7),
+    m=st.integers(1, 7),
+    seed=st.integers(0, 2**16),
+    levels=st.sampled_from([1, 2, 3, 1000]),
+    empty=st.booleans(),
+    solver=st.sampled_from(EXACT),
+)
 def test_exact_solvers_on_ties_and_empty_nodes(n, m, seed, levels, empty, solver):
     random = torch.Generator().manual_seed(seed)
     cost = torch.randint(0, levels, (n, m), generator=random).double() / levels
@@ -431,9 +435,15 @@ def certify(cost, supply, demand):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    n=st.integers(1, 12), m=st.integers(1, 12), seed=st.integers(0, 2**16), levels=st.sampled_from([1, 2, 5, 10**6]),
-    masses=st.sampled_from([1, 2, 4, 10**6]), empty=st.booleans(), repeat=st.booleans(), scale=st.sampled_from([1e-8, 1.0, 1e6]),
-)  # fmt: skip
+    n=st.integers(1, 12),
+    m=st.integers(1, 12),
+    seed=st.integers(0, 2**16),
+    levels=st.sampled_from([1, 2, 5, 10**6]),
+    masses=st.sampled_from([1, 2, 4, 10**6]),
+    empty=st.booleans(),
+    repeat=st.booleans(),
+    scale=st.sampled_from([1e-8, 1.0, 1e6]),
+)
 def test_simplex_certificate(n, m, seed, levels, masses, empty, repeat, scale):
     random = np.random.default_rng(seed)
     cost = (random.integers(0, levels, (3, n, m)) - levels // 2) / levels * scale

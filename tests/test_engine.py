@@ -105,9 +105,15 @@ def test_accumulation_is_the_mean_gradient(settings):
         loader = make_loader(Samples(), batches, num_workers=0, device=CPU)
         optimizer, _ = make_optimizer(network, args)
         train_epoch(
-            lambda images, labels, network=network: (network(images), labels), loader, optimizer, StepGuard(), run,
-            epoch=1, device=CPU, accumulate=accumulate,
-        )  # fmt: skip
+            lambda images, labels, network=network: (network(images), labels),
+            loader,
+            optimizer,
+            StepGuard(),
+            run,
+            epoch=1,
+            device=CPU,
+            accumulate=accumulate,
+        )
         weights.append(network.weight.detach())
     torch.testing.assert_close(*weights)
 
@@ -196,7 +202,7 @@ def test_float16_scales_the_loss_and_backs_off(settings, scale, skipped):
         loader = make_loader(Samples(), [[200, 301]] * 3, num_workers=0, device=CPU)
         train_epoch(
             lambda images, labels, one=one: (one(images), labels), loader, optimizer, guard, run, epoch=1, device=CPU
-        )  # fmt: skip
+        )
         if one is network:
             assert guard.skipped == skipped
             assert guard.scaler.get_scale() == scale / 2**skipped

@@ -95,18 +95,50 @@ def test_every_variant_trains_and_evaluates(trained, glyphs, tmp_path, variant, 
         2,
     ]
     out = succeed(
-        "train_meta.py", *flags, "-pretrain_dir", weights, "-max_epoch", 1, "-val_frequency", 1, "-val_episode", 1,
-        "-test_episode", 1, "-solver", "qpth", cwd=tmp_path,
-    )  # fmt: skip
+        "train_meta.py",
+        *flags,
+        "-pretrain_dir",
+        weights,
+        "-max_epoch",
+        1,
+        "-val_frequency",
+        1,
+        "-val_episode",
+        1,
+        "-test_episode",
+        1,
+        "-solver",
+        "qpth",
+        cwd=tmp_path,
+    )
     command = shlex.split(re.search(r"^next: python (.*)$", out, re.M)[1])
     assert f"3-way {shot}-shot, 1 episodes" in succeed(*command, cwd=tmp_path)
 
 
 def test_pretraining_of_k_shot_and_pyramid(glyphs, tmp_path):
     succeed(
-        "train_pretrain.py", "-dataset", "glyphs", "-data_dir", glyphs, *SMALL, "-shot", 3, "-feature_pyramid", 1,
-        "-max_epoch", 1, "-num_episode", 1, "-bs", 256, "-sfc_update_step", 2, "-lr", 0.01, cwd=tmp_path,
-    )  # fmt: skip
+        "train_pretrain.py",
+        "-dataset",
+        "glyphs",
+        "-data_dir",
+        glyphs,
+        *SMALL,
+        "-shot",
+        3,
+        "-feature_pyramid",
+        1,
+        "-max_epoch",
+        1,
+        "-num_episode",
+        1,
+        "-bs",
+        256,
+        "-sfc_update_step",
+        2,
+        "-lr",
+        0.01,
+        cwd=tmp_path,
+    )
 
 
 def test_repeatable_to_the_bit_with_any_number_of_workers(glyphs, tmp_path):
@@ -114,9 +146,24 @@ def test_repeatable_to_the_bit_with_any_number_of_workers(glyphs, tmp_path):
     for workers in (0, 2):
         flags = ["-dataset", "glyphs", "-data_dir", glyphs, *SMALL, "-deepemd", "sampling", "-num_patch", 2, "-way", 3]
         succeed(
-            "train_meta.py", *flags, "-num_workers", workers, "-pretrain_dir", "none", "-max_epoch", 2, "-val_frequency", 2,
-            "-val_episode", 2, "-test_episode", 3, "-extra_dir", workers, cwd=tmp_path,
-        )  # fmt: skip
+            "train_meta.py",
+            *flags,
+            "-num_workers",
+            workers,
+            "-pretrain_dir",
+            "none",
+            "-max_epoch",
+            2,
+            "-val_frequency",
+            2,
+            "-val_episode",
+            2,
+            "-test_episode",
+            3,
+            "-extra_dir",
+            workers,
+            cwd=tmp_path,
+        )
         folder = tmp_path / f"checkpoint/glyphs/sampling/1shot-3way/{workers}"
         curves = json.loads((folder / "trlog.json").read_text())
         found.append(
@@ -130,9 +177,22 @@ def test_eval_needs_only_its_split_and_shows_the_running_mean(tmp_path):
     for number in range(5):
         write_images(tmp_path / "own" / "val" / f"class{number}", 3, seed=number)
     done = run(
-        "eval.py", "-dataset", "folder", "-data_dir", "own", "-set", "val", "-model_dir", "none", *SMALL, "-test_episode", 20,
-        "-extra_dir", "mine", cwd=tmp_path,
-    )  # fmt: skip
+        "eval.py",
+        "-dataset",
+        "folder",
+        "-data_dir",
+        "own",
+        "-set",
+        "val",
+        "-model_dir",
+        "none",
+        *SMALL,
+        "-test_episode",
+        20,
+        "-extra_dir",
+        "mine",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(r"acc \d+\.\d\d \+- \d+\.\d\d %", done.stderr)
     assert (tmp_path / "checkpoint/eval/mine/results.txt").read_text() == done.stdout.strip() + ", none\n"

@@ -253,8 +253,18 @@ def solve_range(cost, supply, demand, first, last, block, value, flow, u, v, sta
                 column = _find_difference(c, best_row, potential, n, m, best_difference)
                 reduced = c[best_row, column] - potential[best_row] - potential[n + column]
                 _pivot(
-                    best_row, column, reduced, n, parent, edge, depth, potential, first_child, next_sibling, previous_sibling
-                )  # fmt: skip
+                    best_row,
+                    column,
+                    reduced,
+                    n,
+                    parent,
+                    edge,
+                    depth,
+                    potential,
+                    first_child,
+                    next_sibling,
+                    previous_sibling,
+                )
                 unsuccessful = 0
                 pivots[b] += 1
                 if pivots[b] > limit:

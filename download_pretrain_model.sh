@@ -5,4 +5,4 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")" && pwd)
 python=$root/.venv/bin/python
 [ -x "$python" ] || python=${PYTHON:-python3}
-exec "$python" "$root/datasets/fetch.py" 1Prn7_41NVrZbnePAlSiKjD21Jlz0LKJM deepemd_pretrain_model.tar "$root" deepemd_pretrain_model "$@"
+exec "$python" "$root/datasets/fetch.py" pretrain_model "$@"

@@ -5,4 +5,4 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")" && pwd)
 python=$root/.venv/bin/python
 [ -x "$python" ] || python=${PYTHON:-python3}
-exec "$python" "$root/datasets/fetch.py" 1lGcNHMRnBrjODDmt647RzMJ5cLCd4pmv deepemd_trained_model.tar "$root" deepemd_trained_model "$@"
+exec "$python" "$root/datasets/fetch.py" trained_model "$@"

@@ -1,30 +1,49 @@
-"""The bookkeeping of a run: flags common to all scripts, seed, device, run folder, checkpoint, log, interval."""
+"""What every script needs: parser, flags of a run, seed, device, run folder, checkpoint, interval.
+
+torch is imported by the functions that need it, so that importing this module takes no time and a script can answer
+Ctrl-C from its first moment.
+"""
+
+from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
 import re
-import shlex
+import shutil
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 BEST_WEIGHTS = "max_acc.pth"
+LARGEST_SEED = 2**63 - 1
 
 
 class InputError(ValueError):
     """Something the user gave is not as expected. The message is one line: what was expected, what came, what to do."""
 
+    is_user_error = True  # run_script prints errors that say so as one line
+
 
 # --- Command line -----------------------------------------------------------------------------------------------------
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # A switch is off and an empty value is empty: nothing to say about either.
+        says_nothing = action.default is None or action.default is False or action.default == ""
+        return action.help if says_nothing else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,26 +52,25 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that answers bad flags with one line and exit status 2."""
-    return _Parser(description=description, allow_abbrev=False)
+    """A parser that shows every default, and answers bad flags with one line and exit status 2."""
+    return _Parser(description=description, allow_abbrev=False, formatter_class=_Formatter)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that :func:`choose_device`, :func:`set_seed` and :class:`RunFolder` read."""
     group = parser.add_argument_group("run")
+    group.add_argument("-gpu", help='GPUs to use, as in 0 or 0,1,2,3, or "cpu" (default: one GPU, else the CPU)')
     group.add_argument(
-        "-gpu", help='GPUs to use, as in 0 or 0,1,2,3, or "cpu" (default: all GPUs there are, else the CPU)'
+        "-seed", type=number_between(0, LARGEST_SEED, int), default=1, help="of every random draw; 0 draws a seed"
     )
     group.add_argument(
-        "-seed",
-        type=number_at_least(0, int),
-        default=1,
-        help="0 draws a seed and lets cuDNN choose the fastest kernels (default: %(default)s)",
+        "-deterministic", action="store_true", help="on a GPU, use deterministic kernels: repeatable, and slower"
     )
     group.add_argument(
         "-extra_dir",
+        type=folder_name,
         default="",
-        help="a further folder below the run folder, to keep runs apart; eval.py then adds its result to "
+        help="a folder below the run folder, to keep runs apart; eval.py adds its result to "
         "checkpoint/eval/<extra_dir>/results.txt",
     )
 
@@ -67,90 +85,125 @@ def number_above_zero(kind: type) -> Callable[[str], Any]:
     return _number(kind, lambda value: value > 0, "above 0")
 
 
+def number_between(minimum: float, maximum: float, kind: type) -> Callable[[str], Any]:
+    """An argparse type: ``int`` or ``float`` from ``minimum`` to ``maximum``."""
+    return _number(kind, lambda value: minimum <= value <= maximum, f"from {minimum} to {maximum}")
+
+
 def _number(kind: type, is_good: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and is_good(value)):
-            raise argparse.ArgumentTypeError(f"expected a {'whole ' if kind is int else ''}number {what}; got {text!r}")
-        return value
+            if math.isfinite(value) and is_good(value):
+                return value
+        except (ValueError, OverflowError):
+            pass
+        raise argparse.ArgumentTypeError(f"expected a {'whole ' if kind is int else ''}number {what}; got {text!r}")
 
     return parse
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
     """An argparse type: ``"2,3"`` to ``(2, 3)``."""
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text.strip()):
+    if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text.strip()):
         raise argparse.ArgumentTypeError(f"expected whole numbers above 0 joined by commas, as in 2,3; got {text!r}")
     return tuple(int(part) for part in text.split(","))
 
 
-def next_command(
-    script: str, parser: argparse.ArgumentParser, args: argparse.Namespace, keep: Sequence[str], **more: Any
-) -> str:
-    """The command line of the next stage: the flags in ``keep`` that are not at their default, and ``more``."""
-    words = ["python", script]
-    changed = {name: getattr(args, name) for name in keep if getattr(args, name) != parser.get_default(name)}
-    for name, value in {**changed, **more}.items():
-        words += (
-            [f"-{name}"]
-            if value is True
-            else [f"-{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+def folder_name(text: str) -> str:
+    """An argparse type: a relative path that stays below the folder it is joined to."""
+    path = Path(text)
+    if path.is_absolute() or ".." in path.parts or "\0" in text:
+        raise argparse.ArgumentTypeError(
+            f"expected the name of a folder below checkpoint/, as in trial-2; got {text!r}"
         )
-    return shlex.join(words)
+    return text
 
 
-def run_script(main: Callable[[], None], *expected: type[Exception]) -> None:
+def run_script(main: Callable[[], None]) -> None:
     """Run a script's ``main``; errors of the user's making end it with one line and exit status 1."""
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("\ninterrupted; what was saved stays saved", file=sys.stderr)
         sys.exit(130)
-    except (InputError, *expected) as error:
-        # A loader worker or a replica hands its error on with its traceback in the message; the last line is the error.
-        last_line = str(error).strip().splitlines()[-1]
-        print(f"error: {re.sub(r'^[A-Za-z_.]+Error: ', '', last_line)}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read standard output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        message = _user_message(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
+
+
+def _user_message(error: Exception) -> str | None:
+    """One line for errors that the user can do something about, None for others."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported
+        return (
+            f"out of GPU memory ({str(error).splitlines()[0]}) Try a smaller -query, fewer patches, "
+            "-checkpoint_activations, or more GPUs with -gpu 0,1"
+        )
+    if not (getattr(error, "is_user_error", False) or isinstance(error, OSError)):
+        return None
+    # A loader's worker or a replica hands its error on with its traceback in the message; the last line is the error.
+    return re.sub(r"^[A-Za-z_.]+Error: ", "", (str(error).strip() or type(error).__name__).splitlines()[-1])
+
+
+def warn(message: str) -> None:
+    """Print a warning on standard error."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 # --- Seed and device --------------------------------------------------------------------------------------------------
 
 
-def set_seed(seed: int) -> int:
-    """Seed everything; 0 draws a seed and turns cuDNN's autotuning on. Returns the seed in force."""
-    torch.backends.cudnn.benchmark = seed == 0
-    torch.backends.cudnn.deterministic = seed != 0
+def set_seed(seed: int, *, deterministic: bool = False) -> int:
+    """Seed everything; 0 draws a seed and prints it. Returns the seed in force.
+
+    Args:
+        deterministic: on a GPU, take deterministic kernels instead of the fastest ones.
+    """
+    import numpy as np
+    import torch
+
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if seed == 0:
         seed = int.from_bytes(os.urandom(4), "big") or 1
-        print(f"seed: {seed}")
+        print(f"seed: {seed}", file=sys.stderr)
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - for libraries that draw from numpy's global generator
     return seed
 
 
 def named_generator(seed: int, *name: str | int) -> torch.Generator:
-    """The CPU generator of one kind of draw, so that kinds do not disturb each other."""
+    """A CPU generator for one draw, which depends on the seed and the name and on nothing drawn before."""
+    import torch
+
     digest = hashlib.sha256(repr((seed, *name)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def choose_device(gpu: str | None) -> tuple[torch.device, list[int]]:
-    """``-gpu`` to the main device and the CUDA ids to spread over; none on the CPU.
+    """``-gpu`` to the main device and the CUDA ids to spread over; none on the CPU. Says which device is used.
 
     Raises:
         InputError: an id that this machine does not have.
     """
+    import torch
+
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu is None:
-        if not count:
-            print("no CUDA device found: running on the CPU", file=sys.stderr)
-        ids = list(range(count))
+        ids = [0] if count else []
     elif gpu.strip().lower() == "cpu":
         ids = []
-    elif re.fullmatch(r"\d+(,\d+)*", gpu.strip()):
+    elif re.fullmatch(r"\d{1,4}(,\d{1,4})*", gpu.strip()):
         ids = list(dict.fromkeys(int(part) for part in gpu.split(",")))
         missing = [number for number in ids if number >= count]
         if missing:
@@ -161,9 +214,17 @@ def choose_device(gpu: str | None) -> tuple[torch.device, list[int]]:
     else:
         raise InputError(f'-gpu {gpu}: expected GPU numbers joined by commas, as in 0,1, or "cpu"')
     if not ids:
+        print("device: cpu" + ("" if gpu else " (no CUDA device found)"), file=sys.stderr)
         return torch.device("cpu"), []
     torch.cuda.set_device(ids[0])
+    more = f" ({count} found; -gpu 0,1 spreads over two)" if gpu is None and count > 1 else ""
+    print(f"device: cuda {','.join(map(str, ids))}, {torch.cuda.get_device_name(ids[0])}{more}", file=sys.stderr)
     return torch.device("cuda", ids[0]), ids
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --- Run folder -------------------------------------------------------------------------------------------------------
@@ -173,19 +234,38 @@ class RunFolder:
     """The folder of a run: ``results.txt``, ``trlog.json``, TensorBoard scalars under ``tf/``, weights.
 
     What an earlier run left in the same folder is moved to ``previous-<n>/`` inside it, so nothing is lost.
+
+    Args:
+        path: made where it is not there.
+        flags: kept in ``trlog.json``.
+        weights: the module whose weights the run is going to save; too little space for them is told now.
+        kept: how often they are saved beside the best ones.
+
+    Raises:
+        InputError: the folder cannot be written, or has no room.
     """
 
-    def __init__(self, path: str | Path, args: argparse.Namespace) -> None:
+    def __init__(
+        self, path: str | Path, flags: dict[str, Any], *, weights: nn.Module | None = None, kept: int = 0
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # here: it takes seconds to import
 
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.path).free
+            # The best weights, and their successor while it is written.
+            room = (kept + 2) * sum(value.nbytes for value in weights.state_dict().values()) if weights else 0
+            if free < room:
+                raise InputError(
+                    f"expected {room / 1e6:.0f} MB of free space for the run in {path}; there are {free / 1e6:.0f}"
+                )
             self._move_earlier_run()
             self.writer = SummaryWriter(str(self.path / "tf"))
         except OSError as error:
             raise InputError(f"expected to write the run to {path}; it cannot be written ({error})") from error
-        self.curves: dict[str, Any] = {"args": vars(args), "epochs": []}
+        self.curves: dict[str, Any] = {"args": flags, "epochs": []}
+        print(f"run folder: {self.path}")
 
     def _move_earlier_run(self) -> None:
         mine = [self.path / name for name in ("results.txt", "trlog.json", "tf", BEST_WEIGHTS)]
@@ -203,7 +283,7 @@ class RunFolder:
 
     def log(self, line: str) -> None:
         """Print a line, and add it to ``results.txt``."""
-        print(line)
+        print(line, flush=True)
         append_line(self.path / "results.txt", line)
 
     def scalars(self, step: int, **values: float) -> None:
@@ -223,27 +303,53 @@ class RunFolder:
         self.writer.close()
 
     def _write_curves(self) -> None:
-        _write_atomically(self.path / "trlog.json", lambda file: file.write_text(json.dumps(self.curves, indent=1)))
+        _write_atomically(self.path / "trlog.json", json.dumps(self.curves, indent=1).encode())
 
     def save_weights(self, name: str, state: dict[str, Tensor]) -> Path:
         """Write ``{"params": state}``, as the published checkpoints have it."""
-        params = {key: value.detach().cpu() for key, value in state.items()}
-        _write_atomically(self.path / name, lambda file: torch.save({"params": params}, file))
+        import torch
+
+        content = io.BytesIO()  # torch's own file writer leaves a full disk to a long RuntimeError
+        torch.save({"params": {key: value.detach().cpu().contiguous() for key, value in state.items()}}, content)
+        _write_atomically(self.path / name, content.getbuffer())
         return self.path / name
 
 
-def append_line(path: Path, line: str) -> None:
-    """Add a line to a text file, made with its folder where it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+def append_line(path: Path, line: str | None = None) -> None:
+    """Add a line to a text file, made with its folder where it is not there; without a line, only see that it can be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            if line is not None:
+                file.write(line + "\n")
+    except OSError as error:
+        raise InputError(f"expected to write to {path}; it cannot be written ({error.strerror})") from error
 
 
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+def _write_atomically(path: Path, content: bytes | memoryview) -> None:
     # A reader sees the old file or the new one, whenever the run is killed.
-    partial = path.with_name(path.name + ".part")
-    write(partial)
-    os.replace(partial, path)
+    partial = None
+    try:
+        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o666 & ~_umask())  # mkstemp gives it to the owner alone
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(
+            f"expected to write {path}; it cannot be written ({error.strerror}). What was saved before is intact"
+        ) from error
+    finally:
+        if partial is not None and os.path.exists(partial):
+            os.unlink(partial)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
@@ -253,36 +359,33 @@ def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 _IGNORED_KEYS = re.compile(r"^(fc|classifier)\.|\.num_batches_tracked$")
 
 
-def load_encoder_weights(model: nn.Module, path: str | Path) -> None:
+def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") -> None:
     """Load an encoder from any of the published checkpoint formats.
 
     Args:
         model: a module whose ``encoder`` is to be filled, or an encoder itself.
         path: a file ``{"params": state_dict}``: keys of the encoder as they are (pre-trained), or behind ``encoder.`` or
             ``module.encoder.`` (meta-trained). A folder stands for the ``max_acc.pth`` in it.
+        hint: what to do where there is no such file.
 
     Raises:
-        InputError: no such file, no such format, or the weights of another architecture.
+        InputError: no such file, no such format, the weights of another architecture, or weights that no training can
+            have left (not finite, negative variances).
     """
     encoder = getattr(model, "encoder", model)
     path = Path(path)
     if path.is_dir():
         path = path / BEST_WEIGHTS
     if not path.is_file():
-        raise InputError(f"expected a checkpoint in {path}; there is no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a file that is no checkpoint makes the unpickler say
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"expected a checkpoint in {path}; it cannot be read as plain tensors ({reason})") from error
-    if not isinstance(content, dict) or not isinstance(content.get("params"), dict):
-        raise InputError(f'expected {{"params": state_dict}} in {path}; got {_describe(content)}')
-    given = {re.sub(r"^(module\.)?(encoder\.(module\.)?)?", "", key): value for key, value in content["params"].items()}
+        raise InputError(f"expected a checkpoint in {path}; there is no such file. {hint}".strip())
+    params = _read_params(path)
+    given = {re.sub(r"^(module\.)?(encoder\.(module\.)?)?", "", key): value for key, value in params.items()}
 
     wanted = encoder.state_dict()
     missing = [key for key in wanted if key not in given and not _IGNORED_KEYS.search(key)]
     unexpected = [key for key in given if key not in wanted and not _IGNORED_KEYS.search(key)]
-    misshapen = [key for key in wanted if key in given and given[key].shape != wanted[key].shape]
+    given = {key: given.get(key, value) for key, value in wanted.items()}
+    misshapen = [key for key in wanted if given[key].shape != wanted[key].shape]
     if missing or unexpected or misshapen:
         faults = [f"lacks {_some(missing)}"] if missing else []
         faults += [f"has unknown {_some(unexpected)}"] if unexpected else []
@@ -290,7 +393,40 @@ def load_encoder_weights(model: nn.Module, path: str | Path) -> None:
             f"has {key} {tuple(given[key].shape)} where {tuple(wanted[key].shape)} is expected" for key in misshapen[:1]
         ]
         raise InputError(f"expected the weights of {type(encoder).__name__} in {path}; it {'; '.join(faults)}")
-    encoder.load_state_dict({key: given.get(key, value) for key, value in wanted.items()})
+    for key, value in given.items():
+        if not bool(value.isfinite().all()):
+            raise InputError(f"expected finite weights in {path}; {key} has entries that are NaN or infinite")
+        if key.endswith("running_var") and bool((value < 0).any()):
+            raise InputError(f"expected variances of 0 or more in {path}; {key} has negative entries")
+    encoder.load_state_dict(given)
+
+
+def _read_params(path: Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint file; nothing in it is executed."""
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats that are refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a file that is no checkpoint makes the unpickler say
+        wants = re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:class|operand|operator) (\S+)", str(error))
+        reason = (
+            f"it asks to run {wants[1] or wants[2]}, which is refused" if wants else "it is damaged or another format"
+        )
+        raise InputError(f"expected a checkpoint of plain tensors in {path}; {reason}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("params"), dict):
+        raise InputError(f'expected {{"params": state_dict}} in {path}; got {_describe(content)}')
+    for key, value in content["params"].items():
+        if not isinstance(key, str):
+            raise InputError(f"expected names as keys in {path}; got {key!r}, {_describe(key)}")
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+            kind = f"a {value.layout} tensor" if isinstance(value, torch.Tensor) else _describe(value)
+            kind = "a tensor without values" if getattr(getattr(value, "device", None), "type", "") == "meta" else kind
+            raise InputError(f"expected dense tensors in {path}; {key} is {kind}")
+    return content["params"]
 
 
 def _describe(content: Any) -> str:
@@ -309,6 +445,8 @@ def _some(names: Sequence[Any]) -> str:
 
 def mean_confidence_interval(accuracies: Sequence[float]) -> tuple[float, float]:
     """Mean and half width of the 95 % interval, ``1.96 std / sqrt(n)`` with the population std, in the unit given."""
+    import numpy as np
+
     values = np.asarray(accuracies, dtype=np.float64)
     if not len(values):
         raise ValueError("expected at least one accuracy; got none")

@@ -1,7 +1,7 @@
 """The DeepEMD model: encoder, nodes, optimal transport, structured fully connected layer."""
 
 from Models.classifier import Classifier
-from Models.deepemd import DeepEMD, add_model_arguments, build_model
+from Models.deepemd import DeepEMD
 from Models.resnet import ResNet12
 
-__all__ = ["Classifier", "DeepEMD", "ResNet12", "add_model_arguments", "build_model"]
+__all__ = ["Classifier", "DeepEMD", "ResNet12"]

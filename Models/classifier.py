@@ -1,15 +1,14 @@
 """The pre-training head (DeepEMD paper, section 4.4, "feature pre-training")."""
 
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
-from Models.resnet import ResNet12
+from Models.encoder import Encoder
 
 
 class Classifier(nn.Module):
-    """ResNet-12 with one linear layer on the globally averaged feature: ``(B, 3, H, W) -> (B, num_classes)``."""
+    """An encoder with one linear layer on the globally averaged feature: ``(B, 3, H, W) -> (B, num_classes)``."""
 
-    def __init__(self, encoder: ResNet12, num_classes: int) -> None:
+    def __init__(self, encoder: Encoder, num_classes: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.fc = nn.Linear(encoder.out_channels, num_classes)

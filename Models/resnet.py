@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
+from Models.encoder import Encoder
+
 LEAK = 0.1
 WIDTHS = (64, 160, 320, 640)
 
@@ -59,19 +61,20 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
             norm.num_batches_tracked.copy_(count)
 
 
-class ResNet12(nn.Module):
+class ResNet12(Encoder):
     """Images ``(B, 3, H, W)`` to a feature map ``(B, 640, H // 16, W // 16)``; 84 pixels give 5 x 5.
 
     12,424,320 parameters. H and W must be at least 16.
 
     Args:
-        checkpoint_activations: in training, keep only what enters each block and compute the rest again on the way back.
+        amp: see :class:`Models.encoder.Encoder`.
+        checkpoint_activations: in training, keep only what enters each block and compute the rest again in the backward pass.
     """
 
     out_channels = WIDTHS[-1]
 
-    def __init__(self, *, checkpoint_activations: bool = False) -> None:
-        super().__init__()
+    def __init__(self, *, amp: str = "off", checkpoint_activations: bool = False) -> None:
+        super().__init__(amp=amp)
         self.checkpoint_activations = checkpoint_activations
         for number, (before, after) in enumerate(zip((3, *WIDTHS[:-1]), WIDTHS, strict=True), start=1):
             # One block to a layer, kept in a Sequential because the released key names say "layer1.0.".
@@ -79,8 +82,10 @@ class ResNet12(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
+        if amp != "off":
+            self.to(memory_format=torch.channels_last)  # the layout that tensor cores want
 
-    def forward(self, images: Tensor) -> Tensor:
+    def maps(self, images: Tensor) -> Tensor:
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             images = self._checkpointed(layer, images) if self._is_checkpointing() else layer(images)
         return images
@@ -95,7 +100,7 @@ class ResNet12(nn.Module):
         return checkpoint(layer, images, use_reentrant=False, context_fn=contexts)
 
     def folded(self) -> "ResNet12":
-        """A copy for evaluation: batch norm folded into the convolutions, channels last. The same to float rounding."""
+        """A copy for evaluation: batch norm folded into the convolutions, channels last."""
         encoder = copy.deepcopy(self).eval().requires_grad_(False)
         for layer in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
             block = layer[0]

@@ -4,13 +4,11 @@
     python benchmarks/emd.py -nodes 9,25 -solvers simplex,opencv
 
 The problems are those of the head: cosine costs and cross-reference weights of random features. Every time is the best of
-several runs in this one process, every memory figure is from a fresh one. "forward" is without gradients, "both" is
-forward and backward, for all inputs that the solver has a gradient for. Memory is the growth of the process's peak, per
-problem.
+several runs in this process; every memory figure is from a fresh one. "forward" is without gradients, "both" is forward
+and backward, for all inputs that the solver has a gradient for. Memory is the growth of the process's peak, per problem.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import time
@@ -23,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from process_memory import megabytes
 
-from Models.deepemd import cosine_similarity_map, cross_reference_weights
 from Models.emd import SOLVERS, emd, scale_to_mass
+from Models.matching import cosine_similarity_map, cross_reference_weights
 
 CASES = {
     "opencv": ("opencv", {}),
@@ -35,13 +33,15 @@ CASES = {
     "qpth, L2": ("qpth", {}),
     "qpth, QP": ("qpth", {"form": "QP"}),
 }
-# One episode of 75 queries and 5 ways has 375 problems; what is dense in (N*M)^2 gets fewer.
+# One episode of 75 queries and 5 ways has 375 problems; solvers that are dense in (N*M)^2 get fewer.
 BATCH = {"qpth": {9: 8, 25: 8}, "ipm": {9: 375, 25: 375, 64: 75}}
 DEFAULT_BATCH = {9: 375, 25: 375, 64: 75}
 SMALL_BATCH = 8
+MAX_NODES = 1000
 
 
 def problems(nodes: int, batch: int) -> list[torch.Tensor]:
+    """Cost ``(batch, nodes, nodes)`` and both weights ``(batch, nodes)``, float64."""
     random = torch.Generator().manual_seed(nodes)
     query = torch.randn(batch, 1, 64, nodes, generator=random)
     proto = torch.randn(batch, 1, 64, nodes, generator=random) + 0.3 * query
@@ -62,7 +62,7 @@ def best_time(work: Callable[[], object], seconds: float = 1.0) -> float:
 
 
 def memory_in_a_fresh_process(case: str, nodes: int, batch: int) -> float:
-    """Megabytes per problem: a process that has freed nothing yet is where a peak shows."""
+    """Megabytes per problem. A peak shows only in a process that has not freed any memory yet."""
     command = [sys.executable, __file__, "-memory_of", f"{case};{nodes};{batch}"]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / batch
 
@@ -70,10 +70,10 @@ def memory_in_a_fresh_process(case: str, nodes: int, batch: int) -> float:
 def peak_growth(case: str, nodes: int, batch: int) -> float:
     """Megabytes by which the peak memory of this process grows over one forward and backward (Linux; nan elsewhere)."""
     torch.set_num_threads(1)
-    run_both(case, problems(nodes, 1))  # what is loaded and compiled once
+    run_both(case, problems(nodes, 1))  # whatever is loaded and compiled once
     inputs = problems(nodes, batch)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current use
         before = megabytes("VmRSS")
         run_both(case, inputs)
         return max(0.0, megabytes("VmHWM") - before)
@@ -82,7 +82,7 @@ def peak_growth(case: str, nodes: int, batch: int) -> float:
 
 
 def cv2_loop(nodes: int, batch: int) -> float:
-    """Seconds per problem of a bare Python loop over cv2.EMD, arrays ready made, no gradient."""
+    """Seconds per problem of a bare Python loop over cv2.EMD on prepared arrays, without gradient."""
     import cv2
 
     cost, supply, demand = (tensor.float().numpy() for tensor in problems(nodes, batch))
@@ -112,37 +112,64 @@ def measure(case: str, nodes: int, batch: int) -> tuple[float, float]:
     return best_time(forward) / batch, best_time(lambda: run_both(case, inputs)) / batch
 
 
+def sizes(text: str) -> list[int]:
+    """``"9,25"`` -> ``[9, 25]``, for argparse."""
+    try:
+        values = [int(word) for word in text.split(",")]
+    except ValueError:
+        values = [0]
+    if not all(1 <= value <= MAX_NODES for value in values):
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers from 1 to {MAX_NODES}, separated by commas; got {text!r}"
+        )
+    return values
+
+
+def solver_names(text: str) -> list[str]:
+    """``"opencv,ipm"`` -> ``["opencv", "ipm"]``, for argparse."""
+    names = text.split(",")
+    for name in names:
+        if name not in SOLVERS:
+            raise argparse.ArgumentTypeError(f"expected solvers out of {', '.join(SOLVERS)}; got {name!r}")
+    return names
+
+
+def memory_job(text: str) -> tuple[str, int, int]:
+    """``"simplex;25;375"`` -> case, nodes and batch, for argparse."""
+    case, nodes, batch = text.split(";")
+    if case not in CASES:
+        raise ValueError
+    return case, sizes(nodes)[0], sizes(batch)[0]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-nodes", default="9,25,64", help="sizes (default: %(default)s)")
-    parser.add_argument("-solvers", default=",".join(SOLVERS), help="(default: %(default)s)")
-    parser.add_argument("-memory_of", help=argparse.SUPPRESS)  # what memory_in_a_fresh_process asks of itself
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("-nodes", type=sizes, default="9,25,64", help="nodes per side of a problem, comma-separated")
+    parser.add_argument("-solvers", type=solver_names, default=",".join(SOLVERS), help="comma-separated")
+    parser.add_argument("-memory_of", type=memory_job, help=argparse.SUPPRESS)  # used by memory_in_a_fresh_process
     args = parser.parse_args()
     if args.memory_of:
-        case, nodes, batch = args.memory_of.split(";")
-        print(peak_growth(case, int(nodes), int(batch)))
+        print(peak_growth(*args.memory_of))
         return
-    sizes, solvers = [int(size) for size in args.nodes.split(",")], args.solvers.split(",")
-    unknown = [name for name in solvers if name not in SOLVERS]
-    if unknown:
-        parser.error(f"expected solvers out of {', '.join(SOLVERS)}; got {unknown[0]}")
-    cores = os.cpu_count() or 1
+    most_threads = torch.get_num_threads()
 
     print("microseconds per problem; memory in MB per problem; speed as a multiple of the cv2.EMD loop on one thread\n")
     print("| solver | nodes | batch | threads | forward | both | memory | forward / cv2 loop |")
     print("|---|---|---|---|---|---|---|---|")
     both_times: dict[tuple[str, int], float] = {}
     memories: dict[tuple[str, int], float] = {}
-    for nodes in sizes:
+    for nodes in args.nodes:
         torch.set_num_threads(1)
         baseline = cv2_loop(nodes, DEFAULT_BATCH.get(nodes, 75))
         print(f"| cv2.EMD loop | {nodes} | {DEFAULT_BATCH.get(nodes, 75)} | 1 | {baseline * 1e6:.1f} | | | 1.0x |")
         for case, (solver, _) in CASES.items():
             batch = BATCH.get(solver, DEFAULT_BATCH).get(nodes, 0 if solver == "qpth" else 75)
-            if solver not in solvers or not batch:
+            if solver not in args.solvers or not batch:
                 continue
             memory = memories[case, nodes] = memory_in_a_fresh_process(case, nodes, batch)
-            for threads in sorted({1, cores}) if solver != "qpth" else [1]:
+            for threads in sorted({1, most_threads}) if solver != "qpth" else [1]:
                 torch.set_num_threads(threads)
                 forward, both = measure(case, nodes, batch)
                 print(
@@ -154,7 +181,7 @@ def main() -> None:
             if solver in ("ipm", "qpth"):
                 both_times[case, nodes] = both if batch == SMALL_BATCH else measure(case, nodes, SMALL_BATCH)[1]
     for form in ("L2", "QP"):
-        for nodes in sizes:
+        for nodes in args.nodes:
             ours, theirs = (f"ipm, {form}", nodes), (f"qpth, {form}", nodes)
             if ours in both_times and theirs in both_times:
                 print(

@@ -9,7 +9,7 @@
 The published way: every episode encoded anew, similarity through expanded (Q, W, N, N, C) tensors, one solver call per
 pair of query and prototype. It is written here from its description, and runs in the same process on the same threads.
 Times are the best of at least two calls. Encoding time is proportional to the number of images, so it is measured on one
-batch and multiplied; what is multiplied instead of run is marked with *.
+batch and multiplied; what is extrapolated instead of run is marked with *.
 """
 
 import argparse
@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from process_memory import megabytes
 
-from dataloader import EpisodeSampler, ImageDataset, SeededBatches, episode_labels, make_view
-from engine import ENCODE_BATCH, evaluate
+from dataloader import EpisodeSampler, ImageDataset, SeededEpisodes, episode_labels, make_view
+from engine.evaluation import ENCODE_BATCH, Evaluator
 from Models import DeepEMD
 from Models.sfc import fit_prototypes
 
@@ -208,20 +208,17 @@ def sfc(image_size: int) -> None:
 def end_to_end(folder: Path, model: DeepEMD, image_size: int) -> None:
     """1-shot fcn, as eval.py runs it."""
     data = open_images(folder, "fcn", image_size)
-    labels = episode_labels(WAY, QUERY)
     side = image_size // 16
     encode, published_encode = encoding_times(model, image_size)
     head, published_head = head_times(model, side * side)
     published = 80 * published_encode + published_head
 
-    def run(episodes: int, feature_cache: str) -> tuple[float, list[float]]:
-        sampler = EpisodeSampler(data.labels, episodes, WAY, 1 + QUERY, torch.Generator().manual_seed(1))
-        drawn = list(SeededBatches(sampler, torch.Generator().manual_seed(2)))
+    def run(count: int, feature_cache: str) -> tuple[float, list[float]]:
+        episodes = SeededEpisodes(EpisodeSampler(data.labels, count, WAY, 1 + QUERY), seed=1, name="test")
         start = time.perf_counter()
-        result = evaluate(
-            model, data, drawn, labels, way=WAY, shot=1, device=CPU, seed=1, num_workers=1, feature_cache=feature_cache
-        )
-        return time.perf_counter() - start, result.accuracies
+        evaluator = Evaluator(data, way=WAY, shot=1, device=CPU, seed=1, num_workers=1, feature_cache=feature_cache)
+        accuracies = evaluator(model, episodes).accuracies
+        return time.perf_counter() - start, accuracies
 
     seconds, uncached = run(4, "off")
     print(f"\n1-shot fcn, {image_size} pixels. Published way: {published:.2f} s per episode*.")
@@ -239,7 +236,7 @@ def end_to_end(folder: Path, model: DeepEMD, image_size: int) -> None:
     )
     protocol, before = 12000 * encode + 5000 * head, 5000 * published
     print(
-        f"Worked out for the full protocol (5000 episodes over 12,000 images): {protocol / 60:.0f} min against "
+        f"Extrapolated to the full protocol (5000 episodes over 12,000 images): {protocol / 60:.0f} min against "
         f"{before / 3600:.1f} h, {before / protocol:.0f}x*"
     )
 
@@ -261,7 +258,7 @@ def training(model: DeepEMD, image_size: int) -> None:
     model.eval()
     now, before = 50 * ours + 9600 * encode + 1000 * head, 50 * theirs + 1000 * (80 * published_encode + published_head)
     print(
-        f"\nA meta-training epoch of 50 steps and 1000 validation episodes, fcn, {image_size} pixels, worked out*: "
+        f"\nA meta-training epoch of 50 steps and 1000 validation episodes, fcn, {image_size} pixels, extrapolated*: "
         f"{now / 60:.0f} min against {before / 60:.0f} min, {before / now:.1f}x faster "
         f"(a step: {ours:.1f} s against {theirs:.1f} s)"
     )

@@ -1,9 +1,9 @@
-"""Folders of images to batches and episodes."""
+"""From folders of images to batches and episodes."""
 
 from dataloader.arguments import add_data_arguments, add_episode_arguments, draw_episodes, open_dataset
 from dataloader.catalog import CATALOG
 from dataloader.dataset import ImageDataset
-from dataloader.episodes import EpisodeSampler, SeededBatches, episode_labels
+from dataloader.episodes import EpisodeSampler, SeededBatches, SeededEpisodes, episode_labels
 from dataloader.views import VIEWS, make_view
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "EpisodeSampler",
     "ImageDataset",
     "SeededBatches",
+    "SeededEpisodes",
     "add_data_arguments",
     "add_episode_arguments",
     "draw_episodes",

@@ -1,79 +1,71 @@
 """The flags that choose the data and how it is seen."""
 
 import argparse
-import os
-
-import torch
 
 from dataloader.catalog import CATALOG
 from dataloader.dataset import ImageDataset
-from dataloader.episodes import EpisodeSampler, SeededBatches
+from dataloader.episodes import EpisodeSampler, SeededEpisodes
 from dataloader.views import CROP_TO, VIEWS, make_view
-from utils import InputError, named_generator, number_at_least, whole_numbers
+from utils import InputError, available_cores, number_at_least, number_between, whole_numbers
 
-# Four halvings lie between an image and its feature map.
-SMALLEST_IMAGE = 16
+# Four halvings lie between an image and its feature map. The largest one is a guard against a slip of the keyboard.
+SMALLEST_IMAGE, LARGEST_IMAGE = 16, 1024
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that :func:`open_dataset` reads."""
-    group = parser.add_argument_group("data")
-    group.add_argument("-dataset", choices=CATALOG, default="miniimagenet", help="(default: %(default)s)")
-    group.add_argument("-data_dir", default="datasets", help="folder that holds the data sets (default: %(default)s)")
-    group.add_argument("-deepemd", choices=VIEWS, default="fcn", help="what becomes a node (default: %(default)s)")
-    group.add_argument(
-        "-num_patch", type=number_at_least(1, int), default=9, help="sampling: patches per image (default: %(default)s)"
+    """The flags that :func:`open_dataset` reads, and ``-fixed_patches`` and ``-num_workers``."""
+    data = parser.add_argument_group("data")
+    data.add_argument("-dataset", choices=CATALOG, default="miniimagenet", help="data set to read")
+    data.add_argument("-data_dir", default="datasets", help="folder that holds the data sets")
+    data.add_argument(
+        "-verify_images", action="store_true", help="decode every image first, and skip those that cannot be read"
     )
-    group.add_argument(
+    data.add_argument(
+        "-num_workers",
+        type=number_at_least(0, int),
+        default=min(8, available_cores()),
+        help="processes that load images; results do not depend on it",
+    )
+
+    views = parser.add_argument_group("views of an image")
+    views.add_argument("-deepemd", choices=VIEWS, default="fcn", help="what becomes a node")
+    views.add_argument(
+        "-image_size",
+        type=number_between(SMALLEST_IMAGE, LARGEST_IMAGE, int),
+        default=CROP_TO,
+        help=f"pixels along an edge of what the encoder sees, {SMALLEST_IMAGE} to {LARGEST_IMAGE}; less for quick runs",
+    )
+    views.add_argument("-num_patch", type=number_at_least(1, int), default=9, help="sampling: patches per image")
+    views.add_argument(
         "-fixed_patches",
         action="store_true",
         help="sampling: draw the patches of an image once in validation and test, not anew for each use",
     )
-    group.add_argument(
+    views.add_argument(
         "-patch_list",
         type=whole_numbers,
-        default=(2, 3),
+        default="2,3",
         metavar="CELLS",
-        help="grid: cells along an edge, for each level of the pyramid (default: 2,3)",
+        help="grid: cells along an edge, for each level of the pyramid",
     )
-    group.add_argument(
+    views.add_argument(
         "-patch_ratio",
         type=number_at_least(1, float),
         default=2.0,
-        help="grid: how much larger than its share a patch is, in evaluation (default: %(default)s)",
-    )
-    group.add_argument(
-        "-image_size",
-        type=number_at_least(SMALLEST_IMAGE, int),
-        default=CROP_TO,
-        help="pixels along an edge of what the encoder sees; smaller for quick runs (default: %(default)s)",
-    )
-    group.add_argument(
-        "-num_workers",
-        type=number_at_least(0, int),
-        default=min(8, os.cpu_count() or 1),
-        help="processes that load images; results do not depend on it (default: %(default)s)",
-    )
-    group.add_argument(
-        "-verify_images", action="store_true", help="decode every image first, and leave out those that cannot be read"
+        help="grid: how much larger than its share of the image a patch is, in evaluation",
     )
 
 
 def add_episode_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that give an episode its shape."""
+    """The flags that :func:`draw_episodes` reads."""
     group = parser.add_argument_group("episodes")
-    for name, default, what in (
-        ("way", 5, "classes"),
-        ("shot", 1, "support images per class"),
-        ("query", 15, "queries per class"),
-    ):
-        group.add_argument(
-            f"-{name}", type=number_at_least(1, int), default=default, help=f"{what} (default: %(default)s)"
-        )
+    group.add_argument("-way", type=number_at_least(1, int), default=5, help="classes per episode")
+    group.add_argument("-shot", type=number_at_least(1, int), default=1, help="support images per class")
+    group.add_argument("-query", type=number_at_least(1, int), default=15, help="queries per class")
 
 
 def open_dataset(args: argparse.Namespace, split: str, *, train: bool, deepemd: str | None = None) -> ImageDataset:
-    """One split as the flags say; ``deepemd`` in the place of the flag of that name."""
+    """One split as the flags say; ``deepemd`` overrides the flag of that name."""
     spec = CATALOG[args.dataset]
     view = make_view(
         deepemd or args.deepemd,
@@ -90,17 +82,17 @@ def open_dataset(args: argparse.Namespace, split: str, *, train: bool, deepemd: 
 
 def draw_episodes(
     args: argparse.Namespace, dataset: ImageDataset, episodes: int, *, seed: int, name: str, train: bool = False
-) -> SeededBatches:
+) -> SeededEpisodes:
     """Episodes of the shape that the flags give them; ``name`` keeps the draws of several uses apart.
 
-    ``-fixed_patches`` holds for evaluation only; ``train`` passes it over.
+    ``-fixed_patches`` is for evaluation; with ``train`` it is ignored.
+
+    Raises:
+        InputError: the data set has too few classes, or a class has too few images.
     """
     try:
-        sampler = EpisodeSampler(
-            dataset.labels, episodes, args.way, args.shot + args.query, named_generator(seed, name, "episodes")
-        )
+        sampler = EpisodeSampler(dataset.labels, episodes, args.way, args.shot + args.query)
     except InputError as error:
         raise InputError(f"{args.dataset}, {name} episodes: {error}") from None
-    generator = named_generator(seed, name, "views")
-    fixed = torch.randint(2**62, (len(dataset),), generator=generator) if args.fixed_patches and not train else None
-    return SeededBatches(sampler, generator, seed_per_image=fixed)
+    fixed_views = len(dataset) if args.fixed_patches and not train else None
+    return SeededEpisodes(sampler, seed=seed, name=name, fixed_views=fixed_views)

@@ -1,4 +1,4 @@
-"""What is known of each data set: where it lies, how it is laid out, how large it is, its pixel statistics."""
+"""What is known about each data set: its folder, its layout, its size, its pixel statistics."""
 
 from dataclasses import dataclass, field
 
@@ -18,10 +18,10 @@ class DatasetSpec:
         layout: a key of :data:`dataloader.readers.READERS`.
         folders: the spellings of its folder under the data directory; the first that exists is read.
         image_folders: where, under that folder, the images named by a csv file may lie.
-        split_folders: what a split's folder is called, where it is not called like the split.
-        classes: published number of classes per split; empty where anything goes.
+        split_folders: the folder of a split, where its name is not that of the split.
+        classes: published number of classes per split; empty where any number is fine.
         mean, std: of the three channels, for pixels in [0, 1].
-        large_images: the published images are larger than 84 pixels; smaller ones cost accuracy, which deserves a word.
+        large_images: the published images are larger than 84 pixels; smaller ones cost accuracy, so they bring a warning.
         obtain: how to get it, for messages.
     """
 
@@ -47,7 +47,7 @@ CATALOG: dict[str, DatasetSpec] = {
         image_folders=("images",),
         classes=_counts(64, 16, 20),
         large_images=True,
-        obtain="bash datasets/download_miniimagenet.sh",
+        obtain="python datasets/fetch.py miniimagenet",
     ),
     "cub": DatasetSpec(
         layout="csv_by_class",
@@ -55,20 +55,20 @@ CATALOG: dict[str, DatasetSpec] = {
         image_folders=(".", "images"),
         classes=_counts(100, 50, 50),
         large_images=True,
-        obtain="bash datasets/download_cub.sh",
+        obtain="python datasets/fetch.py cub",
     ),
     "tieredimagenet": DatasetSpec(
         layout="folders",
         folders=("tiered_imagenet", "tieredimagenet"),
         classes=_counts(351, 97, 160),
         large_images=True,
-        obtain="bash datasets/download_tieredimagenet.sh",
+        obtain="python datasets/fetch.py tieredimagenet",
     ),
     "fc100": DatasetSpec(
         layout="folders",
         folders=("FC100", "fc100"),
         classes=_counts(60, 20, 20),
-        obtain="bash datasets/download_fc100.sh",
+        obtain="python datasets/fetch.py fc100",
     ),
     "cifar_fs": DatasetSpec(
         layout="folders",
@@ -77,7 +77,7 @@ CATALOG: dict[str, DatasetSpec] = {
         classes=_counts(64, 16, 20),
         mean=_CIFAR_MEAN,
         std=_CIFAR_STD,
-        obtain="bash datasets/download_cifar_fs.sh",
+        obtain="python datasets/fetch.py cifar_fs",
     ),
     "folder": DatasetSpec(
         layout="folders", folders=(".",), obtain="put your images in <data_dir>/{train,val,test}/<class>/"

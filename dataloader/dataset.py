@@ -1,8 +1,9 @@
 """The only Dataset class."""
 
-import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -10,8 +11,16 @@ from torch.utils.data import Dataset
 
 from dataloader.catalog import CATALOG, SPLITS
 from dataloader.readers import read_split
-from dataloader.views import CROP_TO, View
-from utils import InputError
+from dataloader.views import CROP_TO, Box, View
+from utils import InputError, available_cores, warn
+
+# Pillow's own warnings would appear in the middle of a progress bar. What matters in them is checked here.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+_ADVICE = ". Replace it, or skip unreadable files with -verify_images"
+_DEEP_MODES = {"I", "I;16", "I;16L", "I;16B", "I;16N", "F"}  # one channel of more than 8 bits
+_LARGEST_16_BIT = 2**16 - 1
+_warned_of: set[str] = set()  # paths of huge images, so that each is named once per process
 
 
 class ImageDataset(Dataset):
@@ -22,13 +31,15 @@ class ImageDataset(Dataset):
         split: ``train``, ``val`` or ``test``.
         data_dir: the folder that holds the data sets.
         view: what an image is turned into; see :mod:`dataloader.views`.
-        verify: decode every image now, and leave out those that cannot be read, with a warning that names them.
+        verify: decode every image now, and skip those that cannot be read, with a warning that names them.
 
     Attributes:
         paths, labels: one per image; labels count from 0 in the order of ``class_names``, which is sorted.
+        view: its ``normalize`` turns the pixels of items, or of a batch of them, into the encoder's input, on any device.
 
-    Items are asked for by index, or by ``(index, seed)``: then the random draws of the view come from that seed alone, so
-    they do not depend on which worker process makes them.
+    ``dataset[index]`` is ``(pixels, label)``: uint8 ``(3, S, S)`` or ``(P, 3, S, S)``, and an int. For
+    ``dataset[index, seed]`` the random draws of the view come from that seed alone, so they do not depend on which worker
+    process makes them.
 
     Raises:
         InputError: something named is not there, or (when an item is asked for) an image cannot be read.
@@ -38,7 +49,7 @@ class ImageDataset(Dataset):
         if name not in CATALOG:
             raise InputError(f"expected -dataset to be one of {', '.join(CATALOG)}; got {name!r}")
         if split not in SPLITS:
-            raise InputError(f"expected a split out of {', '.join(SPLITS)}; got {split!r}")
+            raise InputError(f"expected the split to be one of {', '.join(SPLITS)}; got {split!r}")
         spec = CATALOG[name]
         self.view = view
         self.paths, self.labels, self.class_names = read_split(spec, data_dir, split)
@@ -46,9 +57,9 @@ class ImageDataset(Dataset):
             self._leave_out_unreadable()
         published = spec.classes.get(split, len(self.class_names))
         if published != len(self.class_names):
-            _warn(f"{name} {split} has {len(self.class_names)} classes here; the published split has {published}")
-        if spec.large_images and max(_open(self.paths[0]).size) <= CROP_TO:
-            _warn(
+            warn(f"{name} {split} has {len(self.class_names)} classes here; the published split has {published}")
+        if spec.large_images and max(_size(self.paths[0])) <= CROP_TO:
+            warn(
                 f"the images of {name} are {CROP_TO} pixels or less ({self.paths[0]}); the published results need them at "
                 "their original size, and shrunk ones cost 8-10 points of accuracy"
             )
@@ -57,26 +68,33 @@ class ImageDataset(Dataset):
         return len(self.paths)
 
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor, int]:
-        if not isinstance(item, tuple):
-            return self.view(_read(self.paths[item])), self.labels[item]
-        index, seed = item
+        index, seed = item if isinstance(item, tuple) else (item, None)
         image = _read(self.paths[index])
+        try:
+            boxes = self._boxes(image.size, seed)
+        except InputError as error:
+            raise InputError(f"{self.paths[index]}: {error}") from None
+        return self.view.render(image, boxes), self.labels[index]
+
+    def _boxes(self, size: tuple[int, int], seed: int | None) -> list[Box]:
+        if seed is None:
+            return self.view.boxes(size)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return self.view(image), self.labels[index]
+            return self.view.boxes(size)
 
     def _leave_out_unreadable(self) -> None:
         def fault(path: str) -> str | None:
             try:
-                _read(path)
+                _read(path, advice="")
             except InputError as error:
                 return str(error)
             return None
 
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(available_cores()) as pool:
             faults = list(pool.map(fault, self.paths))
         for message in filter(None, faults):
-            _warn(f"left out: {message}")
+            warn(f"left out: {message}")
         kept = [index for index, message in enumerate(faults) if message is None]
         emptied = set(self.labels) - {self.labels[index] for index in kept}
         if emptied:
@@ -84,24 +102,49 @@ class ImageDataset(Dataset):
         self.paths, self.labels = [self.paths[i] for i in kept], [self.labels[i] for i in kept]
 
 
-def _open(path: str) -> Image.Image:
+# --- Reading one image ------------------------------------------------------------------------------------------------
+
+
+def _size(path: str) -> tuple[int, int]:
     try:
-        return Image.open(path)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(_unreadable(path, error)) from error
+        with Image.open(path) as image:
+            return image.size
+    except Exception as error:  # whatever a broken file makes Pillow raise
+        raise _unreadable(path, error, _ADVICE) from error
 
 
-def _read(path: str) -> Image.Image:
-    with _open(path) as image:
-        try:
-            return image.convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise InputError(_unreadable(path, error)) from error
+def _read(path: str, *, advice: str = _ADVICE) -> Image.Image:
+    """Decode an image to RGB, 8 bits per channel."""
+    try:
+        with Image.open(path) as image:
+            _warn_if_huge(path, image.size)
+            if image.mode not in _DEEP_MODES:
+                return image.convert("RGB")
+            values = np.array(image)
+    except Exception as error:  # whatever a broken file makes Pillow raise
+        raise _unreadable(path, error, advice) from error
+    return _to_8_bits(path, values)
 
 
-def _unreadable(path: str, error: Exception) -> str:
-    return f"expected an image in {path}; it cannot be read ({error}). Replace it, or leave such files out with -verify_images"
+def _unreadable(path: str, error: Exception, advice: str) -> InputError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return InputError(f"expected an image in {path}; it cannot be read ({reason}){advice}")
 
 
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+def _warn_if_huge(path: str, size: tuple[int, int]) -> None:
+    pixels = size[0] * size[1]
+    if Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS and path not in _warned_of:
+        _warned_of.add(path)
+        warn(f"{path} has {pixels / 1e6:.0f} million pixels, and every use decodes all of them. Shrink it to save time")
+
+
+def _to_8_bits(path: str, values: np.ndarray) -> Image.Image:
+    # Pillow's own conversion would cut every value at 255, so that nearly all pixels become white.
+    if values.dtype.kind == "f":
+        found = "floats"
+    elif values.min() < 0 or values.max() > _LARGEST_16_BIT:
+        found = f"{values.min()} to {values.max()}"
+    else:
+        scaled = (values.astype(np.uint32) + 128) // 257  # to the nearest of 0..255: 65535 = 257 * 255
+        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+    raise InputError(f"expected pixels of 8 or 16 bits in {path}; got {found}. Convert it to 8 bits per channel")

@@ -1,30 +1,36 @@
-"""Episodes: which images, in which order.
+"""Episodes and batches: which images, in which order, and the seeds of their views.
 
 An episode of W ways with P images per class (P = shot + queries) is a list of W*P indices, class-interleaved:
 ``c0 c1 .. c(W-1) c0 c1 ..``. The first W*K are the support, the rest the queries, so query labels are
 :func:`episode_labels`.
+
+:class:`EpisodeSampler` draws in the published, sequential order. :class:`SeededEpisodes` and :class:`SeededBatches` make
+every draw a function of (seed, name, epoch, index), so any part of a run can be repeated without what came before it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from utils import InputError
+from utils import InputError, named_generator
+
+# View seeds are drawn below this bound.
+_SEEDS = 2**62
 
 
 class EpisodeSampler(Sampler[list[int]]):
-    """Draws episodes.
+    """Draws episodes, one after the other.
 
     Per episode one permutation of the classes, then one of the images of each class chosen.
 
     Args:
         labels: ``(B,)`` class numbers of the images.
-        episodes: how many to draw per pass.
+        episodes: how many to draw per pass; nothing is drawn or stored before it is asked for.
         way: classes per episode.
         per_class: images per class: shot + queries.
-        generator: the CPU generator to draw from; torch's global one when not given.
+        generator: the CPU generator that iteration draws from; torch's global one when not given.
 
     Raises:
         InputError: fewer classes than ``way``, or a class with fewer images than ``per_class``.
@@ -41,8 +47,10 @@ class EpisodeSampler(Sampler[list[int]]):
         labels = torch.as_tensor(labels)
         self.members = [(labels == label).nonzero().flatten() for label in labels.unique()]
         self.episodes, self.way, self.per_class, self.generator = episodes, way, per_class, generator
-        if way < 1 or per_class < 1 or episodes < 0:
+        if way < 1 or per_class < 1:
             raise InputError(f"expected way and images per class of 1 or more; got {way} and {per_class}")
+        if episodes < 0:
+            raise InputError(f"expected 0 episodes or more; got {episodes}")
         if way > len(self.members):
             raise InputError(
                 f"expected at least {way} classes for {way}-way episodes; the split has {len(self.members)}. Lower -way"
@@ -59,38 +67,108 @@ class EpisodeSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for _ in range(self.episodes):
-            classes = torch.randperm(len(self.members), generator=self.generator)[: self.way]
-            rows = [self._draw(self.members[number]) for number in classes.tolist()]
-            yield torch.stack(rows).t().flatten().tolist()  # (way, per_class) -> class-interleaved
+            yield self.draw(self.generator)
 
-    def _draw(self, members: Tensor) -> Tensor:
-        return members[torch.randperm(len(members), generator=self.generator)[: self.per_class]]
+    def draw(self, generator: torch.Generator | None = None) -> list[int]:
+        """The next episode of a generator: ``W*P`` indices, class-interleaved."""
+        classes = torch.randperm(len(self.members), generator=generator)[: self.way]
+        rows = [_choose(self.members[number], self.per_class, generator) for number in classes.tolist()]
+        return torch.stack(rows).t().flatten().tolist()  # (way, per_class) -> class-interleaved
 
 
-class SeededBatches(Sampler[list[tuple[int, int]]]):
-    """Gives every index of the batches it is made from a seed, as :class:`ImageDataset` takes them.
+def _choose(members: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    return members[torch.randperm(len(members), generator=generator)[:count]]
 
-    Args:
-        batches: lists of indices.
-        generator: draws the seeds.
-        seed_per_image: ``(B,)`` one seed for each image of the data set, whenever it comes; none are drawn then.
-    """
 
-    def __init__(
-        self, batches: Iterable[Sequence[int]], generator: torch.Generator, seed_per_image: Tensor | None = None
-    ) -> None:
-        self.batches, self.generator, self.seed_per_image = batches, generator, seed_per_image
+class _Seeded(Sampler[list[tuple[int, int]]]):
+    """Lists of (index, view seed), as :class:`ImageDataset` takes them; list k is a function of (seed, name, epoch, k)."""
+
+    def __init__(self, seed: int, name: str) -> None:
+        self.seed, self.name = seed, name
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose draws are given from now on."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.batches)
+        raise NotImplementedError
+
+    def _draw(self, k: int) -> list[tuple[int, int]]:
+        raise NotImplementedError
+
+    def __getitem__(self, k: int) -> list[tuple[int, int]]:
+        if not 0 <= k < len(self):
+            raise IndexError(f"expected an index from 0 to {len(self) - 1}; got {k}")
+        return self._draw(k)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in self.batches:
-            if self.seed_per_image is None:
-                seeds = torch.randint(2**62, (len(batch),), generator=self.generator)
-            else:
-                seeds = self.seed_per_image[torch.as_tensor(batch)]
-            yield list(zip(batch, seeds.tolist(), strict=True))
+        return (self._draw(k) for k in range(len(self)))
+
+
+class SeededEpisodes(_Seeded):
+    """Episodes that can be drawn one by one, in any order.
+
+    Args:
+        sampler: draws an episode; its own generator is not used.
+        seed: of the run.
+        name: keeps the draws of several uses apart.
+        fixed_views: the number of images of the data set, to give each image one view seed, whichever episode and epoch it
+            comes in; a seed per use when not given.
+
+    ``episodes[k]`` is a list of ``W*P`` pairs (index, view seed); IndexError outside ``0 .. len - 1``. The attribute
+    ``epoch`` (0 at first) chooses among independent sets of episodes.
+    """
+
+    def __init__(self, sampler: EpisodeSampler, *, seed: int, name: str, fixed_views: int | None = None) -> None:
+        super().__init__(seed, name)
+        self.sampler = sampler
+        self.fixed_seeds = None
+        if fixed_views is not None:
+            self.fixed_seeds = torch.randint(_SEEDS, (fixed_views,), generator=named_generator(seed, name, "views"))
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def _draw(self, k: int) -> list[tuple[int, int]]:
+        generator = named_generator(self.seed, self.name, self.epoch, "episode", k)
+        indices = self.sampler.draw(generator)
+        if self.fixed_seeds is None:
+            seeds = torch.randint(_SEEDS, (len(indices),), generator=generator)
+        else:
+            seeds = self.fixed_seeds[indices]
+        return list(zip(indices, seeds.tolist(), strict=True))
+
+
+class SeededBatches(_Seeded):
+    """Every image once per epoch, shuffled, in batches.
+
+    Args:
+        count: images of the data set.
+        batch_size: images per batch; the last batch may be smaller.
+        seed: of the run.
+        name: keeps the draws of several uses apart.
+
+    ``batches[k]`` is a list of pairs (index, view seed); IndexError outside ``0 .. len - 1``. The attribute ``epoch`` (0 at
+    first) chooses the order and the views.
+    """
+
+    def __init__(self, count: int, batch_size: int, *, seed: int, name: str) -> None:
+        super().__init__(seed, name)
+        self.count, self.batch_size = count, batch_size
+        self._order: tuple[int, Tensor] | None = None  # the epoch, and its permutation of the images
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    def _draw(self, k: int) -> list[tuple[int, int]]:
+        if self._order is None or self._order[0] != self.epoch:
+            generator = named_generator(self.seed, self.name, self.epoch, "order")
+            self._order = self.epoch, torch.randperm(self.count, generator=generator)
+        indices = self._order[1][k * self.batch_size : (k + 1) * self.batch_size]
+        generator = named_generator(self.seed, self.name, self.epoch, "views", k)
+        seeds = torch.randint(_SEEDS, (len(indices),), generator=generator)
+        return list(zip(indices.tolist(), seeds.tolist(), strict=True))
 
 
 def episode_labels(way: int, query: int) -> Tensor:

@@ -4,12 +4,14 @@ Classes are sorted by name and numbered in that order, so that labels do not dep
 decoded here, but every file named is known to exist when a reader returns.
 """
 
+import codecs
 import csv
-from collections.abc import Callable, Iterable
+import io
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from dataloader.catalog import DatasetSpec
-from utils import InputError
+from utils import InputError, warn
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
 
@@ -20,33 +22,54 @@ def read_split(spec: DatasetSpec, data_dir: str, split: str) -> Listing:
     """List one split of a data set.
 
     Raises:
-        InputError: the data directory, the data set's folder, the split, a class or a file is missing.
+        InputError: the data directory, the data set's folder, the split, a class or a file is missing, or cannot be read.
     """
-    data_path = Path(data_dir)
+    try:
+        pairs = _read_split(spec, Path(data_dir), split)
+    except OSError as error:
+        raise InputError(
+            f"expected to read {error.filename or data_dir}; it cannot be read ({error.strerror or error}). "
+            "Check its permissions"
+        ) from error
+    names = sorted({name for _, name in pairs})
+    number = {name: label for label, name in enumerate(names)}
+    return [str(path) for path, _ in pairs], [number[name] for _, name in pairs], names
+
+
+def _read_split(spec: DatasetSpec, data_path: Path, split: str) -> list[tuple[Path, str]]:
     if not data_path.is_dir():
-        raise InputError(f"-data_dir {data_dir}: expected a folder; there is none. {_how_to_get(spec)}")
+        raise InputError(f"-data_dir {data_path}: expected a folder; there is none. {_how_to_get(spec)}")
     root = next((data_path / name for name in spec.folders if (data_path / name).is_dir()), None)
     if root is None:
         expected = " or ".join(str(data_path / name) for name in spec.folders)
         raise InputError(f"expected the data set in {expected}; there is no such folder. {_how_to_get(spec)}")
-    pairs = READERS[spec.layout](spec, root, split)
-    names = sorted({name for _, name in pairs})
-    number = {name: label for label, name in enumerate(names)}
-    return [str(path) for path, _ in pairs], [number[name] for _, name in pairs], names
+    return READERS[spec.layout](spec, root, split)
 
 
 def _how_to_get(spec: DatasetSpec) -> str:
     return f"Give -data_dir the folder that holds the data, or get it: {spec.obtain}"
 
 
+def _names_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _is_hidden(path: Path) -> bool:
+    # macOS leaves a "._name.jpg" beside each "name.jpg" it copies.
+    return path.name.startswith(".")
+
+
+# --- One folder per class ---------------------------------------------------------------------------------------------
+
+
 def _read_folders(spec: DatasetSpec, root: Path, split: str) -> list[tuple[Path, str]]:
-    """``<split>/<class>/<image>``. What is no folder beside the classes, or no image in them, is passed over."""
+    """``<split>/<class>/<image>``. Files beside the classes, files other than images, and hidden names are ignored."""
     folder = root / spec.split_folders.get(split, split)
     if not folder.is_dir():
         raise InputError(f"expected the {split} classes in {folder}; there is no such folder. {_how_to_get(spec)}")
     pairs = []
-    for class_folder in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        images = sorted(path for path in class_folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    for class_folder in sorted(path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path)):
+        images = sorted(path for path in class_folder.iterdir() if _names_image(path) and not _is_hidden(path))
         if not images:
             raise InputError(
                 f"expected images in {class_folder}; found none ({', '.join(sorted(IMAGE_SUFFIXES))}). "
@@ -58,8 +81,11 @@ def _read_folders(spec: DatasetSpec, root: Path, split: str) -> list[tuple[Path,
     return pairs
 
 
+# --- A table of files -------------------------------------------------------------------------------------------------
+
+
 def _read_csv(spec: DatasetSpec, root: Path, split: str) -> list[tuple[Path, str]]:
-    """``split/<split>.csv`` with a header, then ``file,class``; the files lie in an image folder."""
+    """``split/<split>.csv`` with rows ``file,class``, with or without a header; the files lie in an image folder."""
     return _find(spec, root, split, lambda file, name: (Path(file),))
 
 
@@ -81,27 +107,76 @@ def _find(
             listings[path.parent] = {entry.name for entry in path.parent.iterdir()} if path.parent.is_dir() else set()
         return path.name in listings[path.parent]
 
-    pairs = []
-    with table.open(newline="", encoding="utf-8") as lines:
-        rows = csv.reader(lines)
-        next(rows, None)  # the header
-        for number, row in enumerate(rows, start=2):
-            if not row:
+    class_of: dict[Path, str] = {}
+    repeated = 0
+    for place, file, name in _rows(table):
+        relative = list(spellings(file, name))
+        if any(path.is_absolute() or ".." in path.parts for path in relative):
+            raise InputError(f"{place}: expected a file below {root}; got {_quoted(file)} of class {_quoted(name)}")
+        candidates = [root / folder / path for folder in spec.image_folders for path in relative]
+        path = next((path for path in candidates if exists(path)), None)
+        if path is None:
+            raise InputError(
+                f"{place}: expected {_quoted(file)} as {_quoted(str(candidates[0]))}; there is no such file. "
+                "Fetch the images again, or remove the row"
+            )
+        earlier = class_of.get(path)
+        if earlier is None:
+            class_of[path] = name
+        elif earlier == name:
+            repeated += 1
+        else:
+            raise InputError(
+                f"{place}: expected one class for {_quoted(file)}; got {_quoted(earlier)} and {_quoted(name)}. "
+                "Remove one of the rows"
+            )
+    if not class_of:
+        raise InputError(f"{table}: expected rows file,class; found none")
+    if repeated:
+        warn(f"{table}: rows that repeat an earlier one, ignored: {repeated}")
+    return sorted(class_of.items(), key=lambda pair: pair[1])  # stable: within a class the order of the table
+
+
+def _rows(table: Path) -> Iterator[tuple[str, str, str]]:
+    """The rows of a table as (where it stands, file, class), without the header, blank lines and hidden files."""
+    rows = csv.reader(io.StringIO(_text(table), newline=""))
+    is_first = True
+    try:
+        for row in rows:
+            place = f"{table}, line {rows.line_num}"
+            file, name = [field.strip() for field in (*row, "", "")[:2]]
+            is_header = is_first and not _names_image(Path(file))
+            is_first = is_first and not row
+            if not row or is_header or _is_hidden(Path(file)):
                 continue
-            if len(row) < 2:
-                raise InputError(f"{table}, line {number}: expected file,class; got {','.join(row)!r}")
-            file, name = row[0].strip(), row[1].strip()
-            candidates = [root / folder / path for folder in spec.image_folders for path in spellings(file, name)]
-            path = next((path for path in candidates if exists(path)), None)
-            if path is None:
+            if not file or not name:
+                raise InputError(f"{place}: expected file,class; got {_quoted(','.join(row))}")
+            if not _names_image(Path(file)):
                 raise InputError(
-                    f"{table}, line {number}: expected {file} as {candidates[0]}; there is no such file. "
-                    "Fetch the images again, or take the row out"
+                    f"{place}: expected the name of an image ({', '.join(sorted(IMAGE_SUFFIXES))}); got {_quoted(file)}"
                 )
-            pairs.append((path, name))
-    if not pairs:
-        raise InputError(f"{table}: expected rows file,class behind a header; found none")
-    return sorted(pairs, key=lambda pair: pair[1])  # stable: within a class the order of the file
+            yield place, file, name
+    except csv.Error as error:
+        place = f"{table}, line {rows.line_num}"
+        raise InputError(f"{place}: expected rows file,class; it cannot be read ({error})") from error
+
+
+def _text(table: Path) -> str:
+    content = table.read_bytes().removeprefix(codecs.BOM_UTF8)
+    fault, what = content.find(b"\0"), "a NUL byte"
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        fault, what = error.start, f"the byte 0x{content[error.start]:02x}"
+    if fault < 0:
+        return text
+    line = len(content[: fault + 1].splitlines())
+    raise InputError(f"{table}, line {line}: expected text in UTF-8; got {what}. Save the table as UTF-8")
+
+
+def _quoted(text: str) -> str:
+    # One line whatever the text holds, and a short one: an unclosed quote makes a field of the rest of a table.
+    return repr(text if len(text) <= 200 else text[:200] + "...")
 
 
 READERS: dict[str, Callable[[DatasetSpec, Path, str], list[tuple[Path, str]]]] = {

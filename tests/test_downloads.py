@@ -1,110 +1,470 @@
-"""The download scripts, fed local archives, and what they say when Google Drive does not deliver."""
+"""The published downloads, from local archives: good ones, broken ones, hostile ones; and what Google Drive may answer."""
 
+import bz2
+import gzip
 import io
+import lzma
+import os
+import random
+import shutil
+import signal
+import stat
 import subprocess
+import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
-import fetch as fetch_module
+import fetch as module
 import pytest
-from fetch import FetchError, fetch
+from fetch import DOWNLOADS, FetchError, fetch, main
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [
-    ("download_pretrain_model.sh", "", "1Prn7_41NVrZbnePAlSiKjD21Jlz0LKJM", "deepemd_pretrain_model"),
-    ("download_trained_model.sh", "", "1lGcNHMRnBrjODDmt647RzMJ5cLCd4pmv", "deepemd_trained_model"),
-    ("datasets/download_miniimagenet.sh", "datasets", "191cFzwwNTzG_mHUDABF0Nh77cI6pa-qq", "miniimagenet"),
-    ("datasets/download_tieredimagenet.sh", "datasets", "1ANczVwnI1BDHIF65TgulaGALFnXBvRfs", "tiered_imagenet"),
-    ("datasets/download_cub.sh", "datasets", "1B8jmZin9teye7Lte9ZKsQ3lyMASbxune", "cub"),
-    ("datasets/download_fc100.sh", "datasets", "1nEh3O2RJ5zTbWj7luyQCNcklpX0_5KlS", "FC100"),
-    ("datasets/download_cifar_fs.sh", "datasets", "1Lq2USoQmbFgCFJlGx3huFSfjqwtxMCL8", "cifar_fs"),
-]
+PUBLISHED = {  # reference: Google Drive id, the folder inside
+    "miniimagenet": ("191cFzwwNTzG_mHUDABF0Nh77cI6pa-qq", "datasets/miniimagenet"),
+    "tieredimagenet": ("1ANczVwnI1BDHIF65TgulaGALFnXBvRfs", "datasets/tiered_imagenet"),
+    "cub": ("1B8jmZin9teye7Lte9ZKsQ3lyMASbxune", "datasets/cub"),
+    "fc100": ("1nEh3O2RJ5zTbWj7luyQCNcklpX0_5KlS", "datasets/FC100"),
+    "cifar_fs": ("1Lq2USoQmbFgCFJlGx3huFSfjqwtxMCL8", "datasets/cifar_fs"),
+    "pretrain_model": ("1Prn7_41NVrZbnePAlSiKjD21Jlz0LKJM", "deepemd_pretrain_model"),
+    "trained_model": ("1lGcNHMRnBrjODDmt647RzMJ5cLCd4pmv", "deepemd_trained_model"),
+}
+NOISE = random.Random(1).randbytes(50000)  # does not compress, as images do not
 
 
-def archive(path: Path, **members: str) -> Path:
-    with tarfile.open(path, "w") as content:
-        for name, text in members.items():
-            info = tarfile.TarInfo(name.replace("__", "/").replace("UP", ".."))
-            info.size = len(text)
-            content.addfile(info, io.BytesIO(text.encode()))
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", mode: int = 0o644) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.mode = kind, link, mode
+    return info
+
+
+def tar(path: Path, *members: tuple[tarfile.TarInfo | str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as content:
+        for info, data in members:
+            info = member(info) if isinstance(info, str) else info
+            info.size = len(data)
+            content.addfile(info, io.BytesIO(data))
     return path
 
 
-@pytest.mark.parametrize(("script", "into", "drive_id", "folder"), SCRIPTS)
-@pytest.mark.parametrize("as_url", [False, True])
-def test_script_extracts_a_local_archive(tmp_path, script, into, drive_id, folder, as_url):
+def zipped(path: Path, *members: tuple[zipfile.ZipInfo | str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as content:
+        for name, data in members:
+            content.writestr(name, data, method)
+    return path
+
+
+def zip_info(name: str, mode: int) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.external_attr, info.create_system = mode << 16, 3
+    return info
+
+
+def flip(path: Path, position: int) -> Path:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- Archives that are as they should be ------------------------------------------------------------------------------
+
+
+def test_table_is_the_published_one():
+    assert {name: found.drive_id for name, found in DOWNLOADS.items()} == {n: id_ for n, (id_, _) in PUBLISHED.items()}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_folder_comes_into_place(tmp_path, capsys, name):
+    folder = PUBLISHED[name][1]
+    path = tar(tmp_path / "local.tar", (f"./{Path(folder).name}/a/b.txt", b"hello"))
     project = tmp_path / "project"
-    (project / "datasets").mkdir(parents=True)
-    for name in (script, "datasets/fetch.py"):
-        (project / name).write_bytes((ROOT / name).read_bytes())
-    assert drive_id in (project / script).read_text()
-    path = archive(tmp_path / "local.tar", **{f"{folder}__a__b.txt": "hello"})
-    source = path.as_uri() if as_url else "local.tar"
-    done = subprocess.run(["bash", f"project/{script}", source], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (project / into / folder / "a" / "b.txt").read_text() == "hello"
-    assert not list((project / into).glob(".*"))
-    again = subprocess.run(["bash", f"project/{script}", source], cwd=tmp_path, capture_output=True, text=True)
-    assert "is there already" in again.stdout
+    fetch(name, str(path), project)
+    assert files(project) == {f"{folder}/a/b.txt": b"hello"}
+    assert "in place" in capsys.readouterr().out
+    fetch(name, str(path), project)
+    assert "is there already" in capsys.readouterr().out
+    assert path.is_file()
 
 
-def spoilt(tmp_path: Path, what: str) -> str:
-    path = tmp_path / "local.tar"
-    if what == "absent":
-        return str(path)
-    if what == "a web page":
-        path.write_text("<html>Google Drive - Quota exceeded</html>")
-    elif what == "cut off":
-        whole = archive(path, cub__a="x" * 40000).read_bytes()
-        path.write_bytes(whole[:20000])
-    elif what == "another folder":
-        archive(path, birds__a="x")
-    elif what == "outside":
-        archive(path, cub__a="x", UP__evil="x")
-    return str(path)
+@pytest.mark.parametrize("spelling", ["tiered_imagenet", "tieredimagenet"])
+def test_either_spelling(tmp_path, spelling):
+    path = tar(tmp_path / "local.tar", (f"{spelling}/a", b"x"))
+    fetch("tieredimagenet", path.as_uri(), tmp_path / "project")
+    assert files(tmp_path / "project") == {f"datasets/{spelling}/a": b"x"}
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz", "zip"])
+def test_every_compression(tmp_path, mode):
+    members = (("cub/a", NOISE), ("cub/b/c", b"x"))
+    path = tmp_path / "local"
+    _ = zipped(path, *members) if mode == "zip" else tar(path, *members, mode=mode)
+    fetch("cub", str(path), tmp_path)
+    assert files(tmp_path / "datasets") == {"cub/a": NOISE, "cub/b/c": b"x"}
+
+
+def test_tarfile_without_filters(tmp_path, monkeypatch):
+    """Python 3.10.0 to 3.10.11 and 3.11.0 to 3.11.3 have no extraction filters."""
+
+    def extract(self, *_, **options):
+        raise TypeError(f"unexpected keyword argument {list(options)}")
+
+    monkeypatch.setattr(tarfile.TarFile, "extract", extract)
+    monkeypatch.setattr(tarfile.TarFile, "extractall", extract)
+    fetch("cub", str(tar(tmp_path / "local.tar", ("cub/a", b"x"))), tmp_path)
+    assert files(tmp_path / "datasets") == {"cub/a": b"x"}
+
+
+@pytest.mark.parametrize("pack", ["tar", "zip"])
+def test_special_permissions_do_not_survive(tmp_path, pack):
+    mode = stat.S_IFREG | 0o6777
+    if pack == "tar":
+        path = tar(tmp_path / "local", (member("cub/a", mode=mode), b"x"))
+    else:
+        path = zipped(tmp_path / "local", (zip_info("cub/a", mode), b"x"))
+    fetch("cub", str(path), tmp_path)
+    assert (tmp_path / "datasets/cub/a").stat().st_mode & 0o7111 == 0
+
+
+def test_links_within_become_copies(tmp_path):
+    links = [(member("cub/b/hard", tarfile.LNKTYPE, "cub/a"), b""), (member("cub/b/sym", tarfile.SYMTYPE, "../a"), b"")]
+    fetch("cub", str(tar(tmp_path / "local.tar", ("cub/a", b"x"), *links)), tmp_path)
+    assert files(tmp_path / "datasets") == {"cub/a": b"x", "cub/b/hard": b"x", "cub/b/sym": b"x"}
+    assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
+
+
+def test_empty_folder_is_not_in_place(tmp_path):
+    (tmp_path / "datasets/cub/images/a").mkdir(parents=True)
+    fetch("cub", str(tar(tmp_path / "local.tar", ("cub/a", b"x"))), tmp_path)
+    assert files(tmp_path / "datasets") == {"cub/a": b"x"}
+
+
+def test_file_in_the_way_is_kept(tmp_path):
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets/cub").write_text("mine")
+    with pytest.raises(FetchError, match="cub"):
+        fetch("cub", str(tar(tmp_path / "local.tar", ("cub/a", b"x"))), tmp_path)
+    assert files(tmp_path / "datasets") == {"cub": b"mine"}
+
+
+# --- Archives that are not --------------------------------------------------------------------------------------------
+
+
+def cut(path: Path, length: int) -> Path:
+    path.write_bytes(path.read_bytes()[:length])
+    return path
+
+
+def encrypted(path: Path) -> Path:
+    data = bytearray(zipped(path, ("cub/a", b"x")).read_bytes())
+    data[6] |= 1  # the flags of the local header, and of the central directory
+    data[data.index(b"PK\1\2") + 8] |= 1
+    path.write_bytes(data)
+    return path
+
+
+def unknown_compression(path: Path) -> Path:
+    data = bytearray(zipped(path, ("cub/a", b"x")).read_bytes())
+    data[8] = data[data.index(b"PK\1\2") + 10] = 99
+    path.write_bytes(data)
+    return path
+
+
+def text(path: Path, content: str) -> Path:
+    path.write_text(content)
+    return path
+
+
+def raw(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def sparse_bomb(path: Path) -> Path:
+    """A terabyte, by its header, in ten kilobytes."""
+    info = member("cub/a", tarfile.GNUTYPE_SPARSE)
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"16000000000\0"  # the real size, octal, far above the bound
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return raw(path, bytes(header) + bytes(10240))
+
+
+def many_empty(path: Path) -> Path:
+    return tar(path, *((f"cub/{number}", b"") for number in range(3000)), mode="w:gz")
+
+
+ZEROS = bytes(3 << 20)
+TWO = (("cub/a", NOISE), ("cub/b", NOISE))
+BROKEN = {
+    "a web page": (lambda p: text(p, "<html>Quota exceeded</html>"), "it is neither, or it is cut off"),
+    "nothing": (lambda p: text(p, ""), "it is neither"),
+    "another folder": (lambda p: tar(p, ("birds/a", b"x")), "expected the folder cub in .* it holds birds"),
+    "an empty tar": (lambda p: tar(p), "it holds nothing"),
+    "an empty folder": (lambda p: tar(p, (member("cub", tarfile.DIRTYPE), b"")), "it is empty"),
+    "an empty folder, zip": (lambda p: zipped(p, ("cub/images/", b"")), "it is empty"),
+    # cut off, or changed
+    "tar, cut in a member": (lambda p: cut(tar(p, *TWO), 20000), "is broken"),
+    "tar, cut between members": (lambda p: cut(tar(p, *TWO), 512 + 50176), "is broken"),
+    "tar, header changed": (lambda p: flip(tar(p, *TWO), 512 + 50176), "is broken"),
+    "tar.gz, cut": (lambda p: cut(tar(p, *TWO, mode="w:gz"), 40000), "is broken"),
+    "tar.gz, cut at once": (lambda p: cut(tar(p, *TWO, mode="w:gz"), 300), "neither|is broken"),
+    "tar.gz, without its checksum": (lambda p: cut(tar(p, *TWO, mode="w:gz"), -8), "is broken"),
+    "tar.gz, byte changed": (lambda p: flip(tar(p, *TWO, mode="w:gz"), 30000), "is broken"),
+    "tar.gz, checksum changed": (lambda p: flip(tar(p, *TWO, mode="w:gz"), -8), "is broken"),
+    "tar.bz2, byte changed": (lambda p: flip(tar(p, *TWO, mode="w:bz2"), 30000), "neither|is broken"),
+    "tar.bz2, end changed": (lambda p: flip(tar(p, *TWO, mode="w:bz2"), -3), "neither|is broken"),
+    "tar.xz, byte changed": (lambda p: flip(tar(p, *TWO, mode="w:xz"), 30000), "neither|is broken"),
+    "zip, cut": (lambda p: cut(zipped(p, *TWO), 40000), "it is neither"),
+    "zip, byte changed": (lambda p: flip(zipped(p, *TWO, method=zipfile.ZIP_STORED), 30000), "is broken .*CRC"),
+    "zip, encrypted": (encrypted, "expected one that needs no password"),
+    "zip, unknown compression": (unknown_compression, "is broken .*compression"),
+    # bombs
+    "tar.gz bomb": (lambda p: tar(p, ("cub/a", ZEROS), mode="w:gz"), "out of proportion"),
+    "tar.xz bomb": (lambda p: tar(p, ("cub/a", ZEROS), mode="w:xz"), "out of proportion"),
+    "tar.gz bomb behind the end": (
+        lambda p: raw(p, gzip.compress(tar(p, ("cub/a", b"x")).read_bytes() + ZEROS)),
+        "out of proportion",
+    ),
+    "tar.gz bomb of empty files": (many_empty, "out of proportion"),
+    "sparse tar bomb": (sparse_bomb, "out of proportion"),
+    "zip bomb": (lambda p: zipped(p, ("cub/a", ZEROS)), "out of proportion"),
+    # members that would be written outside, or are no files
+    "tar, up": (lambda p: tar(p, ("cub/a", b"x"), ("../evil", b"x")), "'../evil', which leads out"),
+    "tar, up from within": (lambda p: tar(p, ("cub/../../../evil", b"x")), "leads out"),
+    "tar, absolute": (lambda p: tar(p, ("cub/a", b"x"), ("/evil", b"x")), "'/evil', which leads out"),
+    "tar, up by backslash": (lambda p: tar(p, ("cub/a", b"x"), ("..\\evil", b"x")), "leads out"),
+    "tar, with a drive": (lambda p: tar(p, ("cub/a", b"x"), ("C:evil", b"x")), "leads out"),
+    "zip, up": (lambda p: zipped(p, ("cub/a", b"x"), ("../evil", b"x")), "leads out"),
+    "zip, absolute": (lambda p: zipped(p, ("cub/a", b"x"), ("/evil", b"x")), "leads out"),
+    "hard link out": (lambda p: tar(p, (member("cub/a", tarfile.LNKTYPE, "../secret"), b"")), "leads out"),
+    "symbolic link out": (lambda p: tar(p, (member("cub/a", tarfile.SYMTYPE, "../../../secret"), b"")), "leads out"),
+    "absolute link": (lambda p: tar(p, (member("cub/a", tarfile.SYMTYPE, "/etc/passwd"), b"")), "leads out"),
+    "link to nothing": (lambda p: tar(p, (member("cub/a", tarfile.SYMTYPE, "b"), b"")), "holds the link 'cub/a'"),
+    "link to a folder": (lambda p: tar(p, (member("cub/a", tarfile.SYMTYPE, "."), b"")), "holds the link 'cub/a'"),
+    "device": (lambda p: tar(p, (member("cub/a", tarfile.CHRTYPE), b"")), "neither a file nor a folder"),
+    "pipe": (lambda p: tar(p, (member("cub/a", tarfile.FIFOTYPE), b"")), "neither a file nor a folder"),
+    "zip, symbolic link": (
+        lambda p: zipped(p, (zip_info("cub/a", stat.S_IFLNK | 0o777), b"/etc/passwd")),
+        "neither a file nor a folder",
+    ),
+    "file below a file": (lambda p: tar(p, ("cub", b"x"), ("cub/a", b"x")), "cannot be extracted"),
+}
+
+
+@pytest.fixture
+def low_bound(monkeypatch):
+    monkeypatch.setattr(module, "SPARE_BYTES", 1 << 20)
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_bad_archive_leaves_nothing(tmp_path, monkeypatch, capsys, low_bound, what):
+    spoil, message = BROKEN[what]
+    (tmp_path / "secret").write_text("secret")
+    path = spoil(tmp_path / "local")
+    before = files(tmp_path)
+    with pytest.raises(FetchError, match=message):
+        fetch("cub", str(path), tmp_path / "project")
+    assert list((tmp_path / "project/datasets").iterdir()) == []
+    assert files(tmp_path) == before
+
+    monkeypatch.setattr(module, "PROJECT", tmp_path / "project")
+    assert run(monkeypatch, "cub", path) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("pack", [bz2.compress, lzma.compress, gzip.compress])
+def test_compressed_text_is_no_archive(tmp_path, pack):
+    with pytest.raises(FetchError, match="it is neither"):
+        fetch("cub", str(raw(tmp_path / "local", pack(b"hello" * 1000))), tmp_path)
+
+
+@pytest.mark.parametrize("source", ["absent.tar", "file:///absent.tar", "file://[", "http://absent/cub.tar", "."])
+def test_no_such_file(tmp_path, source):
+    with pytest.raises(FetchError, match="there is no such file"):
+        fetch("cub", source, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    "pack",
     [
-        ("absent", "there is no such file"),
-        ("a web page", "it is neither, or it is cut off"),
-        ("cut off", "cannot be extracted"),
-        ("another folder", "expected the folder cub .* it holds birds"),
-        ("outside", "cannot be extracted"),
+        lambda path: tar(path, *TWO),
+        lambda path: tar(path, *TWO, mode="w:gz"),
+        lambda path: tar(path, ("cub/a", bytes(70000)), mode="w:gz"),  # the archive is small, its member is not
+        lambda path: zipped(path, ("cub/a", bytes(70000))),
     ],
 )
-def test_bad_archive_leaves_nothing(tmp_path, what, message):
-    with pytest.raises(FetchError, match=message):
-        fetch("id", "cub.tar", tmp_path / "into", ["cub"], spoilt(tmp_path, what))
-    assert list((tmp_path / "into").iterdir()) == []
-    assert not (tmp_path / "evil").exists()
+def test_disk_too_small(tmp_path, monkeypatch, pack):
+    path = pack(tmp_path / "local")
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 60000, 60000))
+    written = []
+    monkeypatch.setattr(module._Sink, "write", lambda self, name, _: written.append(name))
+    with pytest.raises(FetchError, match="needs more than the 0 MiB free"):
+        fetch("cub", str(path), tmp_path)
+    assert written == []  # known before anything is written
+    assert list((tmp_path / "datasets").iterdir()) == []
+
+
+def test_disk_fills_up(tmp_path, monkeypatch):
+    def full(self, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module._Sink, "take", full)
+    pretend_gdown(monkeypatch, lambda out: (tar(out, ("cub/a", b"x")) and 0, ""))
+    with pytest.raises(FetchError, match="No space left"):
+        fetch("cub", None, tmp_path)
+    assert [path.name for path in (tmp_path / "datasets").iterdir()] == ["cub.tar.part"]  # not to be fetched again
+
+
+# --- Google Drive -----------------------------------------------------------------------------------------------------
 
 
 def pretend_gdown(monkeypatch, outcome):
-    def run(command, **_):
+    def call(command, **_):
+        assert command[1:3] == ["-m", "gdown"]
         code, message = outcome(Path(command[command.index("-O") + 1]))
         return subprocess.CompletedProcess(command, code, stderr=message)
 
-    monkeypatch.setattr(fetch_module.subprocess, "run", run)
+    monkeypatch.setattr(module.subprocess, "run", call)
 
 
-def test_drive_refuses(tmp_path, monkeypatch):
-    pretend_gdown(monkeypatch, lambda out: (1, "Traceback\nFailed to retrieve file url: too many users"))
-    with pytest.raises(FetchError, match="quota.*too many users") as error:
-        fetch("id", "miniimagenet.tar", tmp_path, ["miniimagenet"], None)
-    assert "rebuilt" in str(error.value)
-    assert list(tmp_path.iterdir()) == []
+# As gdown 6.5 prints them.
+REFUSED = (
+    "Failed to retrieve file url:\n\n\tCannot retrieve the public link of the file. You may need to change\n"
+    "\tthe permission to 'Anyone with the link', or have had many accesses.\n\n"
+    "You may still be able to access the file from the browser:\n\n\thttps://drive.google.com/uc?id=1\n\n"
+    "but Gdown can't. Please check connections and permissions.\n"
+)
+NO_NAME = (
+    "Retrying (1/1) in 0.5s: HTTPSConnectionPool(host='drive.google.com', port=443): Max retries exceeded\n"
+    "Download failed after 1 retries: HTTPSConnectionPool(host='drive.google.com', port=443): Max retries exceeded with "
+    "url: /uc?id=1 (Caused by NameResolutionError(\"Failed to resolve 'drive.google.com' ([Errno -2] Name or service not "
+    'known)"))\n'
+)
+NO_PROXY = (
+    "Failed to use proxy:\n\n\tHTTPSConnectionPool(host='drive.google.com', port=443): Max retries\n\texceeded with url: "
+    "/uc?id=1 (Caused by\n\tNewConnectionError('[Errno 111] Connection refused'))\n\nPlease check your proxy settings.\n"
+)
+GONE = (
+    "Error:\n\n\t404 Client Error: Not Found for url:\n\thttps://drive.google.com/uc?id=1\n\n"
+    "To report issues, please visit https://github.com/wkentaro/gdown/issues.\n"
+)
+DRIVE, NETWORK, OTHER = "Google Drive refused", "the network failed", "gdown could not download"
 
 
-def test_drive_sends_a_page(tmp_path, monkeypatch):
-    pretend_gdown(monkeypatch, lambda out: (out.write_text("<html>") and 0, ""))
-    with pytest.raises(FetchError, match="a web page or broken"):
-        fetch("id", "cub.tar", tmp_path, ["cub"], None)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("stderr", "blamed", "reason"),
+    [
+        (REFUSED, DRIVE, "change the permission to 'Anyone with the link', or have had many accesses."),
+        ("Traceback\nFailed to retrieve file url: too many users\n", DRIVE, "too many users"),
+        (NO_NAME, NETWORK, "Name or service not known"),
+        (NO_PROXY, NETWORK, "Connection refused"),
+        ("Timed out: no response from the server for 60 seconds.\n", NETWORK, "Timed out"),
+        (GONE, OTHER, "404 Client Error: Not Found for url: https://drive.google.com/uc?id=1"),
+        ("python3: No module named gdown\n", OTHER, "No module named gdown"),
+        ("Retrying (1/3) in 0.5s: Connection refused\nsomething else\n", OTHER, "something else"),
+        ("", OTHER, "no reason given"),
+    ],
+)
+def test_who_is_to_blame(tmp_path, monkeypatch, stderr, blamed, reason):
+    pretend_gdown(monkeypatch, lambda out: (1, stderr))
+    with pytest.raises(FetchError) as error:
+        fetch("miniimagenet", None, tmp_path)
+    said = str(error.value)
+    assert said.startswith(blamed)
+    assert reason in said
+    assert ("quota" in said) == (blamed == DRIVE)
+    assert "\n" not in said
+    assert "fetch.py miniimagenet path/to/miniimagenet.tar" in said
+    assert "rebuilt" in said
+    assert list((tmp_path / "datasets").iterdir()) == []
+
+
+@pytest.mark.parametrize("broken", ["a web page", "tar, cut in a member"])
+def test_drive_sends_no_archive(tmp_path, monkeypatch, broken):
+    pretend_gdown(monkeypatch, lambda out: (BROKEN[broken][0](out) and 0, ""))
+    with pytest.raises(FetchError, match="Google Drive sent no usable archive"):
+        fetch("cub", None, tmp_path)
+    assert list((tmp_path / "datasets").iterdir()) == []
 
 
 def test_drive_delivers(tmp_path, monkeypatch):
-    pretend_gdown(monkeypatch, lambda out: (archive(out, cub__a="x") and 0, ""))
-    fetch("id", "cub.tar", tmp_path, ["cub"], None)
-    assert [path.name for path in tmp_path.iterdir()] == ["cub"]
+    pretend_gdown(monkeypatch, lambda out: (tar(out, ("cub/a", b"x")) and 0, ""))
+    fetch("cub", None, tmp_path)
+    assert files(tmp_path) == {"datasets/cub/a": b"x"}
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def restore_signals():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def run(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["fetch.py", *map(str, arguments)])
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as stopped:
+        main()
+    return stopped.value.code
+
+
+@pytest.mark.parametrize("arguments", [["imagenet"], [], ["cub", "a.tar", "b.tar"], ["-x"]])
+def test_bad_arguments(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(module, "fetch", lambda *_: pytest.fail("accepted"))
+    assert run(monkeypatch, *arguments) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    if arguments == ["imagenet"]:
+        assert all(name in said for name in PUBLISHED)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", ["download", "extraction"])
+def test_stopped(tmp_path, monkeypatch, capsys, number, when):
+    monkeypatch.setattr(module, "PROJECT", tmp_path)
+    into = tmp_path / "datasets"
+
+    def download(out):
+        if when == "download":
+            out.with_name("cub.tar.part1234.part").write_text("half")
+            os.kill(os.getpid(), number)
+        return tar(out, ("cub/a", b"x")) and 0, ""
+
+    pretend_gdown(monkeypatch, download)
+    if when == "extraction":
+        monkeypatch.setattr(module._Sink, "take", lambda *_: os.kill(os.getpid(), number))
+    assert run(monkeypatch, "cub") == 130
+    said = capsys.readouterr().err
+    assert said.startswith("interrupted")
+    assert said.count("\n") == 1
+    assert [path.name for path in into.iterdir()] == [
+        "cub.tar.part1234.part" if when == "download" else "cub.tar.part"  # what the next call resumes
+    ]
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "trained"])
+def test_shell_wrapper(tmp_path, kind):
+    project = tmp_path / "project"
+    (project / "datasets").mkdir(parents=True)
+    script = f"download_{kind}_model.sh"
+    for name in (script, "datasets/fetch.py"):
+        shutil.copy(ROOT / name, project / name)
+    tar(tmp_path / "local.tar", (f"deepemd_{kind}_model/a", b"x"))
+    done = subprocess.run(
+        ["bash", f"project/{script}", "local.tar"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert files(project / f"deepemd_{kind}_model") == {"a": b"x"}

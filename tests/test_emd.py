@@ -1,11 +1,14 @@
 """The EMD layer: known answers, properties, gradients, errors."""
 
+import importlib
 import itertools
 import math
+import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment, linprog
 
-from Models.emd import SOLVERS, MissingLibraryError, ProblemError, SolverError, emd, scale_to_mass
+import Models.emd
+from Models.emd import (
+    SOLVERS,
+    MissingLibraryError,
+    ProblemError,
+    SolverError,
+    emd,
+    interior_point,
+    on_cpu,
+    scale_to_mass,
+)
+
+ROOT = Path(__file__).parents[1]
 
 EXACT = ["opencv", "simplex"]
 EVERY = list(SOLVERS)
@@ -279,10 +294,24 @@ class TestErrors:
             ({0: [[1.0]]}, "expected cost to be a tensor; got list"),
         ],
     )
-    def test_bad_problem(self, change, message):
+    @pytest.mark.parametrize("solver", EVERY)
+    def test_bad_problem(self, solver, change, message):
         given_ = [change.get(k, tensor) for k, tensor in enumerate(self.ok)]
         with pytest.raises(ProblemError, match=message):
-            emd(*given_)
+            emd(*given_, solver=solver)
+
+    @pytest.mark.parametrize("solver", EVERY)
+    def test_values_are_checked_once_and_by_the_flattened_index(self, solver, monkeypatch):
+        cost, supply, demand = (tensor.unflatten(0, (2, 3)) for tensor in problem(3, 4, batch=6))
+        checked = []
+        for module in (Models.emd, on_cpu):
+            real = module.check_values
+            monkeypatch.setattr(module, "check_values", lambda *given_, real=real: (checked.append(1), real(*given_)))
+        emd(cost, supply, demand, solver=solver)
+        assert checked == [1]
+        supply[1, 2, 0] = -1
+        with pytest.raises(ProblemError, match="problem 5 of 6: supply has entries that are negative"):
+            emd(cost, supply, demand, solver=solver)
 
     def test_bad_names(self):
         with pytest.raises(ProblemError, match="one of opencv, .*got 'sinkhorn'"):
@@ -322,7 +351,7 @@ class TestErrors:
             emd(*self.ok, solver="opencv")
 
     def test_simplex_and_ipm_say_when_they_do_not_end(self, monkeypatch):
-        from Models.emd import interior_point, simplex
+        from Models.emd import simplex
 
         monkeypatch.setattr(interior_point, "MAX_ITERATIONS", 2)
         with pytest.raises(SolverError, match="ipm did not converge on problem 0 of 2"):
@@ -361,42 +390,145 @@ class TestErrors:
         opencv._import_cv2.cache_clear()
 
 
+def test_options_are_the_keyword_arguments_of_solve():
+    assert {name: SOLVERS[name].options for name in SOLVERS} == {
+        "opencv": (),
+        "simplex": ("gradient",),
+        "ipm": ("form", "l2_strength", "differentiable_flow"),
+        "qpth": ("form", "l2_strength"),
+    }
+    assert {name: SOLVERS[name].device for name in SOLVERS} == {
+        "opencv": "cpu",
+        "simplex": "cpu",
+        "ipm": "any",
+        "qpth": "any",
+    }
+
+
+def test_the_first_use_of_linear_algebra_is_by_one_thread(monkeypatch):
+    """On CUDA torch loads it then, and fails if a second thread comes in the middle."""
+    real, calls, failures = torch.linalg.cholesky_ex, [], []
+    is_loaded = threading.Event()
+
+    def loads_on_first_use(matrix):
+        calls.append(matrix)
+        if len(calls) == 1:
+            time.sleep(0.2)
+            is_loaded.set()
+        elif not is_loaded.is_set():
+            failures.append("lazy wrapper should be called at most once")
+        return real(matrix)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", loads_on_first_use)
+    monkeypatch.setattr(interior_point, "_warm_devices", set())
+    threads = [threading.Thread(target=emd, args=problem(3, 3), kwargs={"solver": "ipm"}) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) > 3
+    assert not failures
+
+
+@pytest.fixture
+def restored_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("restored_threads")
+def test_as_many_workers_as_torch_has_threads(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    for threads in (2, 4):
+        torch.set_num_threads(threads)
+        meeting = threading.Barrier(threads)  # passed only by so many at the same time
+        on_cpu.in_threads(
+            lambda first, last, meeting=meeting: meeting.wait(timeout=10), np.empty((8, 1, on_cpu.CELLS_PER_THREAD))
+        )
+
+
 class SolvesInItsWorker(torch.utils.data.Dataset):
-    """An item is a value that the worker process computed."""
+    """An item is a value that the worker process computed, with two threads where the solver brings its own."""
 
     def __init__(self, solver):
-        self.solver, self.problems = solver, problem(25, 25, batch=64)
+        # Enough cells for two threads, too few for torch's own, which do not survive a fork either.
+        self.solver, self.problems = solver, problem(25, 25, batch=50)
+        assert 2 * on_cpu.CELLS_PER_THREAD <= self.problems[0].numel() < 32768
 
     def __getitem__(self, index):
+        if SOLVERS[self.solver].device == "cpu":
+            torch.set_num_threads(2)
         return emd(*self.problems, solver=self.solver).value
 
 
+@pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("solver", ["opencv", "simplex", "ipm"])
 def test_in_a_forked_worker_after_use_in_the_parent(solver):
     data = SolvesInItsWorker(solver)
     expected = data[0]
     loader = torch.utils.data.DataLoader(
-        data, sampler=[0, 1], num_workers=1, timeout=60, multiprocessing_context="fork"
+        data, sampler=[0, 1], num_workers=1, timeout=30, multiprocessing_context="fork"
     )
     for found in loader:
         torch.testing.assert_close(found[0], expected, atol=1e-9, rtol=0)
 
 
-def test_the_folder_can_be_lifted_out(tmp_path):
-    """Copied under another name, with nothing of this project beside it."""
-    source = Path(__file__).parents[1] / "Models" / "emd"
-    shutil.copytree(source, tmp_path / "transport", ignore=shutil.ignore_patterns("__pycache__"))
+def test_the_folder_can_be_lifted_out_and_be_read_only(tmp_path):
+    """Copied under another name, with nothing of this project beside it and no folder where numba could keep a cache."""
+    shutil.copytree(ROOT / "Models" / "emd", tmp_path / "transport", ignore=shutil.ignore_patterns("__pycache__"))
+    # A file where a folder is needed stops even root, whom permissions do not stop.
+    for file in (tmp_path / "transport" / "__pycache__", tmp_path / "home"):
+        file.touch()
+    nowhere = {
+        "HOME": str(tmp_path / "home"),
+        "XDG_CACHE_HOME": str(tmp_path / "home" / "cache"),
+        "NUMBA_CACHE_DIR": "",
+    }
     code = (
         "import torch; from transport import SOLVERS, emd\n"
         "for solver in SOLVERS: assert emd(torch.eye(2), torch.ones(2), torch.ones(2), solver=solver).value.abs() < 1e-3"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | nowhere, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "set NUMBA_CACHE_DIR to a writable folder" in done.stderr
 
 
 def test_only_the_chosen_solver_is_imported():
-    code = "import sys, Models.emd; print([name for name in ('cv2', 'qpth', 'numba') if name in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    code = (
+        "import sys; from Models.emd import SOLVERS; from Models.emd.forms import FORMS\n"
+        "from Models.emd.simplex import GRADIENTS\n"
+        "assert [name for name in SOLVERS if SOLVERS[name].options] == ['simplex', 'ipm', 'qpth']\n"
+        "print([name for name in ('cv2', 'qpth', 'numba') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("-nodes 0", "from 1 to 1000, separated by commas; got '0'"),
+        ("-nodes 9,-1", "got '9,-1'"),
+        ("-nodes nine", "got 'nine'"),
+        ("-nodes 2.5", "got '2.5'"),
+        ("-nodes 9,", "got '9,'"),
+        ("-nodes 1e9", "got '1e9'"),
+        ("-nodes 1000000000000000000000", "got '1000000000000000000000'"),
+        ("-solvers opencv,sinkhorn", "expected solvers out of opencv, simplex, ipm, qpth; got 'sinkhorn'"),
+        ("-memory_of simplex;9;0", "got '0'"),
+        ("-memory_of simplex;9", "invalid memory_job value: 'simplex;9'"),
+    ],
+)
+def test_the_benchmark_refuses_bad_flags_in_one_line(flags, message, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(sys, "argv", ["emd.py", *flags.split()])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module("emd").main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @settings(max_examples=60, deadline=None)
@@ -457,7 +589,9 @@ def test_simplex_certificate(n, m, seed, levels, masses, empty, repeat, scale):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("restored_threads")
 def test_a_thousand_random_problems():
+    torch.set_num_threads(1)  # the problems are small
     random = np.random.default_rng(0)
     for number in range(1000):
         n, m = random.integers(2, 41, 2)

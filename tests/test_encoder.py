@@ -1,11 +1,14 @@
 """Ways to run the encoder that must not change what it computes."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from helpers import formula_weights, normal_images, relative
 from torch.nn import functional as F
 
-from Models import DeepEMD, ResNet12
+from Models import Classifier, DeepEMD, ResNet12
+from Models.encoder import Encoder
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,31 @@ def test_checkpointed_activations_change_nothing(encoder):
     assert kept2 < kept / 5
 
 
+def convolution_dtypes(network: torch.nn.Module) -> set[torch.dtype]:
+    """The number formats that come out of the convolutions while the network runs."""
+    found = set()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda module, inputs, out: found.add(out.dtype))
+    return found
+
+
+@pytest.mark.parametrize("way_in", ["model", "classifier", "folded", "from a thread"])
+def test_amp_reaches_every_convolution(way_in):
+    """In pre-training, in meta-training, in evaluation, and in a thread of its own, as DataParallel runs a replica."""
+    model = DeepEMD(amp="bfloat16").train()
+    network = {"classifier": Classifier(model.encoder, 4), "folded": model.folded()}.get(way_in, model)
+    found = convolution_dtypes(network)
+    if way_in == "classifier":
+        assert network(IMAGES).dtype == torch.float32
+    elif way_in == "from a thread":
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(model.encode, IMAGES).result().dtype == torch.float32
+    else:
+        assert network.encode(IMAGES).dtype == torch.float32
+    assert found == {torch.bfloat16}
+
+
 def test_amp_trains_the_encoder_and_leaves_the_head_alone(encoder):
     model = DeepEMD(amp="bfloat16", solver="simplex").train()
     model.encoder.load_state_dict(encoder.state_dict())
@@ -70,10 +98,55 @@ def test_amp_trains_the_encoder_and_leaves_the_head_alone(encoder):
         DeepEMD(amp="int8")
 
 
-def test_compile_wraps_the_encoder_and_no_key_name(monkeypatch):
-    wrapped = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: wrapped.append(self))
-    model = DeepEMD(compiled=True)
-    folded = model.folded()
-    assert wrapped == [model.encoder, folded.encoder]
-    assert list(model.state_dict()) == list(DeepEMD().state_dict())
+def test_amp_trains_in_channels_last():
+    """The layout of tensor cores, from the first convolution to the last."""
+    encoder, layouts = ResNet12(amp="bfloat16").train(), []
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+            module.register_forward_hook(
+                lambda _, inputs, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last))
+            )
+    encoder(IMAGES)
+    assert len(layouts) == 16
+    assert all(layouts)
+
+
+@pytest.mark.parametrize("amp", ["off", "bfloat16"])
+def test_compile_for_real(encoder, monkeypatch, amp):
+    """By the backend that runs the traced graph as it is; the trace is what may fail."""
+    real, wrapped = torch.nn.Module.compile, []
+
+    def compile_eagerly(self):
+        wrapped.append(type(self).__name__)
+        real(self, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    results = []
+    for compiled in (True, False):
+        model = DeepEMD(compiled=compiled, amp=amp).train()
+        model.encoder.load_state_dict(encoder.state_dict())
+        nodes = model.encode(IMAGES)
+        nodes.square().mean().backward()
+        with torch.no_grad():
+            folded = model.folded().encode(IMAGES)
+        results.append((nodes.detach(), model.encoder.layer1[0].conv1.weight.grad, folded, list(model.state_dict())))
+    for found, expected in zip(*(result[:3] for result in results), strict=True):
+        assert relative(found, expected) < 1e-3 if amp == "off" else 3e-2
+    assert results[0][3] == list(DeepEMD().state_dict())  # no other key names
+    assert wrapped == ["ResNet12", "ResNet12"]
+
+
+def test_what_is_asked_of_an_encoder():
+    class Flat(Encoder):
+        out_channels = 4
+
+        def maps(self, images):
+            return images.mean(1, keepdim=True).expand(-1, 4, -1, -1)
+
+        def folded(self):
+            return self
+
+    assert Classifier(Flat(), 3)(IMAGES).shape == (4, 3)
+    with pytest.raises(TypeError, match="abstract"):
+        Encoder()

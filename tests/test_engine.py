@@ -1,13 +1,20 @@
 """The loops, on a model small enough to reason about."""
 
 import argparse
+import functools
+import itertools
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from engine import PATIENCE, StepGuard, evaluate, fit, make_loader, make_optimizer, train_epoch
-from utils import InputError, RunFolder
+from engine import evaluation
+from engine.arguments import folder_number, next_command
+from engine.evaluation import DivergenceError, Evaluation, Evaluator
+from engine.loading import LoaderError, make_loader, stream
+from engine.training import PATIENCE, StepGuard, fit, make_optimizer, train_epoch
+from utils import RunFolder, make_parser, named_generator, whole_numbers
 
 CPU = torch.device("cpu")
 
@@ -16,8 +23,11 @@ class Samples(torch.utils.data.Dataset):
     """Sample i is the vector of i; its view is random or not, as one is told. Counts what it is asked for."""
 
     def __init__(self, is_random=False):
-        self.view = argparse.Namespace(is_random=is_random)
+        self.view = argparse.Namespace(is_random=is_random, patches=1, normalize=lambda pixels: pixels)
         self.asked = []
+
+    def __len__(self):
+        return 1000
 
     def __getitem__(self, item):
         self.asked.append(item)
@@ -46,7 +56,6 @@ class FixedLogits(nn.Module):
         return nn.functional.one_hot((number % way + (number >= right)) % way, way).float()
 
 
-LABELS = torch.tensor([0, 1, 0, 1])
 SHAPE = {"way": 2, "shot": 1, "device": CPU, "seed": 3}
 
 
@@ -54,156 +63,388 @@ def episode(*indices):
     return [(index, 100 + index) for index in indices]
 
 
-def test_evaluate_counts_and_seeds_each_episode():
-    model = FixedLogits()
-    result = evaluate(model, Samples(), [episode(k, 9, 9, 9, 9, 9) for k in (4, 2, 0)], LABELS, **SHAPE)
+class Batches(list):
+    """Batches of indices that are told the epoch, as fit() does."""
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+# --- evaluation ---
+
+
+def test_evaluation_counts_hits_and_seeds_each_episode():
+    model, evaluator = FixedLogits(), Evaluator(Samples(), episode_batch=2, **SHAPE)
+    result = evaluator(model, [episode(k, 9, 9, 9, 9, 9) for k in (4, 2, 0)])
     assert result.accuracies == [100, 50, 0]
     assert result.accuracy == 50
     assert str(result).startswith("50.00 +- 46.20")
+    # The draws of episode k depend on the seed, the epoch and k, whatever group it is in.
+    assert model.draws == [torch.rand((), generator=named_generator(3, "sfc", 0, k)).item() for k in range(3)]
     first, model.draws = model.draws, []
-    evaluate(model, Samples(), [episode(k, 9, 9, 9, 9, 9) for k in (0, 4)], LABELS, **SHAPE)
+    Evaluator(Samples(), episode_batch=3, **SHAPE)(model, [episode(k, 9, 9, 9, 9, 9) for k in (0, 4)])
     assert model.draws == first[:2]
-    assert len(set(first)) == 3
+
+
+def test_the_running_mean_is_shown(monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "tqdm", functools.partial(evaluation.tqdm, mininterval=0))
+    Evaluator(Samples(), episode_batch=1, **SHAPE)(FixedLogits(), [episode(k, 9, 9, 9, 9, 9) for k in (4, 2)])
+    assert "acc 75.00 +- 34.65 %" in capsys.readouterr().err
+
+
+def test_equal_hits_are_equal_accuracies():
+    """Float means of thirds differ in their last digit by the order in which they are added."""
+    counts = [1, 2, 3, 3, 2, 1, 1, 3, 2, 2, 1, 3, 1]
+
+    def accuracy(order):
+        return Evaluator(Samples(), **{**SHAPE, "way": 3})(
+            FixedLogits(), [episode(k, 9, 9, *[9] * 3) for k in order]
+        ).accuracy
+
+    assert len({accuracy(order) for order in (counts, counts[::-1], sorted(counts))}) == 1
+    assert accuracy([1]) == 100 / 3
 
 
 @pytest.mark.parametrize("episode_batch", [1, 2, 8])
 @pytest.mark.parametrize("is_random", [False, True])
 @pytest.mark.parametrize("feature_cache", ["auto", "off"])
 def test_each_image_is_encoded_once(episode_batch, is_random, feature_cache):
-    episodes = [episode(k % 5, 5, 6, 7, 8, 9) for k in range(7)]
+    episodes = Batches(episode(k % 5, 5, 6, 7, 8, 9) for k in range(7))
+    episodes.fixed_seeds = torch.arange(10)  # the seeds are those of the images here, so random views repeat as well
     data, model = Samples(is_random), FixedLogits()
     settings = {"episode_batch": episode_batch, "feature_cache": feature_cache, **SHAPE}
-    result = evaluate(model, data, episodes, LABELS, **settings)
+    result = Evaluator(data, **settings)(model, episodes)
     assert result.accuracies == [25.0 * k for k in (0, 1, 2, 3, 4, 0, 1)]
-    # One more for the shape. The seeds are those of the images here, so random views repeat as well.
-    assert len(data.asked) == sum(model.encoded) == 1 + (10 if feature_cache == "auto" else 42)
+    assert len(data.asked) == sum(model.encoded) == (10 if feature_cache == "auto" else 42)
     assert all(isinstance(item, tuple) == is_random for item in data.asked)
 
 
-def test_more_images_than_fit_are_gone_through_in_rounds(monkeypatch):
-    monkeypatch.setattr("engine.CACHE_BYTES", 20 * 4 * 2)  # room for 20 images
+def test_random_views_are_loaded_for_every_use():
+    data, model = Samples(is_random=True), FixedLogits()
+    evaluator = Evaluator(data, keep_pixels=True, **SHAPE)
+    for _ in range(2):
+        evaluator(model, [episode(0, 5, 6, 7, 8, 9)] * 3)
+    assert len(data.asked) == 36
+    assert not evaluator.pixels
+
+
+def test_a_cache_that_is_full_starts_anew(monkeypatch):
+    monkeypatch.setattr(evaluation, "CACHE_SHARE", 1.0)
+    monkeypatch.setattr(evaluation, "free_memory", lambda device: 20 * 2 * 4)  # room for the nodes of 20 images
     episodes = [episode(*range(k, k + 6)) for k in range(0, 60, 2)] * 2
     data, model = Samples(), FixedLogits()
-    result = evaluate(model, data, episodes, LABELS, episode_batch=2, **SHAPE)
+    result = Evaluator(data, episode_batch=2, **SHAPE)(model, episodes)
     assert result.accuracies == [25.0 * min(k, 4) for k in range(0, 60, 2)] * 2
-    assert len(data.asked) < len(episodes) * 6 / 2
+    assert 66 < len(data.asked) < len(episodes) * 6 / 2
+
+
+def test_nodes_go_where_there_is_room(monkeypatch):
+    """A device that is short of memory leaves them to the host; "cuda" is a name only here."""
+    made = []
+    real = torch.empty
+
+    def empty(*shape, pin_memory=False, device=CPU, **settings):
+        made.append((shape[0], pin_memory))
+        return real(*shape, **settings)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    for on_device, on_host, expected in (
+        (500, 500, (500, False)),
+        (100, 500, (500, True)),
+        (50, 20, (50, False)),
+        (5, 2, (10, False)),
+    ):
+        room = {"cuda": 4 * 8 * on_device, "cpu": 4 * 8 * on_host}  # of which a quarter may be taken
+        monkeypatch.setattr(evaluation, "free_memory", lambda device, room=room: room[device.type])
+        table = evaluation._NodeTable(torch.device("cuda"), most=500)
+        table.put(0, real(3, 2, 1), least=10)
+        assert made.pop() == expected
+        assert table.capacity == expected[0]
+
+
+def test_decoded_images_are_kept_over_calls():
+    data, model = Samples(), FixedLogits()
+    evaluator = Evaluator(data, keep_pixels=True, **SHAPE)
+    for episodes in ([episode(1, 5, 6, 7, 8, 9)], [episode(1, 5, 6, 7, 8, 9), episode(3, 5, 6, 7, 8, 9)]):
+        result = evaluator(model, episodes)
+    assert data.asked == [1, 5, 6, 7, 8, 9, 3]
+    assert result.accuracies == [25, 75]
+    assert sum(model.encoded) == 6 + 7  # the weights may have changed, so nodes are not kept
+    without = Evaluator(data, **SHAPE)
+    for _ in range(2):
+        without(model, [episode(1, 5, 6, 7, 8, 9)])
+    assert len(data.asked) == 7 + 12
+
+
+def test_memory_of_a_container_counts(monkeypatch, tmp_path):
+    real = evaluation.free_memory(CPU)
+    assert real > 0
+    (tmp_path / "memory.max").write_text("2000\n")
+    (tmp_path / "memory.current").write_text("500\n")
+    monkeypatch.setattr(evaluation, "Path", lambda _, name: tmp_path / name)
+    assert evaluation.free_memory(CPU) == 1500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert evaluation.free_memory(CPU) > 1500
+
+
+def test_episodes_are_drawn_as_they_are_needed():
+    class Endless:
+        drawn = 0
+
+        def __len__(self):
+            return 10**12
+
+        def __iter__(self):
+            while True:
+                self.drawn += 1
+                yield episode(0, 5, 6, 7, 8, 9)
+
+    episodes, model = Endless(), FixedLogits()
+    model.match = lambda *args, **settings: (_ for _ in ()).throw(ArithmeticError("stop here"))
+    with pytest.raises(ArithmeticError, match="stop here"):
+        Evaluator(Samples(), **SHAPE)(model, episodes)
+    assert episodes.drawn <= 100
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_features_that_are_not_finite_are_said_to_be(fails):
+    class Diverged(FixedLogits):
+        def encode(self, images):
+            return super().encode(images) * math.nan
+
+        def match(self, support, query, **settings):
+            if fails:
+                raise ArithmeticError("problem 0 of 4")
+            return torch.full((len(query), query.shape[1], 2), math.nan)
+
+    with pytest.raises(DivergenceError, match="not finite: .*diverged"):
+        Evaluator(Samples(), **SHAPE)(Diverged(), [episode(0, 5, 6, 7, 8, 9)])
+
+
+# --- loading ---
+
+
+class DiesInItsWorker(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        import os
+
+        os._exit(9)
+
+
+def test_a_lost_worker_is_one_line():
+    loader = make_loader(DiesInItsWorker(), [[0]], num_workers=1, device=CPU)
+    with pytest.raises(LoaderError, match="--shm-size.*-num_workers") as error:
+        list(stream(loader))
+    assert "\n" not in str(error.value)
+
+
+# --- training ---
 
 
 @pytest.fixture
-def settings(tmp_path):
-    args = argparse.Namespace(max_epoch=3, lr=0.1, step_size=2, gamma=0.5, save_all=True, set="val", amp="off")
-    return args, RunFolder(tmp_path / "run", args)
+def run(tmp_path):
+    return RunFolder(tmp_path / "run", {})
 
 
-def test_accumulation_is_the_mean_gradient(settings):
-    args, run = settings
+RATES = {"lr": 0.1, "step_size": 2, "gamma": 0.5}
+
+
+def guard_of(network):
+    return StepGuard(network, make_optimizer(network, **RATES)[0])
+
+
+def classify(network):
+    return lambda images, labels, at: (network(images), labels)
+
+
+@pytest.mark.parametrize(("batches", "accumulate"), [([[0, 1], [2, 3]], 2), ([[0, 1], [2, 3]], 3)])
+def test_accumulation_is_the_mean_gradient(run, batches, accumulate):
     start = nn.Linear(2, 2)
     weights = []
-    for batches, accumulate in (([[0, 1], [2, 3]], 2), ([[0, 1, 2, 3]], 1)):
+    for these, count in ((batches, accumulate), ([[0, 1, 2, 3]], 1)):
         network = nn.Linear(2, 2)
         network.load_state_dict(start.state_dict())
-        loader = make_loader(Samples(), batches, num_workers=0, device=CPU)
-        optimizer, _ = make_optimizer(network, args)
-        train_epoch(
-            lambda images, labels, network=network: (network(images), labels),
-            loader,
-            optimizer,
-            StepGuard(),
-            run,
-            epoch=1,
-            device=CPU,
-            accumulate=accumulate,
-        )
+        loader = make_loader(Samples(), these, num_workers=0, device=CPU)
+        train_epoch(classify(network), loader, guard_of(network), run, epoch=1, device=CPU, accumulate=count)
+        assert network.weight.grad is None  # nothing is left to the next epoch
         weights.append(network.weight.detach())
     torch.testing.assert_close(*weights)
 
 
-def test_fit_keeps_the_best_and_the_later_of_equals(settings):
-    args, run = settings
+@pytest.mark.parametrize(
+    ("accuracies", "kept"), [([40.0, 60.0, 60.0], 3), ([60.0, 40.0, 50.0], 1), ([40.0, 60.0, 50.0], 2)]
+)
+def test_fit_keeps_the_best_and_the_later_of_equals(run, accuracies, kept):
     network = nn.Linear(2, 2)
-    accuracies = iter([40.0, 60.0, 60.0])
+    batches = Batches([[0, 1]])
+    seen, results = [], iter(accuracies)
 
-    def validate():
-        from engine import Evaluation
+    def forward(images, labels, at):
+        seen.append((at, batches.epoch))
+        return network(images), labels
 
-        return Evaluation(1.0, next(accuracies), 1.0, [])
+    def validate(epoch):
+        return Evaluation(1.0, next(results), 1.0, [])
 
-    loader = make_loader(Samples(), [[0, 1]], num_workers=0, device=CPU)
-    fit(network, lambda images, labels: (network(images), labels), loader, validate, run, network, args, device=CPU)
-    best, last = (torch.load(run.path / name, weights_only=True)["params"] for name in ("max_acc.pth", "epoch-3.pth"))
-    assert torch.equal(best["weight"], last["weight"])
-    assert [epoch["best"] for epoch in run.curves["epochs"]] == [True, True, True]
+    loader = make_loader(Samples(), batches, num_workers=0, device=CPU)
+    fit(network, forward, loader, validate, run, network, device=CPU, max_epoch=3, save_all=True, **RATES)
+    best, same = (
+        torch.load(run.path / name, weights_only=True)["params"] for name in ("max_acc.pth", f"epoch-{kept}.pth")
+    )
+    assert torch.equal(best["weight"], same["weight"])
+    highest = itertools.accumulate(accuracies, max)
+    assert [epoch["best"] for epoch in run.curves["epochs"]] == [
+        a == b for a, b in zip(accuracies, highest, strict=True)
+    ]
     assert [epoch["lr"] for epoch in run.curves["epochs"]] == [0.1, 0.1, 0.05]
+    assert seen == [((epoch, 1), epoch) for epoch in (1, 2, 3)]
     assert len((run.path / "results.txt").read_text().splitlines()) == 3
     assert list((run.path / "tf").iterdir())
 
 
-def test_gradients_that_are_not_finite_skip_the_step_then_stop():
-    weight = nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    guard = StepGuard()
-    for _ in range(PATIENCE - 1):
-        weight.grad = torch.full((1,), float("nan"))
-        guard.step(optimizer)
-    assert weight.item() == 1
+def test_gradients_that_are_not_finite_skip_the_step_then_stop(capsys):
+    network = nn.Linear(1, 1, bias=False)
+    network.weight.data.fill_(1)
+    guard = StepGuard(network, torch.optim.SGD(network.parameters(), lr=1.0))
+
+    def step(gradient, number):
+        network.weight.grad = torch.full((1, 1), gradient)
+        guard.step(f"batch {number}")
+
+    for number in range(PATIENCE - 1):
+        step(math.nan, number)
+    assert network.weight.item() == 1
     assert guard.skipped == PATIENCE - 1
-    weight.grad = torch.ones(1)
-    guard.step(optimizer)
-    assert weight.item() == 0
-    for _ in range(PATIENCE - 1):
-        weight.grad = torch.full((1,), float("inf"))
-        guard.step(optimizer)
-    weight.grad = torch.full((1,), float("inf"))
-    with pytest.raises(InputError, match="steps in a row"):
-        guard.step(optimizer)
+    step(1.0, 20)
+    assert network.weight.item() == 0
+    for number in range(30, 29 + PATIENCE):
+        step(math.inf, number)
+    with pytest.raises(DivergenceError, match=f"{PATIENCE} steps in a row were skipped since batch 30"):
+        step(math.inf, 50)
+    assert "batch 0: step skipped (1 so far): the gradient is not finite" in capsys.readouterr().out
 
 
-def test_a_failing_batch_costs_its_step(settings):
-    args, run = settings
+def test_a_batch_that_overflows_leaves_no_trace(run):
+    """Neither in the weights nor in the running statistics, which would stay NaN for good."""
+    network = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
+    guard = guard_of(network)
+    loader = make_loader(Samples(), [[0, 1], [2, 3], [4, 5]], num_workers=0, device=CPU)
+
+    def forward(images, labels, at):
+        if at[1] == 2:
+            before.update({key: value.clone() for key, value in network.state_dict().items()})
+            images = images * 1e38 * 1e38
+        return network(images), labels
+
+    before: dict[str, torch.Tensor] = {}
+    steps = []
+    guard.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    real = guard.step
+
+    def step(where):
+        real(where)
+        if "batch 2" in where:
+            assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+    guard.step = step
+    loss, _ = train_epoch(forward, loader, guard, run, epoch=1, device=CPU)
+    assert (guard.skipped, len(steps)) == (1, 2)
+    assert math.isfinite(loss)
+    assert all(value.isfinite().all() for value in network.state_dict().values())
+    assert network[0].num_batches_tracked == 2
+
+
+def test_a_failing_batch_costs_its_step(run):
     network = nn.Linear(2, 2)
-    start = network.weight.detach().clone()
-    calls = []
 
-    def forward(images, labels):
-        calls.append(len(images))
-        if len(calls) == 2:
+    def forward(images, labels, at):
+        if at[1] == 2:
             raise ArithmeticError("no solution")
         return network(images), labels
 
     loader = make_loader(Samples(), [[0, 1], [2, 3], [4, 5], [6, 7]], num_workers=0, device=CPU)
-    optimizer, _ = make_optimizer(network, args)
-    guard = StepGuard()
+    guard = guard_of(network)
     weights = []
-    optimizer.register_step_post_hook(lambda *_: weights.append(network.weight.detach().clone()))
-    loss, _ = train_epoch(
-        forward, loader, optimizer, guard, run, epoch=1, device=CPU, accumulate=2, skip_on=(ArithmeticError,)
-    )
+    guard.optimizer.register_step_post_hook(lambda *_: weights.append(network.weight.detach().clone()))
+    loss, _ = train_epoch(forward, loader, guard, run, epoch=1, device=CPU, accumulate=2, skip_on=(ArithmeticError,))
     assert guard.skipped == 1
-    assert len(weights) == 1  # the step of the second pair only
-    assert not torch.equal(weights[0], start)
     assert loss == loss
-    calls.clear()
+    assert len(weights) == 1  # the step of the second pair only
     with pytest.raises(ArithmeticError):
-        train_epoch(forward, loader, optimizer, guard, run, epoch=1, device=CPU)
+        train_epoch(forward, loader, guard_of(network), run, epoch=1, device=CPU)
+
+
+def test_gradients_of_a_failed_step_are_cleared(run):
+    start = nn.Linear(2, 2)
+    results = []
+    for batches, bad in (([[0, 1], [2, 3], [4, 5], [6, 7]], 2), ([[4, 5], [6, 7]], None)):
+        network = nn.Linear(2, 2)
+        network.load_state_dict(start.state_dict())
+
+        def forward(images, labels, at, network=network, bad=bad):
+            if at[1] == bad:
+                raise ArithmeticError("no solution")
+            return network(images), labels
+
+        loader = make_loader(Samples(), batches, num_workers=0, device=CPU)
+        train_epoch(
+            forward, loader, guard_of(network), run, epoch=1, device=CPU, accumulate=2, skip_on=(ArithmeticError,)
+        )
+        results.append(network.weight.detach())
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize(("scale", "skipped"), [(2.0**127, 3), (2.0**8, 0)])
-def test_float16_scales_the_loss_and_backs_off(settings, scale, skipped):
-    args, run = settings
+def test_float16_scales_the_loss_and_backs_off(run, scale, skipped):
     network = nn.Linear(2, 2)
     start = {key: value.clone() for key, value in network.state_dict().items()}
     plain = nn.Linear(2, 2)
     plain.load_state_dict(start)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
     for one, guard in (
-        (network, StepGuard(torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000))),
-        (plain, StepGuard()),
+        (network, StepGuard(network, make_optimizer(network, **RATES)[0], scaler)),
+        (plain, guard_of(plain)),
     ):
-        optimizer, _ = make_optimizer(one, args)
         loader = make_loader(Samples(), [[200, 301]] * 3, num_workers=0, device=CPU)
-        train_epoch(
-            lambda images, labels, one=one: (one(images), labels), loader, optimizer, guard, run, epoch=1, device=CPU
-        )
+        train_epoch(classify(one), loader, guard, run, epoch=1, device=CPU)
         if one is network:
             assert guard.skipped == skipped
-            assert guard.scaler.get_scale() == scale / 2**skipped
+            assert scaler.get_scale() == scale / 2**skipped
     torch.testing.assert_close(network.weight.detach(), start["weight"] if skipped else plain.weight.detach())
+
+
+def test_divergence_in_validation_names_the_steps(run):
+    network = nn.Linear(2, 2)
+
+    def forward(images, labels, at):
+        return network(images) * (math.nan if at[1] > 1 else 1), labels
+
+    def validate(epoch):
+        raise DivergenceError("the encoder's features are not finite")
+
+    loader = make_loader(Samples(), Batches([[0, 1], [2, 3], [4, 5]]), num_workers=0, device=CPU)
+    with pytest.raises(DivergenceError, match="after epoch 1: .* skipped since epoch 1, batch 2. Lower -lr, now 0.1"):
+        fit(network, forward, loader, validate, run, network, device=CPU, max_epoch=1, **RATES)
+
+
+# --- flags ---
+
+
+def test_next_command():
+    stage, following = make_parser("this"), make_parser("next")
+    for parser in (stage, following):
+        parser.add_argument("-way", type=int, default=5)
+        parser.add_argument("-patch_list", type=whole_numbers, default="2,3")
+        parser.add_argument("-compile", action="store_true")
+        parser.add_argument("-lr", type=float, default=0.1 if parser is stage else 0.2)
+    stage.add_argument("-sfc_lr", type=float, default=0.1)
+    following.add_argument("-sfc_lr", type=float, default=100.0)
+    stage.add_argument("-num_episode", type=int, default=1)
+    following.add_argument("-model_dir")
+    args = stage.parse_args(["-patch_list", "5,3,2", "-compile", "-lr", "7", "-num_episode", "3"])
+    found = next_command("eval.py", following, args, model_dir="a b/max_acc.pth")
+    assert found == "python eval.py -patch_list 5,3,2 -compile -sfc_lr 0.1 -model_dir 'a b/max_acc.pth'"
+
+
+def test_numbers_in_folder_names_are_not_rounded():
+    assert [folder_number(lr, 4) for lr in (0.1, 0.00003, 0.00005, 0.12345)] == ["0.1000", "3e-05", "5e-05", "0.12345"]

@@ -12,7 +12,7 @@ from helpers import GOLDEN, formula_weights, golden, normal_images, relative
 from torch.nn import functional as F
 
 from Models import DeepEMD, ResNet12
-from Models.deepemd import cosine_similarity_map, cross_reference_weights, emd_logits
+from Models.matching import cosine_similarity_map, cross_reference_weights, emd_logits
 from Models.sfc import fit_prototypes
 
 # Solvers of ours, and whose golden gradients theirs must be.
@@ -27,12 +27,12 @@ HEADS = {"opencv": {"solver": "opencv"}, "qpth_L2": {"solver": "qpth"}, "qpth_QP
 slow = pytest.mark.slow
 
 
-def head_case(nodes: int):
+def head_case(nodes: int | str):
     figures = golden(f"head_n{nodes}")
     return figures, figures["proto"].flatten(2), figures["query"].flatten(2)
 
 
-@pytest.mark.parametrize("nodes", [4, 9, 13, 25])
+@pytest.mark.parametrize("nodes", [4, 9, "9_small", 13, 25])
 def test_weights_and_similarity(nodes):
     figures, proto, query = head_case(nodes)
     assert (cross_reference_weights(query, proto) - figures["query_weight"]).abs().max() < 1e-4
@@ -42,8 +42,8 @@ def test_weights_and_similarity(nodes):
 
 @pytest.mark.parametrize(
     ("nodes", "head"),
-    [(n, "opencv") for n in (4, 9, 13, 25)]
-    + [(4, "qpth_L2"), (4, "qpth_QP"), (9, "qpth_L2"), (13, "qpth_L2"), (13, "qpth_QP")]
+    [(n, "opencv") for n in (4, 9, "9_small", 13, 25)]
+    + [(4, "qpth_L2"), (4, "qpth_QP"), (9, "qpth_L2"), ("9_small", "qpth_QP"), (13, "qpth_L2"), (13, "qpth_QP")]
     + [pytest.param(25, "qpth_L2", marks=slow), pytest.param(25, "qpth_QP", marks=slow)],
 )
 def test_logits_and_gradients(nodes, head):
@@ -53,14 +53,14 @@ def test_logits_and_gradients(nodes, head):
     logits = emd_logits(proto, query, **HEADS[head])
     loss = F.cross_entropy(logits, torch.arange(len(query)) % len(proto))
     loss.backward()
-    logit_tolerance = 1e-4 if head == "opencv" else 1e-2
+    logit_tolerance = 1e-4 if head == "opencv" else 1e-3 if nodes == "9_small" else 1e-2
     assert (logits - figures[f"{head}_logits"]).abs().max() < logit_tolerance
     assert abs(float(loss.detach() - figures[f"{head}_loss"])) < logit_tolerance
     for found, name in ((proto.grad, "proto"), (query.grad, "query")):
         assert relative(found, figures[f"{head}_grad_{name}"].flatten(2)) < 1e-3
 
 
-@pytest.mark.parametrize("nodes", [4, 9, 13, 25])
+@pytest.mark.parametrize("nodes", [4, 9, "9_small", 13, 25])
 @pytest.mark.parametrize(("solver", "reference"), SAME_GRADIENT)
 def test_whole_gradient_from_other_solvers(nodes, solver, reference):
     if (nodes, reference) == (9, "qpth_QP"):
@@ -70,7 +70,10 @@ def test_whole_gradient_from_other_solvers(nodes, solver, reference):
     query.requires_grad_()
     logits = emd_logits(proto, query, **SAME_GRADIENT[solver, reference])
     F.cross_entropy(logits, torch.arange(len(query)) % len(proto)).backward()
-    assert (logits - figures["opencv_logits"]).abs().max() < 1e-4
+    if nodes == "9_small":  # where the two published paths differ by 2e-3, and qpth stops 4e-4 short
+        assert (logits - figures[f"{reference}_logits"]).abs().max() < (1e-5 if reference == "opencv" else 1e-3)
+    else:  # all paths have the same logits but for qpth's stopping error, so the exact ones are the measure
+        assert (logits - figures["opencv_logits"]).abs().max() < 1e-4
     for found, name in ((proto.grad, "proto"), (query.grad, "query")):
         assert relative(found, figures[f"{reference}_grad_{name}"].flatten(2)) < 2e-3
 

@@ -1,52 +1,93 @@
-"""The three scripts as a user runs them: end to end on small data, repeatable, and clear about bad input."""
+"""The three scripts as a user runs them: end to end on small data, repeatable, and clear about bad input.
 
+``main()`` is called in this process, because importing torch anew takes seconds; a few tests need a process of their own.
+"""
+
+import contextlib
+import importlib
+import io
 import json
+import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import write_images
 
+import utils
+from engine.evaluation import Evaluation, Evaluator
 from Models import ResNet12
+from utils import run_script
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["-gpu", "cpu", "-image_size", "16", "-query", "2", "-num_workers", "0"]
 
 
-def run(script: str, *flags: object, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def run(script: str, *flags: object, cwd: Path) -> Outcome:
+    """A script as its own process would run it, in this one."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    before, argv = Path.cwd(), sys.argv
+    os.chdir(cwd)
+    sys.argv = [script]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main = importlib.import_module(script.removesuffix(".py")).main
+            run_script(lambda: main([str(flag) for flag in flags]))
+    except SystemExit as end:
+        status = end.code
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+    return Outcome(status, out.getvalue(), err.getvalue())
 
 
 def succeed(script: str, *flags: object, cwd: Path) -> str:
     done = run(script, *flags, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.status == 0, done.err
+    return done.out
+
+
+def next_command(out: str) -> list[str]:
+    return shlex.split(re.search(r"^next: python (.*)$", out, re.M)[1])
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, glyphs) -> tuple[Path, str]:
-    """A folder in which all three stages ran, each by the command that the one before printed; and the output."""
+def data(glyphs) -> list[object]:
+    return ["-dataset", "glyphs", "-data_dir", glyphs]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data) -> tuple[Path, list[str]]:
+    """A folder in which all three stages ran, each by the command that the one before printed; and their output."""
     cwd = tmp_path_factory.mktemp("trained")
-    data = ["-dataset", "glyphs", "-data_dir", glyphs]
-    out = succeed(
-        "train_pretrain.py", *data, *SMALL, "-max_epoch", 2, "-num_episode", 3, "-bs", 64, "-lr", 0.01, cwd=cwd
-    )
+    outs = [
+        succeed("train_pretrain.py", *data, *SMALL, "-max_epoch", 2, "-num_episode", 3, "-bs", 64, "-lr", 0.01, cwd=cwd)
+    ]
     for extra in (["-max_epoch", 2, "-val_frequency", 2, "-bs", 2, "-val_episode", 3, "-test_episode", 4], []):
-        command = shlex.split(re.search(r"^next: python (.*)$", out, re.M)[1])
-        out = succeed(*command, *extra, cwd=cwd)
-    return cwd, out
+        outs.append(succeed(*next_command(outs[-1]), *extra, cwd=cwd))
+    return cwd, outs
+
+
+PRETRAINED = "checkpoint/pre_train/glyphs/64-0.0100-30-0.20/max_acc.pth"
 
 
 def test_three_stages(trained):
-    cwd, out = trained
-    assert re.search(r"glyphs test, fcn, 5-way 1-shot, 4 episodes: acc \d+\.\d+ \+- \d+\.\d+ %", out)
-    pretrain, meta = cwd / "checkpoint/pre_train/glyphs/64-0.0100-30-0.20", cwd / "checkpoint/glyphs/fcn/1shot-5way"
-    for folder, prefix in ((pretrain, ""), (meta, "encoder.")):
+    cwd, (_, meta_out, eval_out) = trained
+    pretrain, meta = cwd / PRETRAINED, cwd / "checkpoint/glyphs/fcn/1shot-5way"
+    for folder, prefix in ((pretrain.parent, ""), (meta, "encoder.")):
         params = torch.load(folder / "max_acc.pth", weights_only=True)["params"]
         assert list(params) == [prefix + key for key in ResNet12().state_dict()]
         assert len(json.loads((folder / "trlog.json").read_text())["epochs"]) == 2
@@ -55,6 +96,10 @@ def test_three_stages(trained):
     assert [line.split(":")[0] for line in results[:2]] == ["epoch 1/2", "epoch 2/2"]
     assert results[2].startswith("test, best model, 5-way 1-shot, 4 episodes: acc")
     assert not list(cwd.rglob("*.part"))
+    # The final test and the command it prints draw the same episodes and find the same.
+    accuracy = re.compile(r"4 episodes: acc (\d+\.\d+ \+- \d+\.\d+ %)")
+    assert accuracy.search(meta_out)[1] == accuracy.search(eval_out)[1]
+    assert "glyphs test, fcn, 5-way 1-shot" in eval_out
 
 
 def test_tensorboard_scalars(trained):
@@ -75,153 +120,165 @@ def test_tensorboard_scalars(trained):
         (["-deepemd", "fcn", "-feature_pyramid", "1"], 3),
         (["-deepemd", "grid", "-patch_list", "1,2"], 1),
         (["-deepemd", "grid", "-patch_list", "1,2"], 3),
-        (["-deepemd", "sampling", "-num_patch", "3"], 3),
+        (["-deepemd", "sampling", "-num_patch", "3", "-fixed_patches"], 3),
     ],
 )
-def test_every_variant_trains_and_evaluates(trained, glyphs, tmp_path, variant, shot):
-    weights = trained[0] / "checkpoint/pre_train/glyphs/64-0.0100-30-0.20/max_acc.pth"
-    flags = [
-        "-dataset",
-        "glyphs",
-        "-data_dir",
-        glyphs,
-        *SMALL,
-        *variant,
-        "-shot",
-        shot,
-        "-way",
-        3,
-        "-sfc_update_step",
-        2,
-    ]
+def test_every_variant_trains_and_evaluates(trained, data, tmp_path, variant, shot):
+    weights = trained[0] / PRETRAINED
+    flags = [*data, *SMALL, *variant, "-shot", shot, "-way", 3, "-sfc_update_step", 2, "-pretrain_dir", weights]
+    counts = ["-max_epoch", 1, "-val_frequency", 1, "-val_episode", 1, "-test_episode", 2]
+    out = succeed("train_meta.py", *flags, *counts, "-solver", "qpth", cwd=tmp_path)
+    found = succeed(*next_command(out), cwd=tmp_path)
+    assert f"3-way {shot}-shot, 2 episodes" in found
+    assert re.search(r"acc .* %", out.splitlines()[-2])[0] == re.search(r"acc .* %", found)[0]
+
+
+def test_next_names_every_flag_that_matters(folder, tmp_path):
+    """From stage to stage, for settings that are at their default in no script."""
+    given = {
+        **{
+            "dataset": "folder",
+            "data_dir": str(folder),
+            "image_size": "16",
+            "query": "2",
+            "num_workers": "0",
+            "way": "3",
+        },
+        **{"shot": "2", "sfc_update_step": "2", "sfc_lr": "0.3", "temperature": "5.0", "norm": "none", "gpu": "cpu"},
+        **{"solver": "ipm", "form": "QP", "l2_strength": "0.1", "amp": "bfloat16", "episode_batch": "3"},
+        **{"deepemd": "grid", "patch_list": "1,2", "patch_ratio": "1.5", "num_patch": "4", "extra_dir": "mine"},
+    }
+    switches = ["-fixed_patches", "-verify_images", "-deterministic"]
+    flags = [word for name, value in given.items() for word in (f"-{name}", value)]
+    stage = ["-max_epoch", 1, "-num_episode", 1, "-bs", 50, "-lr", 0.01]
+    out = succeed("train_pretrain.py", *flags, *switches, *stage, "-seed", 0, cwd=tmp_path)
+
+    def check(command):
+        assert {name: command[command.index(f"-{name}") + 1] for name in given} == given
+        assert set(switches) <= set(command)
+
+    found = next_command(out)
+    check(found)
+    assert not {"-bs", "-lr", "-max_epoch", "-num_episode"} & set(found)
+    seed = found[found.index("-seed") + 1]  # the one that was drawn
+    assert int(seed) > 0
+    curves = json.loads(next(tmp_path.rglob("trlog.json")).read_text())
+    assert curves["args"]["seed"] == int(seed)
+
+    counts = ["-max_epoch", 1, "-val_frequency", 1, "-val_episode", 1, "-test_episode", 1, "-val_solver", "simplex"]
+    found = next_command(succeed(*found, *counts, "-set", "test", cwd=tmp_path))
+    given["solver"] = "simplex"
+    check(found)
+    assert found[found.index("-seed") + 1] == seed
+    assert "-set" not in found
+
+
+def test_pretraining_of_k_shot_and_pyramid(data, tmp_path):
+    flags = ["-shot", 3, "-feature_pyramid", 1, "-max_epoch", 1, "-num_episode", 1, "-bs", 256, "-sfc_update_step", 2]
+    succeed("train_pretrain.py", *data, *SMALL, *flags, "-lr", 0.00003, cwd=tmp_path)
+    assert (tmp_path / "checkpoint/pre_train/glyphs/256-3e-05-30-0.20/max_acc.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["-amp", "bfloat16", "-save_all"],
+        ["-compile"],
+        ["-checkpoint_activations", "-solver", "simplex", "-emd_gradient", "cost"],
+        ["-deterministic", "-solver", "ipm"],
+    ],
+)
+def test_ways_to_train(trained, data, tmp_path, monkeypatch, flags):
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="eager"))
+    counts = ["-max_epoch", 2, "-val_frequency", 1, "-val_episode", 1, "-test_episode", 1, "-way", 2]
     out = succeed(
-        "train_meta.py",
-        *flags,
-        "-pretrain_dir",
-        weights,
-        "-max_epoch",
-        1,
-        "-val_frequency",
-        1,
-        "-val_episode",
-        1,
-        "-test_episode",
-        1,
-        "-solver",
-        "qpth",
-        cwd=tmp_path,
+        "train_meta.py", *data, *SMALL, *counts, *flags, "-pretrain_dir", trained[0] / PRETRAINED, cwd=tmp_path
     )
-    command = shlex.split(re.search(r"^next: python (.*)$", out, re.M)[1])
-    assert f"3-way {shot}-shot, 1 episodes" in succeed(*command, cwd=tmp_path)
-
-
-def test_pretraining_of_k_shot_and_pyramid(glyphs, tmp_path):
-    succeed(
-        "train_pretrain.py",
-        "-dataset",
-        "glyphs",
-        "-data_dir",
-        glyphs,
-        *SMALL,
-        "-shot",
-        3,
-        "-feature_pyramid",
-        1,
-        "-max_epoch",
-        1,
-        "-num_episode",
-        1,
-        "-bs",
-        256,
-        "-sfc_update_step",
-        2,
-        "-lr",
-        0.01,
-        cwd=tmp_path,
+    assert "epoch 2/2: train loss" in out
+    assert "nan" not in out
+    run_folder = tmp_path / "checkpoint/glyphs/fcn/1shot-2way"
+    assert sorted(path.name for path in run_folder.glob("epoch-*.pth")) == (
+        ["epoch-1.pth", "epoch-2.pth"] if "-save_all" in flags else []
     )
 
 
-def test_repeatable_to_the_bit_with_any_number_of_workers(glyphs, tmp_path):
+@pytest.mark.parametrize("random_val_task", [False, True])
+def test_what_validation_and_final_test_are_given(trained, data, tmp_path, monkeypatch, random_val_task):
+    """Fixed validation episodes unless asked otherwise, -val_solver, and the best weights for the final test."""
+    calls = []
+    accuracies = iter([60.0, 40.0, 50.0, 1.0])  # three epochs, of which the first is best, then the test
+
+    def evaluate(self, model, episodes, *, solver=None, title=""):
+        weights = {key: value.clone() for key, value in model.state_dict().items()}
+        calls.append((list(episodes), solver, title, weights))
+        return Evaluation(1.0, next(accuracies), 1.0, [])
+
+    monkeypatch.setattr(Evaluator, "__call__", evaluate)
+    counts = ["-max_epoch", 3, "-val_frequency", 1, "-val_episode", 2, "-test_episode", 3, "-way", 2]
+    flags = [*counts, "-val_solver", "simplex", *(["-random_val_task"] if random_val_task else [])]
+    succeed("train_meta.py", *data, *SMALL, *flags, "-pretrain_dir", trained[0] / PRETRAINED, cwd=tmp_path)
+    assert [call[1:3] for call in calls] == [("simplex", "val")] * 3 + [("simplex", "test")]
+    assert (calls[0][0] != calls[1][0]) == random_val_task
+    assert (calls[1][0] != calls[2][0]) == random_val_task
+    best, last, tested = calls[0][3], calls[2][3], calls[3][3]
+    assert all(torch.equal(value, best[key]) for key, value in tested.items())
+    assert not all(torch.equal(value, last[key]) for key, value in tested.items())
+
+
+def test_repeatable_to_the_bit_with_any_number_of_workers(data, tmp_path):
     found = []
+    flags = [*data, *SMALL, "-deepemd", "sampling", "-num_patch", 2, "-way", 3, "-pretrain_dir", "none"]
+    counts = ["-max_epoch", 2, "-val_frequency", 2, "-val_episode", 2, "-test_episode", 3]
     for workers in (0, 2):
-        flags = ["-dataset", "glyphs", "-data_dir", glyphs, *SMALL, "-deepemd", "sampling", "-num_patch", 2, "-way", 3]
-        succeed(
-            "train_meta.py",
-            *flags,
-            "-num_workers",
-            workers,
-            "-pretrain_dir",
-            "none",
-            "-max_epoch",
-            2,
-            "-val_frequency",
-            2,
-            "-val_episode",
-            2,
-            "-test_episode",
-            3,
-            "-extra_dir",
-            workers,
-            cwd=tmp_path,
-        )
+        succeed("train_meta.py", *flags, *counts, "-num_workers", workers, "-extra_dir", workers, cwd=tmp_path)
         folder = tmp_path / f"checkpoint/glyphs/sampling/1shot-3way/{workers}"
         curves = json.loads((folder / "trlog.json").read_text())
-        found.append(
-            (curves["epochs"], curves["test_loss"], torch.load(folder / "max_acc.pth", weights_only=True)["params"])
-        )
+        weights = torch.load(folder / "max_acc.pth", weights_only=True)["params"]
+        found.append((curves["epochs"], curves["test_loss"], weights))
     assert found[0][:2] == found[1][:2]
     assert all(torch.equal(value, found[1][2][key]) for key, value in found[0][2].items())
 
 
-def test_eval_needs_only_its_split_and_shows_the_running_mean(tmp_path):
+def test_eval_needs_only_its_split_and_says_what_it_does(tmp_path):
     for number in range(5):
         write_images(tmp_path / "own" / "val" / f"class{number}", 3, seed=number)
-    done = run(
-        "eval.py",
-        "-dataset",
-        "folder",
-        "-data_dir",
-        "own",
-        "-set",
-        "val",
-        "-model_dir",
-        "none",
-        *SMALL,
-        "-test_episode",
-        20,
-        "-extra_dir",
-        "mine",
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"acc \d+\.\d\d \+- \d+\.\d\d %", done.stderr)
-    assert (tmp_path / "checkpoint/eval/mine/results.txt").read_text() == done.stdout.strip() + ", none\n"
+    own = ["-dataset", "folder", "-data_dir", "own", "-set", "val"]
+    done = run("eval.py", *own, "-model_dir", "none", *SMALL, "-test_episode", 20, "-extra_dir", "mine", cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert done.err.startswith("device: cpu\nweights: none\n")
+    assert (tmp_path / "checkpoint/eval/mine/results.txt").read_text() == done.out.strip() + ", none\n"
+
+
+def test_published_weights_are_those_of_the_variant(trained, data, tmp_path):
+    """Without -model_dir, eval.py takes the published model of the data set and the variant."""
+    for variant in ("fcn", "grid"):
+        place = tmp_path / "deepemd_trained_model/glyphs" / variant
+        place.mkdir(parents=True)
+        shutil.copy(trained[0] / PRETRAINED, place)
+    for variant in ("fcn", "grid", "sampling"):
+        done = run("eval.py", *data, *SMALL, "-test_episode", 1, "-patch_list", 1, "-deepemd", variant, cwd=tmp_path)
+        assert f"weights: deepemd_trained_model/glyphs/{variant}/max_acc.pth" in done.err
+        assert done.status == (variant == "sampling")
+    assert "there is no such file. Name yours with -model_dir, or run: bash download_trained_model.sh" in done.err
+    done = run("train_meta.py", *data, *SMALL, cwd=tmp_path)
+    assert "deepemd_pretrain_model/glyphs/resnet12/max_acc.pth; there is no such file" in done.err
+    assert "bash download_pretrain_model.sh" in done.err
 
 
 @pytest.mark.parametrize(
     "variant",
     [[], ["-deepemd", "grid", "-patch_list", "1,2"], ["-deepemd", "sampling", "-num_patch", "2", "-fixed_patches"]],
 )
-def test_cache_and_batches_change_no_accuracy(trained, glyphs, variant):
+def test_cache_and_batches_change_no_accuracy(trained, data, variant):
     cwd, _ = trained
-    weights = cwd / "checkpoint/pre_train/glyphs/64-0.0100-30-0.20"
-    flags = [
-        "-dataset",
-        "glyphs",
-        "-data_dir",
-        glyphs,
-        *SMALL,
-        "-model_dir",
-        weights,
-        "-test_episode",
-        12,
-        "-way",
-        3,
-        *variant,
-    ]
+    flags = [*data, *SMALL, "-model_dir", cwd / PRETRAINED, "-test_episode", 12, "-way", 3, *variant]
     ways = [[], ["-feature_cache", "off", "-episode_batch", 5, "-num_workers", 1]]
     found = [re.search(r"acc .*%", succeed("eval.py", *flags, *extra, cwd=cwd))[0] for extra in ways]
     assert found[0] == found[1]
+
+
+# --- bad input ---
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +291,7 @@ def bad_place(tmp_path_factory, folder) -> Path:
     for path in (cwd / "broken" / "test" / "a").iterdir():
         path.write_bytes(path.read_bytes()[:70])
     (cwd / "miniimagenet").mkdir()
+    (cwd / "file").write_text("")
     torch.save({"params": {"conv1.weight": torch.zeros(64, 3, 7, 7)}}, cwd / "resnet18.pth")
     return cwd
 
@@ -247,11 +305,7 @@ GOOD = ["-dataset", "folder", "-data_dir", "good", "-model_dir", "none", *SMALL]
         (["-data_dir", "nowhere"], 1, "-data_dir nowhere: expected a folder"),
         (["-dataset", "miniimagenet", "-data_dir", "."], 1, "list of test images in miniimagenet/split/test.csv"),
         (["-dataset", "cub"], 1, "expected the data set in good/cub"),
-        (
-            ["-data_dir", "few", "-way", "1"],
-            1,
-            "at least 3 images in every class (shot + query); the smallest class has 2",
-        ),
+        (["-data_dir", "few", "-way", "1"], 1, "at least 3 images in every class (shot + query); the smallest class has 2"),
         (["-way", "7"], 1, "at least 7 classes for 7-way episodes; the split has 6"),
         (["-shot", "6"], 1, "at least 8 images in every class"),
         (["-data_dir", "broken", "-way", "1"], 1, "it cannot be read"),
@@ -260,27 +314,144 @@ GOOD = ["-dataset", "folder", "-data_dir", "good", "-model_dir", "none", *SMALL]
         (["-model_dir", "nowhere.pth"], 1, "expected a checkpoint in nowhere.pth"),
         (["-model_dir", "resnet18.pth"], 1, "expected the weights of ResNet12 in resnet18.pth; it lacks"),
         (["-patch_list", "a,b"], 2, "whole numbers above 0 joined by commas, as in 2,3; got 'a,b'"),
+        (["-patch_list", "33", "-deepemd", "grid"], 1, "33"),
         (["-gpu", "99"], 1, "there is no GPU 99"),
         (["-gpu", "one"], 1, "expected GPU numbers"),
         (["-dataset", "imagenet"], 2, "invalid choice: 'imagenet'"),
         (["-shot", "0"], 2, "expected a whole number of 1 or more; got '0'"),
         (["-sfc_lr", "nan"], 2, "expected a number above 0; got 'nan'"),
-        (["-image_size", "8"], 2, "16 or more; got '8'"),
+        (["-image_size", "8"], 2, "from 16 to 1024; got '8'"),
+        (["-image_size", "100000"], 2, "from 16 to 1024; got '100000'"),
+        (["-seed", "9" * 24], 2, "expected a whole number from 0 to 9223372036854775807; got"),
+        (["-test_episode", "9" * 5000], 2, "expected a whole number of 1 or more"),
         (["-deepemd", "grid", "-feature_pyramid", "2,1"], 1, "-feature_pyramid goes with -deepemd fcn"),
+        (["-compile", "-checkpoint_activations"], 1, "-compile and -checkpoint_activations do not go together"),
+        (["-extra_dir", "../elsewhere"], 2, "expected the name of a folder below checkpoint/"),
+        (["-extra_dir", "n" * 300], 1, "expected to write to checkpoint/eval/nnn"),
     ],
-)
+)  # fmt: skip
 def test_bad_input(bad_place, flags, status, message):
     done = run("eval.py", *GOOD, *flags, cwd=bad_place)
-    errors = [line for line in done.stderr.splitlines() if line.startswith(("error:", "eval.py:"))]
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
+    errors = [line for line in done.err.splitlines() if line.startswith(("error:", "eval.py:"))]
+    assert done.status == status, done.err
+    assert "Traceback" not in done.err
     assert len(errors) == 1
     assert message in errors[0]
+    assert "acc" not in done.err  # told before the work
+    assert not (bad_place / "elsewhere").exists()
 
 
-def test_bad_input_of_training_is_told_before_it_starts(bad_place):
+def test_an_error_has_a_line_of_its_own(bad_place, monkeypatch):
+    """Not glued to the progress bar."""
+    real = Evaluator._match
+
+    def fails(self, *args, **settings):
+        raise utils.InputError("it broke")
+
+    monkeypatch.setattr(Evaluator, "_match", fails)
+    done = run("eval.py", *GOOD, cwd=bad_place)
+    assert done.err.replace("\r", "\n").splitlines()[-1] == "error: it broke"
+    assert real is not Evaluator._match
+
+
+def test_compile_on_several_gpus_is_refused(bad_place, monkeypatch):
+    monkeypatch.setattr(utils, "choose_device", lambda gpu: (torch.device("cpu"), [0, 1]))
+    done = run("eval.py", *GOOD, "-compile", "-gpu", "0,1", cwd=bad_place)
+    assert done.err.endswith("-compile works on one GPU; got -gpu 0,1. Name one GPU, or leave -compile out\n")
+
+
+def test_a_missing_library_is_told_before_the_run(bad_place, monkeypatch):
+    for name in ("qpth", "qpth.qp"):
+        monkeypatch.setitem(sys.modules, name, None)
+    done = run("eval.py", *GOOD, "-solver", "qpth", cwd=bad_place)
+    assert (done.status, 'error: solver "qpth" needs qpth: pip install qpth' in done.err) == (1, True)
+    done = run("train_meta.py", *GOOD[:4], *SMALL, "-pretrain_dir", "none", "-val_solver", "qpth", cwd=bad_place)
+    assert (done.status, 'error: solver "qpth" needs qpth: pip install qpth' in done.err) == (1, True)
+
+
+def test_bad_input_of_training_is_told_before_it_starts(bad_place, folder, tmp_path):
     for script in ("train_pretrain.py", "train_meta.py"):
-        done = run(script, "-dataset", "folder", "-data_dir", "few", *SMALL, cwd=bad_place)
-        assert done.returncode == 1
-        assert done.stderr.startswith("error: expected")
-        assert not (bad_place / "checkpoint").exists()
+        done = run(script, "-dataset", "folder", "-data_dir", "few", *SMALL, "-pretrain_dir", "none", cwd=bad_place)
+        assert done.status in (1, 2)
+        assert not (bad_place / "checkpoint/folder").exists()
+    shutil.copytree(folder, tmp_path / "data")
+    for split, script in (("val", "train_pretrain.py"), ("test", "train_meta.py"), ("train", "train_meta.py")):
+        broken = tmp_path / "data" / split / "class0" / "0000.png"
+        whole = broken.read_bytes()
+        broken.write_bytes(whole[:70])
+        stage = ["-pretrain_dir", "none"] if script == "train_meta.py" else []
+        done = run(script, "-dataset", "folder", "-data_dir", "data", *SMALL, *stage, cwd=tmp_path)
+        assert (done.status, f"{broken.relative_to(tmp_path)}; it cannot be read" in done.err) == (1, True)
+        assert not (tmp_path / "checkpoint").exists()
+        broken.write_bytes(whole)
+
+
+def test_a_failing_final_test_costs_nothing_but_itself(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "data")
+    for path in (tmp_path / "data/test").glob("*/*.png"):
+        if path.name != "0000.png":  # the first image of a split is looked at before the first step
+            path.write_bytes(path.read_bytes()[:70])
+    counts = ["-max_epoch", 1, "-val_frequency", 1, "-val_episode", 1, "-test_episode", 1, "-way", 2]
+    flags = ["-dataset", "folder", "-data_dir", "data", *SMALL, *counts, "-pretrain_dir", "none"]
+    done = run("train_meta.py", *flags, cwd=tmp_path)
+    assert (done.status, "it cannot be read" in done.err) == (1, True)
+    assert (tmp_path / "checkpoint/folder/fcn/1shot-2way/max_acc.pth").is_file()
+    assert next_command(done.out)[0] == "eval.py"
+
+
+def test_divergence_says_so(data, tmp_path):
+    flags = ["-max_epoch", 1, "-num_episode", 1, "-bs", 200, "-lr", "1e9", "-way", 2]
+    done = run("train_pretrain.py", *data, *SMALL, *flags, cwd=tmp_path)
+    assert done.status == 1
+    last = done.err.splitlines()[-1]
+    assert re.search(r"diverged.*skipped since epoch 1, batch \d+. Lower -lr", last), done.err
+
+
+# --- in a process of its own ---
+
+
+def start(*words: object, cwd: Path, **settings: object) -> subprocess.Popen:
+    command = [sys.executable, *map(str, words)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
+
+
+def test_a_closed_pipe_is_quiet(bad_place):
+    process = start(ROOT / "eval.py", *GOOD, "-test_episode", 1, cwd=bad_place)
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    assert process.wait(60) == 141
+
+
+def test_ctrl_c_while_importing_is_quiet(bad_place):
+    process = start("-X", "importtime", ROOT / "eval.py", *GOOD, cwd=bad_place)
+    for line in process.stderr:
+        if " numpy" in line:  # in the middle of importing torch
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read()
+    assert "Traceback" not in rest
+    assert "interrupted" in rest
+    assert process.wait(60) == 130
+
+
+def test_help_does_not_import_what_it_does_not_need(bad_place):
+    code = (
+        "import sys, eval\n"
+        "try: eval.main(['-h'])\n"
+        "except SystemExit: print({'torchvision', 'cv2', 'numba', 'qpth', 'tensorboard'} & set(sys.modules))"
+    )
+    process = start("-c", code, cwd=ROOT)
+    assert process.communicate()[0].splitlines()[-1] == "set()"
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing(data, tmp_path, monkeypatch):
+    weights = tmp_path / "checkpoint/pre_train/glyphs/256-0.0100-30-0.20/max_acc.pth"
+    flags = [*data, *SMALL, "-max_epoch", 1, "-num_episode", 1, "-bs", 256, "-lr", 0.01, "-way", 2]
+    succeed("train_pretrain.py", *flags, cwd=tmp_path)
+    before = weights.read_bytes()
+    monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    done = run("train_pretrain.py", *flags, cwd=tmp_path)
+    assert done.status == 1
+    assert re.search(r"error: expected 99 MB of free space for the run in .*; there are 1$", done.err.strip())
+    assert weights.read_bytes() == before
+    assert not (weights.parent / "previous-1").exists()

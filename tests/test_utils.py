@@ -1,22 +1,33 @@
-"""Checkpoints, devices, seeds, figures, the run folder."""
+"""Checkpoints, devices, seeds, figures, the run folder, how a script ends."""
 
-import argparse
+import errno
 import json
 import os
+import pickle
+import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import utils
 from Models import DeepEMD, ResNet12
+from Models.emd import SolverError
 from utils import (
     InputError,
     RunFolder,
+    append_line,
+    available_cores,
     choose_device,
+    folder_name,
     load_encoder_weights,
     mean_confidence_interval,
     named_generator,
-    next_command,
+    number_above_zero,
+    number_at_least,
+    number_between,
+    run_script,
     set_seed,
     whole_numbers,
 )
@@ -68,15 +79,45 @@ def test_another_architecture(tmp_path, state, change, message):
         load_encoder_weights(DeepEMD(), save(tmp_path / "a.pth", change(state)))
 
 
+def with_value(state, key, change):
+    value = state[key].clone()
+    change(value.view(-1))
+    return {**state, key: value}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: with_value(s, "layer2.0.conv1.weight", lambda v: v[3:4].fill_(float("nan"))), "conv1.weight .* NaN"),
+        (lambda s: with_value(s, "layer1.0.bn1.bias", lambda v: v[:1].fill_(float("inf"))), "bn1.bias .* infinite"),
+        (lambda s: with_value(s, "layer1.0.bn1.running_var", lambda v: v[:1].fill_(-1.0)), "running_var has negative"),
+        (lambda s: {**s, 7: torch.zeros(1)}, "expected names as keys in .*; got 7, a int"),
+        (lambda s: {**s, "layer1.0.bn1.bias": "text"}, "layer1.0.bn1.bias is a str"),
+        (lambda s: {**s, "layer1.0.bn1.bias": torch.zeros(64).to_sparse()}, "layer1.0.bn1.bias is a torch.sparse_coo"),
+        (lambda s: {**s, "layer1.0.bn1.bias": torch.zeros(64, device="meta")}, "is a tensor without values"),
+    ],
+)
+def test_weights_that_no_training_leaves(tmp_path, state, change, message):
+    model = DeepEMD()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=message) as error:
+        load_encoder_weights(model, save(tmp_path / "a.pth", change(state)))
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_what_is_no_checkpoint(tmp_path, state):
-    with pytest.raises(InputError, match="no such file"):
-        load_encoder_weights(DeepEMD(), tmp_path / "none.pth")
-    (tmp_path / "text.pth").write_text("<html>quota exceeded</html>")
-    with pytest.raises(InputError, match="cannot be read as plain tensors"):
-        load_encoder_weights(DeepEMD(), tmp_path / "text.pth")
+    whole = save(tmp_path / "whole.pth", state).read_bytes()
+    for name, content in (("text", b"<html>quota exceeded</html>"), ("empty", b""), ("cut", whole[: len(whole) // 2])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match="plain tensors in .*; it is damaged or another format") as error:
+            load_encoder_weights(DeepEMD(), tmp_path / name)
+        assert "\n" not in str(error.value)
     torch.save(state, tmp_path / "bare.pth")
     with pytest.raises(InputError, match="got a dict with the keys layer1.0.conv1.weight"):
         load_encoder_weights(DeepEMD(), tmp_path / "bare.pth")
+    with pytest.raises(InputError, match="there is no such file. Get it"):
+        load_encoder_weights(DeepEMD(), tmp_path / "none.pth", hint="Get it")
 
 
 class Malice:
@@ -84,10 +125,11 @@ class Malice:
         return (os.mkdir, ("made-by-a-pickle",))
 
 
-def test_pickles_are_not_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("write", [torch.save, lambda content, path: Path(path).write_bytes(pickle.dumps(content, 2))])
+def test_pickles_are_not_run(tmp_path, monkeypatch, write):
     monkeypatch.chdir(tmp_path)
-    torch.save({"params": Malice()}, "a.pth")
-    with pytest.raises(InputError, match="cannot be read as plain tensors"):
+    write({"params": Malice()}, "a.pth")
+    with pytest.raises(InputError, match="plain tensors in a.pth; it asks to run posix.mkdir, which is refused$"):
         load_encoder_weights(DeepEMD(), "a.pth")
     assert not os.path.exists("made-by-a-pickle")
 
@@ -104,9 +146,9 @@ def test_interval():
 def test_devices(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("cpu") == (torch.device("cpu"), [])
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "device: cpu\n"
     assert choose_device(None) == (torch.device("cpu"), [])
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err == "device: cpu (no CUDA device found)\n"
     for gpu, message in (
         ("0", "there is no GPU 0.*here: none"),
         ("0;1", "expected GPU numbers"),
@@ -117,10 +159,22 @@ def test_devices(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    assert choose_device(None) == (torch.device("cuda", 0), [0, 1])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Imagined")
+    # One GPU unless more are named: an episode cut in two has batch statistics of half as many images.
+    assert choose_device(None) == (torch.device("cuda", 0), [0])
+    assert capsys.readouterr().err == "device: cuda 0, Imagined (2 found; -gpu 0,1 spreads over two)\n"
     assert choose_device("1") == (torch.device("cuda", 1), [1])
+    assert choose_device("0,1,0") == (torch.device("cuda", 0), [0, 1])
     with pytest.raises(InputError, match="there is no GPU 2; CUDA devices here: 0 to 1"):
         choose_device("0,2")
+
+
+def test_cores_are_those_of_this_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 7}, raising=False)
+    assert available_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert available_cores() == 6
 
 
 def test_seeds(capsys):
@@ -129,17 +183,100 @@ def test_seeds(capsys):
     set_seed(4)
     assert torch.equal(torch.rand(1), first)
     assert set_seed(0) > 0
-    assert "seed: " in capsys.readouterr().out
+    assert "seed: " in capsys.readouterr().err
     draws = [
         torch.rand(1, generator=named_generator(*name)).item() for name in ((1, "a"), (1, "b"), (2, "a"), (1, "a"))
     ]
     assert draws[0] == draws[3]
     assert len(set(draws)) == 3
+    assert set_seed(utils.LARGEST_SEED) == utils.LARGEST_SEED
+
+
+def test_the_seed_does_not_choose_the_kernels():
+    cudnn = torch.backends.cudnn
+    for seed in (0, 1):
+        for deterministic in (True, False):
+            set_seed(seed, deterministic=deterministic)
+            assert (cudnn.deterministic, cudnn.benchmark) == (deterministic, not deterministic)
+            assert torch.are_deterministic_algorithms_enabled() == deterministic
+
+
+# --- flags ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        (number_at_least(0, int), "-1", "expected a whole number of 0 or more; got '-1'"),
+        (number_at_least(1, int), "1.5", "whole number"),
+        (number_above_zero(float), "inf", "expected a number above 0"),
+        (number_between(0, 9, int), "10", "expected a whole number from 0 to 9"),
+        (number_between(0, 9, int), "9" * 5000, "expected a whole number from 0 to 9"),
+        (whole_numbers, "2,,3", "as in 2,3"),
+        (whole_numbers, "9" * 5000, "as in 2,3"),
+        (folder_name, "../x", "name of a folder"),
+        (folder_name, "/x", "name of a folder"),
+    ],
+)
+def test_bad_values_of_flags(kind, text, message):
+    import argparse
+
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        kind(text)
+
+
+def test_good_values_of_flags():
+    assert number_between(0, 9, int)("9") == 9
+    assert number_above_zero(float)("1e-6") == 1e-6
+    assert whole_numbers("5,3,2") == (5, 3, 2)
+    assert folder_name("a/b") == "a/b"
+
+
+# --- the end of a script ---
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (InputError("expected this"), "error: expected this\n"),
+        (SolverError("problem 3 of 4"), "error: problem 3 of 4\n"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "data/a"),
+            "error: [Errno 13] Permission denied: 'data/a'\n",
+        ),
+        (InputError("Caught InputError in worker\n  File x\nutils.InputError: that image"), "error: that image\n"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nmore"),
+            "error: out of GPU memory (CUDA out of memory.) Try a smaller",
+        ),
+    ],
+)
+def test_errors_of_the_users_making_are_one_line(error, message, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    assert end.value.code == 1
+    found = capsys.readouterr().err
+    assert found.startswith(message)
+    assert found.count("\n") == 1
+
+
+def test_errors_of_ours_are_not_hidden():
+    def main():
+        raise KeyError("a mistake in the code")
+
+    with pytest.raises(KeyError):
+        run_script(main)
+
+
+# --- the run folder ---
 
 
 def test_run_folder_keeps_what_was_there(tmp_path, capsys):
     for number in range(2):
-        run = RunFolder(tmp_path / "run", argparse.Namespace(lr=0.1))
+        run = RunFolder(tmp_path / "run", {"lr": 0.1})
         run.save_weights("max_acc.pth", {"w": torch.full((1,), float(number))})
         run.log(f"line {number}")
         run.record(epoch=1, val_acc=50.0)
@@ -153,15 +290,35 @@ def test_run_folder_keeps_what_was_there(tmp_path, capsys):
         "test_acc": 51.0,
     }
     assert not list(tmp_path.rglob("*.part"))
+    assert f"run folder: {tmp_path / 'run'}" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        RunFolder(tmp_path / "file" / "run", argparse.Namespace())
+        RunFolder(tmp_path / "file" / "run", {})
 
 
-def test_next_command():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("-way", type=int, default=5)
-    parser.add_argument("-patch_list", type=whole_numbers, default=(2, 3))
-    args = parser.parse_args(["-patch_list", "5,3,2"])
-    found = next_command("eval.py", parser, args, ["way", "patch_list"], model_dir="a b/max_acc.pth")
-    assert found == "python eval.py -patch_list 5,3,2 -model_dir 'a b/max_acc.pth'"
+def test_a_disk_that_fills_up_costs_nothing_that_was_saved(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run", {})
+    path = run.save_weights("max_acc.pth", {"w": torch.zeros(1)})
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~utils._umask()
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(utils.os, "fsync", full)
+    with pytest.raises(
+        InputError, match="max_acc.pth; it cannot be written .No space left.*was saved before is intact$"
+    ):
+        run.save_weights("max_acc.pth", {"w": torch.ones(1000)})
+    assert path.read_bytes() == before
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_append_line(tmp_path):
+    append_line(tmp_path / "a" / "results.txt")
+    assert (tmp_path / "a" / "results.txt").read_text() == ""
+    append_line(tmp_path / "a" / "results.txt", "one")
+    append_line(tmp_path / "a" / "results.txt", "two")
+    assert (tmp_path / "a" / "results.txt").read_text() == "one\ntwo\n"
+    with pytest.raises(InputError, match="expected to write to .*results.txt; it cannot be written"):
+        append_line(tmp_path / "a" / "results.txt" / "results.txt", "three")

@@ -1,12 +1,14 @@
-"""What can go wrong between a cost matrix and its flow. All of it is an :class:`EmdError`."""
+"""The exceptions of this package. All of them are an :class:`EmdError`."""
 
 
 class EmdError(Exception):
-    """Base of the errors of this package."""
+    """Base of the errors of this package. Every message is one line that says what came and what to do."""
+
+    is_user_error = True  # a script prints it as that line
 
 
 class ProblemError(EmdError, ValueError):
-    """What was given is no transportation problem, or asks for a solver or an option that does not exist."""
+    """The input is not a transportation problem, or names an unknown solver or option, or an invalid value of one."""
 
 
 class SolverError(EmdError, RuntimeError):

@@ -1,4 +1,4 @@
-"""What the two solvers of the *regularised* problem share: its forms, and the case that leaves nothing to solve.
+"""The *regularised* problem that qpth and ipm solve: its two forms, and the case that needs no solver.
 
     minimise    1/2 x^T Q x + p^T x     over the flows x >= 0 with the given row and column sums
 
@@ -15,7 +15,7 @@ QP_RIDGE = 1e-4
 
 
 def check_form(form: str, l2_strength: float) -> None:
-    """Raises ProblemError for what is no form, or no positive strength."""
+    """Raise ProblemError unless ``form`` is one of FORMS and ``l2_strength`` is positive."""
     if form not in FORMS:
         raise ProblemError(f"expected form to be one of {', '.join(FORMS)}; got {form!r}")
     if not l2_strength > 0:
@@ -23,5 +23,5 @@ def check_form(form: str, l2_strength: float) -> None:
 
 
 def forced_flow(supply: Tensor, demand: Tensor) -> Tensor:
-    """``(B,N), (B,M) -> (B,N,M)`` where N or M is 1: a single row or column leaves no choice, and no interior."""
+    """``(B,N), (B,M) -> (B,N,M)`` where N or M is 1: the only feasible flow. Such a problem has no interior."""
     return supply.unsqueeze(2) * (demand / demand.sum(1, keepdim=True)).unsqueeze(1)

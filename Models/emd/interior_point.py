@@ -1,11 +1,12 @@
 """A batched primal-dual interior point method for the regularised problem: any device, float64, torch operations only.
 
-The problem is that of :mod:`Models.emd.qpth_qp` (forms ``L2`` and ``QP``, see :mod:`Models.emd.forms`), and so is the
-gradient: the implicit function theorem on the optimality conditions, for cost and both weight vectors. What differs is
-that the structure is used. The constraints are row and column sums, the Hessian is diagonal (plus rank one), so a Newton
-step comes down to a system of M - 1 unknowns per problem, never N*M of them.
+Problem and gradient are those of :mod:`Models.emd.qpth_qp`: forms ``L2`` and ``QP`` (see :mod:`Models.emd.forms`), and the
+implicit function theorem on the optimality conditions, for cost and both weight vectors. Unlike qpth, it exploits the
+structure: the constraints are row and column sums and the Hessian is diagonal (plus rank one), so a Newton step reduces to
+a system of M - 1 unknowns per problem instead of N*M.
 """
 
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,12 +18,15 @@ from .forms import QP_RIDGE, check_form, forced_flow
 
 MAX_ITERATIONS = 60
 ITERATIONS_BETWEEN_CHECKS = 2
-# Complementarity x z, relative to its scale, at which a problem is solved; and at which it counts as solved when
-# rounding lets it come no further.
+# Complementarity x z, relative to its scale: the iteration stops at the first, and a problem that rounding keeps above it
+# still counts as solved at the second.
 TOLERANCE, ACCEPTABLE = 1e-11, 1e-8
 STEP_TO_BOUNDARY = 0.995
-# Nodes without mass have no interior; they are lent this share of it.
+# A node without mass leaves the problem without an interior, so every node gets at least this fraction of the total.
 SMALLEST_SHARE = 1e-12
+
+_warm_up_lock = threading.Lock()
+_warm_devices: set[torch.device] = set()
 
 
 def solve(
@@ -34,22 +38,32 @@ def solve(
     l2_strength: float = 1e-6,
     differentiable_flow: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``. Called by :func:`Models.emd.emd`.
+    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``. Called by :func:`Models.emd.emd`, which says what is raised.
 
     Args:
         form: ``"L2"`` or ``"QP"``.
         l2_strength: the weight of the quadratic term of form ``L2``, positive. Larger is smoother and less exact.
-        differentiable_flow: give the flow with its gradient too; under the regularised form it is differentiable.
+        differentiable_flow: keep the gradient of the flow, which the regularised problem has, instead of detaching it.
     """
     check_form(form, l2_strength)
     cost, supply, demand = cost.double(), supply.double(), demand.double()
     if min(cost.shape[1:]) == 1:
         flow = forced_flow(supply, demand)
         return (cost * flow).sum((-2, -1)), flow
-    if cost.shape[2] > cost.shape[1]:  # the smaller side is the one to factorise
+    _warm_up(cost.device)
+    if cost.shape[2] > cost.shape[1]:  # factorise the smaller side
         value, flow = _InteriorPoint.apply(cost.mT, demand, supply, form == "QP", l2_strength)
         return value, flow.mT
     return _InteriorPoint.apply(cost, supply, demand, form == "QP", l2_strength)
+
+
+def _warm_up(device: torch.device) -> None:
+    # torch loads its linear algebra for CUDA on first use, which fails if several threads are the first at once:
+    # "lazy wrapper should be called at most once".
+    with _warm_up_lock:
+        if device not in _warm_devices:
+            torch.linalg.cholesky_ex(torch.eye(2, dtype=torch.float64, device=device))
+            _warm_devices.add(device)
 
 
 # Optimality, with duals u, v of the sums and z of x >= 0:
@@ -57,14 +71,14 @@ def solve(
 #     Q x + p - u - v - z = 0,    x 1 = s,    x^T 1 = d,    x z = 0,    x, z >= 0.
 #
 # A Newton step from (x, u, v, z), with dz eliminated, is (Q + z/x) dx - du - dv = h and the row and column sums of dx
-# given. Q + z/x = diag(1/theta) + [QP] c c^T. Without the rank-one part dx = theta (du + dv + h), and du goes the same
-# way, which leaves
+# given. Q + z/x = diag(1/theta) + [QP] c c^T. Without the rank-one part dx = theta (du + dv + h); eliminating du likewise
+# leaves
 #
 #     (D_c - theta^T D_r^-1 theta) dv = right-hand side,     D_r, D_c the row and column sums of theta:
 #
-# the Laplacian of a graph on the columns with edge weights W = theta^T D_r^-1 theta. It is singular, as v is determined
-# up to a constant, so the last dv is set to 0; and its diagonal is summed from W instead of subtracted, which is what
-# keeps it accurate to the end, where theta spans twenty orders of magnitude.
+# the Laplacian of a graph on the columns with edge weights W = theta^T D_r^-1 theta. It is singular, because v is
+# determined up to a constant, so the last dv is set to 0. Its diagonal is summed from W instead of subtracted, which keeps
+# it accurate to the end, where theta spans twenty orders of magnitude.
 
 
 class _Factors(NamedTuple):
@@ -73,7 +87,7 @@ class _Factors(NamedTuple):
     cholesky: Tensor  # (B,M-1,M-1)
     is_sound: Tensor  # (B,): whether that factor exists
     rank_one: Tensor | None  # (B,N,M): the cost, where Q has the part c c^T
-    answer: tuple[Tensor, Tensor, Tensor] | None  # dx, du, dv that the system without that part gives for it
+    answer: tuple[Tensor, Tensor, Tensor] | None  # dx, du, dv of the system without that part, for h = c
 
 
 def _factorise(theta: Tensor, rank_one: Tensor | None) -> _Factors:
@@ -124,7 +138,7 @@ class _InteriorPoint(torch.autograd.Function):
     #     d loss / d p = -w,     d loss / d b = y,
     #
     # and in form QP, where dQ x = dc <c, x> + c <dc, x>,  d loss / d c = -w <c, x> - x <c, w>.
-    # The value <c, x> gives g = c, and x as a direct share of the gradient for c.
+    # The value <c, x> gives g = c, and adds x to the gradient for c.
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_value, grad_flow):
@@ -158,9 +172,9 @@ def _solve(
     def gradient(x: Tensor) -> Tensor:
         return ridge * x + (cost * _total(cost * x) if is_qp else cost)
 
-    # A start half way between the flow that satisfies all sums and the one that is the same in every cell: the first alone
-    # lies close to the boundary where weights are small, the second alone far from the sums. The duals satisfy
-    # stationarity, with u below what any cell allows.
+    # Start half way between the product flow, which satisfies all sums, and a uniform flow: the first alone is close to the
+    # boundary where weights are small, the second alone far from the sums. The duals satisfy stationarity, with u small
+    # enough to keep z positive.
     even = total / (supply.shape[1] * demand.shape[1])
     x = (supply.unsqueeze(2) * demand.unsqueeze(1) / total.unsqueeze(2) + even.unsqueeze(2)) / 2
     slope = gradient(x)
@@ -168,7 +182,7 @@ def _solve(
     u = slope.amin(2) - scale.unsqueeze(1)
     v = torch.zeros_like(demand)
     z = slope - u.unsqueeze(2)
-    goal = scale * total[:, 0] / x[0].numel()  # complementarity per cell that is no progress at all
+    goal = scale * total[:, 0] / x[0].numel()  # the scale of complementarity per cell
 
     done = torch.zeros_like(goal, dtype=torch.bool)
     for iteration in range(MAX_ITERATIONS):
@@ -179,7 +193,7 @@ def _solve(
         stationarity = gradient(x) - u.unsqueeze(2) - v.unsqueeze(1) - z
         row_change, column_change = supply - x.sum(2), demand - x.sum(1)
         factors = _factorise(1 / (ridge + z / x), rank_one)
-        # Mehrotra: where a plain Newton step would lead tells how much to centre, and its second-order error.
+        # Mehrotra's predictor-corrector: a plain Newton step gives the centring parameter and the second-order error.
         dx, _, _ = _newton(factors, -stationarity - z, row_change, column_change)
         dz = -z - z / x * dx
         reach = _step_length(x, dx, z, dz)
@@ -189,7 +203,7 @@ def _solve(
         dx, du, dv = _newton(factors, complementarity / x - stationarity, row_change, column_change)
         dz = (complementarity - z * dx) / x
         step = (STEP_TO_BOUNDARY * _step_length(x, dx, z, dz)).clamp_max(1)
-        # A problem that is done, or whose system has lost its last digit, stays where it is.
+        # A problem that is done, or whose system is numerically singular, stays where it is.
         usable = factors.is_sound & torch.isfinite(dx).all(2).all(1) & torch.isfinite(dz).all(2).all(1) & ~done
         step = torch.where(usable[:, None, None], step, 0)
         x = x + step * torch.where(usable[:, None, None], dx, 0)
@@ -221,8 +235,7 @@ def _with_interior(weight: Tensor, total: Tensor) -> Tensor:
 
 
 def _step_length(x: Tensor, dx: Tensor, z: Tensor, dz: Tensor) -> Tensor:
-    """``(B,1,1)``: how far both x and z may go before one of them turns negative, at most 1 for the plain step."""
-    far = torch.tensor(torch.inf, dtype=x.dtype, device=x.device)
-    ahead_x = torch.where(dx < 0, -x / dx, far).amin((1, 2))
-    ahead_z = torch.where(dz < 0, -z / dz, far).amin((1, 2))
+    """``(B,1,1)``: the longest step that keeps x and z non-negative, at most 1 after scaling by STEP_TO_BOUNDARY."""
+    ahead_x = torch.where(dx < 0, -x / dx, torch.inf).amin((1, 2))
+    ahead_z = torch.where(dz < 0, -z / dz, torch.inf).amin((1, 2))
     return torch.minimum(ahead_x, ahead_z).clamp_max(1 / STEP_TO_BOUNDARY)[:, None, None]

@@ -3,10 +3,10 @@
     minimise    1/2 x^T Q x + p^T x
     subject to  x >= 0,   row sums <= supply,   column sums <= demand,   sum x = total
 
-with x the N*M entries of the flow (DeepEMD paper, section 3.2), Q and p as :mod:`Models.emd.forms` says.
+with x the N*M entries of the flow (DeepEMD paper, section 3.2), Q and p as in :mod:`Models.emd.forms`.
 
-Gradient: implicit function theorem on the optimality conditions, so it reaches the cost *and* both weight vectors.
-Price: Q and the constraints are dense, (N*M)^2 doubles each, per problem. On a GPU it runs there.
+Gradient: implicit function theorem on the optimality conditions, for the cost *and* both weight vectors. Memory: Q and
+the constraints are dense, (N*M)^2 doubles each, per problem. Runs on the device of its inputs.
 """
 
 import re
@@ -22,8 +22,8 @@ from .errors import MissingLibraryError, SolverError
 from .forms import QP_RIDGE, check_form, forced_flow
 from .on_cpu import one_thread
 
-# qpth returns its best iterate without a word about how good that is. A flow that misses the weights by more than the
-# first share of the mass is no flow at all; one that misses them by more than the second is usable, but worth a word.
+# qpth returns its best iterate and does not report how good it is. A flow that misses the weights by more than the first
+# fraction of the mass is an error; one that misses them by more than the second is usable and raises a warning.
 MARGINAL_FAILURE, MARGINAL_WARNING = 5e-2, 1e-3
 
 _one_at_a_time = threading.RLock()
@@ -32,10 +32,10 @@ _one_at_a_time = threading.RLock()
 def solve(
     cost: Tensor, supply: Tensor, demand: Tensor, *, form: str = "L2", l2_strength: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``. Called by :func:`Models.emd.emd`.
+    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``. Called by :func:`Models.emd.emd`, which says what is raised.
 
     Args:
-        form: ``"L2"`` or ``"QP"``, as above.
+        form: ``"L2"`` or ``"QP"``, see :mod:`Models.emd.forms`.
         l2_strength: the weight of the quadratic term of form ``L2``, positive. Larger is smoother and less exact.
     """
     check_form(form, l2_strength)
@@ -47,7 +47,7 @@ def solve(
 
 
 class _Qpth(torch.autograd.Function):
-    """qpth's own graph, wrapped so that both its directions run under :func:`_guard`."""
+    """qpth's own graph, wrapped so that forward and backward both run under :func:`_guard`."""
 
     @staticmethod
     def forward(ctx, cost, supply, demand, form, l2_strength):
@@ -91,7 +91,7 @@ def _solve_qp(cost: Tensor, supply: Tensor, demand: Tensor, form: str, l2_streng
         quadratic, linear = l2_strength * identity, flat
     else:
         quadratic, linear = flat.unsqueeze(2) * flat.unsqueeze(1) + QP_RIDGE * identity, torch.zeros_like(flat)
-    # Whatever carries a gradient is given per problem, because qpth averages (instead of summing) the gradient of
+    # Whatever carries a gradient is passed per problem, because qpth averages (instead of summing) the gradient of
     # what it broadcasts over the batch. Constants are shared.
     cells = identity.reshape(n, m, n * m)
     constraints = torch.cat([-identity, cells.sum(1), cells.sum(0)])  # x >= 0, rows, columns
@@ -104,7 +104,7 @@ def _solve_qp(cost: Tensor, supply: Tensor, demand: Tensor, form: str, l2_streng
             raise RuntimeError("its first step met a singular system")
     except RuntimeError as error:
         if batch > 1:
-            for index in range(batch):  # only to find out whose fault it is
+            for index in range(batch):  # find out which problem failed
                 one = slice(index, index + 1)
                 try:
                     _solve_qp(cost[one].detach(), supply[one].detach(), demand[one].detach(), form, l2_strength)
@@ -132,7 +132,7 @@ def _check_flow(flow: Tensor, supply: Tensor, demand: Tensor, form: str) -> None
 
 @contextmanager
 def _guard(device: torch.device) -> Iterator[None]:
-    # One thread of ours at a time, since qpth keeps a work matrix in a global; and on a CPU one thread of MKL's, since
-    # with several its batched LU of more than about 150 unknowns hangs.
+    # One caller at a time, because qpth keeps a work matrix in a global. On a CPU also a single MKL thread, because with
+    # several the batched LU of more than about 150 unknowns hangs.
     with _one_at_a_time, one_thread(device):
         yield

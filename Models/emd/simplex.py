@@ -1,7 +1,7 @@
 """A network simplex in numba: exact, float64, on the CPU, several problems at a time, with both dual vectors.
 
-Gradient ``full``: that of the linear program itself, for cost and both weight vectors. Gradient ``cost``: the flow is a
-constant and nothing reaches the weights, which is what :mod:`Models.emd.opencv` gives, from a faster solver.
+Gradient ``full``: that of the linear program itself, for cost and both weight vectors. Gradient ``cost``: the flow is
+treated as a constant and the weights get none, as in :mod:`Models.emd.opencv`.
 """
 
 import sys
@@ -15,15 +15,15 @@ from torch import Tensor
 from .errors import MissingLibraryError, ProblemError, SolverError
 from .on_cpu import in_threads, to_numpy
 
-GRADIENTS = {"full": "for cost and weights", "cost": "for the cost only, as opencv has it"}
+GRADIENTS = {"full": "for cost and weights", "cost": "for the cost only, as with opencv"}
 
 # Rows priced together before a pivot: fewer find a cell sooner, more find a better one.
 ROWS_PER_PRICING = 8
-SECONDS_BEFORE_A_WORD = 2.0
+SECONDS_BEFORE_NOTICE = 2.0
 
 
 def solve(cost: Tensor, supply: Tensor, demand: Tensor, *, gradient: str = "full") -> tuple[Tensor, Tensor]:
-    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``. Called by :func:`Models.emd.emd`.
+    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``. Called by :func:`Models.emd.emd`, which says what is raised.
 
     Args:
         gradient: a key of ``GRADIENTS``.
@@ -60,7 +60,7 @@ class _Simplex(torch.autograd.Function):
     #
     # and where it is not unique, these are a supergradient in c and a subgradient in (s, d). As the totals of s and d
     # must agree, u and v are determined up to a constant that moves from one to the other; it drops out of every change
-    # that keeps the totals equal, such as scale_to_mass allows.
+    # that keeps the totals equal, as scale_to_mass does.
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_value, _):
@@ -74,7 +74,12 @@ class _Simplex(torch.autograd.Function):
 
 
 def solve_arrays(cost: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Contiguous float64 ``(B,N,M), (B,N), (B,M)`` to value ``(B,)``, flow ``(B,N,M)`` and duals ``u (B,N), v (B,M)``."""
+    """Contiguous float64 ``(B,N,M), (B,N), (B,M)`` to value ``(B,)``, flow ``(B,N,M)`` and duals ``u (B,N), v (B,M)``.
+
+    Raises:
+        SolverError: a problem was not solved within its limit of pivots.
+        MissingLibraryError: numba cannot be imported.
+    """
     kernel = _kernel()
     value, flow, u, v = np.empty(len(cost)), np.empty_like(cost), np.empty_like(supply), np.empty_like(demand)
     status, pivots = np.empty(len(cost), np.int64), np.empty(len(cost), np.int64)
@@ -92,27 +97,24 @@ def solve_arrays(cost: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> tu
 
 @lru_cache(maxsize=1)
 def _kernel():
-    """The compiled module; the first call on a machine compiles it, later ones read it from numba's cache."""
+    """The compiled module: compiled by the first call, read from numba's cache by later processes if it is writable."""
     try:
-        import numba  # noqa: F401 - the kernel does; here, so that nothing else is mistaken for its absence
+        import numba  # noqa: F401 - imported here so that an ImportError can mean nothing else
     except ImportError as error:
         raise MissingLibraryError(f'solver "simplex" needs numba: pip install numba ({error})') from error
-    word = threading.Timer(
-        SECONDS_BEFORE_A_WORD,
-        print,
-        ["compiling the simplex solver (once; it is kept for later runs)"],
-        {"file": sys.stderr},
-    )
-    word.daemon = True
-    word.start()
-    try:
-        from . import simplex_kernel
+    from . import simplex_kernel
 
+    kept = "cached for later runs" if simplex_kernel.CACHE else "set NUMBA_CACHE_DIR to a writable folder to keep it"
+    message = f"compiling the simplex solver ({kept})"
+    notice = threading.Timer(SECONDS_BEFORE_NOTICE, print, [message], {"file": sys.stderr})
+    notice.daemon = True
+    notice.start()
+    try:
         one = np.ones((1, 1))
         state = np.zeros(1, np.int64), np.zeros(1, np.int64)
         simplex_kernel.solve_range(
             np.ones((1, 1, 1)), one, one, 0, 1, 1, np.ones(1), np.ones((1, 1, 1)), one.copy(), one.copy(), *state
         )
     finally:
-        word.cancel()
+        notice.cancel()
     return simplex_kernel

@@ -4,10 +4,10 @@ A basis is a spanning tree of the bipartite graph of rows (nodes 0 .. n-1) and c
 but the root the tree holds its parent, the flow on the edge to it, its depth, and the list of its children; ``potential``
 holds the duals u (rows) and v (columns), with u_i + v_j = cost_ij on every edge of the tree.
 
-Masses are integers. So that no basis is degenerate, which is what would allow the method to cycle, every row is given a
-little more than its mass and one column takes it all (Orden's perturbation): masses are multiplied by ``2 (n + 1)``, then
-1 is added to each row and n to the last column. Every flow then differs from a multiple of ``2 (n + 1)`` by 1 to n
-(either way), is never zero in a basis, and rounds back to the exact one. Each pivot lowers the cost strictly.
+Masses are integers. A degenerate basis could make the method cycle. To rule it out, every row gets slightly more than its
+mass and one column takes the surplus (Orden's perturbation): masses are multiplied by ``2 (n + 1)``, then 1 is added to each
+row and n to the last column. Every flow in a basis then differs from a multiple of ``2 (n + 1)`` by 1 to n (either way), so
+it is never zero and rounds back to the exact flow. Each pivot lowers the cost strictly.
 """
 
 import math
@@ -16,14 +16,25 @@ import numpy as np
 from numba import njit
 
 SOLVED, TOO_MANY_PIVOTS = 0, 1
-FLAGS = {"cache": True, "nogil": True, "error_model": "numpy"}
-# Lets the compiler reorder a minimum, which is what vectorises it. Infinities occur, NaN does not.
+
+
+def _can_cache() -> bool:
+    try:
+        njit(cache=True)(_can_cache)
+    except RuntimeError:  # neither this folder nor the user's cache folder can be written
+        return False
+    return True
+
+
+CACHE = _can_cache()
+FLAGS = {"cache": CACHE, "nogil": True, "error_model": "numpy"}
+# Allows the compiler to reorder, and so to vectorise, a minimum. Infinities occur, NaN does not.
 VECTORISE = {"nnan", "nsz", "reassoc"}
 
 
 @njit(fastmath=VECTORISE, inline="always", **FLAGS)
 def _smallest_difference(cost, i, less, offset, count):
-    """min_j (cost[i, j] - less[offset + j]). Arrays are passed whole, as a slice of one costs more than this does."""
+    """min_j (cost[i, j] - less[offset + j]). Takes whole arrays: slicing costs more than the loop."""
     best = math.inf
     for j in range(count):
         value = cost[i, j] - less[offset + j]
@@ -53,14 +64,14 @@ def _integer_masses(weight, b, members, count, total, mass, offset):
         left -= mass[offset + k]
         if mass[offset + k] > mass[largest]:
             largest = offset + k
-    mass[largest] += left  # what rounding down left over: less than one per node
+    mass[largest] += left  # the remainder of rounding down: less than one per node
 
 
 @njit(**FLAGS)
 def _least_cost_tree(cost, n, m, mass, blocked, row_best, row_choice, order, parent, flow):
-    """A first basis: again and again, send all that can be sent over the cheapest cell that is open.
+    """The initial basis: repeatedly send as much as possible over the cheapest open cell.
 
-    The node that this empties is closed and hangs from the other one. Returns the root, which is what stays open.
+    The node that this exhausts is closed and becomes a child of the other. Returns the root, the node that stays open.
     """
     for j in range(m):
         blocked[j] = 0.0
@@ -117,9 +128,9 @@ def _detach(node, parent, first_child, next_sibling, previous_sibling):
 
 @njit(**FLAGS)
 def _pivot(i, j, reduced, n, parent, flow, depth, potential, first_child, next_sibling, previous_sibling):
-    """Bring cell (i, j), of negative reduced cost, into the tree, and take out the edge that it empties."""
+    """Bring cell (i, j), of negative reduced cost, into the tree and remove the edge that it empties."""
     row, column = i, n + j
-    # Around the cycle, flow falls on the edges that lead up from a row on i's side, from a column on j's side.
+    # Around the cycle, flow decreases on the edges that lead up from a row on i's side and from a column on j's side.
     x, y = row, column
     theta, leaving, on_row_side = np.int64(2**62), -1, True
     while x != y:
@@ -141,7 +152,7 @@ def _pivot(i, j, reduced, n, parent, flow, depth, potential, first_child, next_s
         flow[y] += -theta if y >= n else theta
         y = parent[y]
 
-    # The part below the leaving edge is hung from the entering one: its path of parents is turned round.
+    # The subtree below the leaving edge is attached to the entering edge, which reverses its path of parents.
     if on_row_side:
         below, above, row_change = row, column, reduced
     else:
@@ -174,8 +185,8 @@ def _pivot(i, j, reduced, n, parent, flow, depth, potential, first_child, next_s
 def solve_range(cost, supply, demand, first, last, block, value, flow, u, v, status, pivots):
     """Solve problems ``first .. last - 1`` of ``cost (B,N,M), supply (B,N), demand (B,M)``, all float64 and contiguous.
 
-    Writes ``value (B,)``, ``flow (B,N,M)``, the duals ``u (B,N)`` and ``v (B,M)``, and of each problem a status and the
-    number of pivots. Prices ``block`` rows at a time.
+    Writes ``value (B,)``, ``flow (B,N,M)``, the duals ``u (B,N)`` and ``v (B,M)``, and the status and number of pivots of
+    each problem. Prices ``block`` rows at a time.
     """
     all_n, all_m = cost.shape[1], cost.shape[2]
     nodes = all_n + all_m
@@ -188,7 +199,7 @@ def solve_range(cost, supply, demand, first, last, block, value, flow, u, v, sta
     potential, blocked = np.empty(nodes, np.float64), np.empty(all_m, np.float64)
     row_best, row_choice = np.empty(all_n, np.float64), np.empty(all_n, np.int32)
 
-    # Integers as large as 64 bits allow, so that rounding costs less than that of the weights themselves.
+    # As large as 64 bits allow, so that rounding to integers loses less than the rounding of the weights themselves.
     total = np.int64(2) ** (60 - int(math.ceil(math.log2(2 * (all_n + 1)))))
 
     for b in range(first, last):
@@ -278,7 +289,7 @@ def solve_range(cost, supply, demand, first, last, block, value, flow, u, v, sta
                 moved = ((edge[x] + n + 1) // unit) * scale
                 flow[b, rows[i], columns[j]] = moved
                 value[b] += moved * c[i, j]
-        # Nodes without mass take part in no flow; their duals are the largest that stay feasible.
+        # Nodes without mass carry no flow; their duals are the largest feasible ones.
         for j in range(all_m):
             v[b, j] = math.inf
         for j in range(m):

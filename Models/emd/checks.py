@@ -1,0 +1,55 @@
+"""What :func:`Models.emd.emd` requires of a problem, and the messages where it does not hold."""
+
+import torch
+from torch import Tensor
+
+from .errors import ProblemError
+
+# Totals are sums over at most a few hundred nodes: float32 weights that were scaled to the same mass differ by about
+# 1e-6 of it. A real mismatch (a forgotten scaling) is larger by orders of magnitude.
+TOTALS_TOLERANCE = 1e-4
+
+
+def check_tensors(cost: Tensor, supply: Tensor, demand: Tensor) -> None:
+    """Raise ProblemError unless types, dtypes, devices and shapes go together. Reads no value."""
+    for name, tensor in {"cost": cost, "supply": supply, "demand": demand}.items():
+        if not isinstance(tensor, Tensor):
+            raise ProblemError(f"expected {name} to be a tensor; got {type(tensor).__name__}")
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise ProblemError(f"expected {name} in float32 or float64; got {tensor.dtype}: convert it with .float()")
+        if tensor.device != cost.device:
+            raise ProblemError(f"expected {name} on the device of cost, {cost.device}; got {tensor.device}")
+    if cost.dim() < 2 or min(cost.shape[-2:]) < 1:
+        raise ProblemError(f"expected cost (..., N, M) with N and M at least 1; got {tuple(cost.shape)}")
+    for name, tensor, expected in (
+        ("supply", supply, cost.shape[:-1]),
+        ("demand", demand, cost.shape[:-2] + cost.shape[-1:]),
+    ):
+        if tensor.shape != expected:
+            raise ProblemError(
+                f"expected {name} {tuple(expected)} to go with cost {tuple(cost.shape)}; got {tuple(tensor.shape)}"
+            )
+
+
+def check_values(cost: Tensor, supply: Tensor, demand: Tensor) -> None:
+    """Raise ProblemError unless ``(B,N,M), (B,N), (B,M)`` are finite, weights non-negative and their totals equal.
+
+    Called once per batch, where the values are read anyway: by a solver on the CPU after its transfer, otherwise by emd.
+    """
+    cost, supply, demand = cost.detach(), supply.detach(), demand.detach()
+    total, other = supply.sum(-1), demand.sum(-1)
+    # A sum is finite only if all its terms are, and costs less than looking at each.
+    faults = {
+        "cost has entries that are not finite (or too large to add up)": ~torch.isfinite(cost.sum((-2, -1))),
+        "supply has entries that are negative or not finite": ~((supply.amin(-1) >= 0) & torch.isfinite(total)),
+        "demand has entries that are negative or not finite": ~((demand.amin(-1) >= 0) & torch.isfinite(other)),
+        "supply and demand sum to different totals; scale both with scale_to_mass": (total - other).abs()
+        > TOTALS_TOLERANCE * torch.maximum(total, other),
+    }
+    # One transfer for the whole check, so that a GPU is waited for once.
+    found = torch.stack([fault.any() for fault in faults.values()]).tolist()
+    for is_found, (what, fault) in zip(found, faults.items(), strict=True):
+        if is_found:
+            index = int(fault.nonzero()[0])
+            sums = f" ({float(total[index]):.6g} and {float(other[index]):.6g})" if "totals" in what else ""
+            raise ProblemError(f"problem {index} of {len(fault)}: {what}{sums}")

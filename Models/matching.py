@@ -1,0 +1,146 @@
+"""The heart of the paper: two sets of nodes -> weights and similarity -> the optimal matching -> a logit.
+
+Zhang, Cai, Lin, Shen: "DeepEMD: Few-Shot Image Classification with Differentiable Earth Mover's Distance and
+Structured Classifiers", CVPR 2020. Section and equation numbers refer to it. This file goes backwards through section 3:
+what a node weighs (3.4), what it costs to match two nodes (3.3), and the matching itself (3.2).
+
+Axes: W way (prototypes), Q queries, C channels, N and M nodes. Any leading axes (episodes) come before them.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from Models.emd import emd, scale_to_mass
+
+METRICS = {"cosine": "cosine similarity of two nodes"}
+NORMS = {"center": "subtract each node's own mean over channels", "none": "leave the nodes as they are"}
+
+WEIGHT_FLOOR = 1e-3
+SMALLEST_NORM = 1e-8
+# The published OpenCV path adds this to the weights once more, its QPTH path does not. It matters where all weights of an
+# image lie near the floor: 2e-3 in such logits.
+OPENCV_FLOOR = 1e-5
+
+
+# --- Section 3.4: the weights of the nodes, by cross-reference --------------------------------------------------------
+
+
+def cross_reference_weights(nodes: Tensor, other: Tensor) -> Tensor:
+    """How much of each node matters, judged by what it is compared with (equation 8).
+
+    A node that looks like the *average* node of the other image is likely to lie on what both images share, and one
+    that does not is likely background: ``weight_i = relu(<node_i, mean_j other_j>) + 1e-3``. Taken on the nodes as the
+    encoder gives them, not centred.
+
+    Args:
+        nodes: ``(..., A, C, N)``.
+        other: ``(..., B, C, M)``, with the same leading axes.
+
+    Returns:
+        ``(..., A, B, N)``: the weights of the nodes of each A against each B, at least 1e-3, not scaled.
+    """
+    return F.relu(other.mean(-1).unsqueeze(-3) @ nodes) + WEIGHT_FLOOR  # (..., 1, B, C) x (..., A, C, N)
+
+
+# --- Section 3.3: the cost of moving mass between two nodes -----------------------------------------------------------
+
+
+def cosine_similarity_map(query: Tensor, proto: Tensor, *, norm: str = "center") -> Tensor:
+    """Cosine similarity of every query node with every prototype node (equation 6: cost = 1 - similarity).
+
+    Args:
+        query: ``(..., Q, C, N)``.
+        proto: ``(..., W, C, M)``.
+        norm: a key of ``NORMS``; ``center`` first subtracts each node's mean over channels.
+
+    Returns:
+        ``(..., Q, W, N, M)``, in [-1, 1].
+
+    Raises:
+        ValueError: ``norm`` is no key of ``NORMS``.
+    """
+    _check_choice("norm", norm, NORMS)
+    if norm == "center":
+        query, proto = query - query.mean(-2, keepdim=True), proto - proto.mean(-2, keepdim=True)
+    # One matrix product per episode, (Q*N, C) x (C, W*M). Its few entries are divided by the lengths, not the many of nodes.
+    left = query.transpose(-2, -1).flatten(-3, -2)  # (..., Q*N, C)
+    right = proto.transpose(-3, -2).flatten(-2)  # (..., C, W*M)
+    lengths = (
+        left.norm(dim=-1).unsqueeze(-1).clamp_min(SMALLEST_NORM),
+        right.norm(dim=-2).unsqueeze(-2).clamp_min(SMALLEST_NORM),
+    )
+    similarity = left @ right / lengths[0] / lengths[1]  # (..., Q*N, W*M)
+    nodes = (query.shape[-3], query.shape[-1]), (proto.shape[-3], proto.shape[-1])
+    return similarity.unflatten(-1, nodes[1]).unflatten(-3, nodes[0]).transpose(-3, -2)
+
+
+# --- Section 3.2: optimal matching -> logits --------------------------------------------------------------------------
+
+
+class Matching(NamedTuple):
+    """All that is known of how queries were matched with prototypes."""
+
+    logits: Tensor  # (..., Q, W)
+    flow: Tensor  # (..., Q, W, M, N): the mass moved from each query node to each prototype node, detached
+    similarity: Tensor  # (..., Q, W, M, N)
+    supply: Tensor  # (..., Q, W, M): the weights of the query nodes, which sum to M
+    demand: Tensor  # (..., Q, W, N): the weights of the prototype nodes, which sum to M
+
+
+def match_nodes(
+    proto: Tensor,
+    query: Tensor,
+    *,
+    temperature: float = 12.5,
+    metric: str = "cosine",
+    norm: str = "center",
+    solver: str = "opencv",
+    **options: Any,
+) -> Matching:
+    """Match the nodes of every query with those of every prototype, at the least cost.
+
+    The flow is the optimal one for ``cost = 1 - similarity`` and for weights scaled to sum to M on both sides, and the
+    logit is ``temperature / M * sum(flow * similarity)`` (equation 7), which is ``temperature * (1 - EMD / M)``.
+
+    Args:
+        proto: ``(..., W, C, N)``, one set of nodes per class.
+        query: ``(..., Q, C, M)``, with the same leading axes (episodes).
+        temperature: the scale of the logits.
+        metric, norm: keys of ``METRICS`` and ``NORMS``.
+        solver, options: see :func:`Models.emd.emd`. ``opencv``, and ``simplex`` with the gradient ``cost``, take the
+            weights as the published OpenCV path has them; the others, as its QPTH path.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown choice.
+        EmdError: see :func:`Models.emd.emd`.
+    """
+    if proto.shape[:-3] != query.shape[:-3] or proto.shape[-2] != query.shape[-2]:
+        raise ValueError(
+            "expected proto (..., W, C, N) and query (..., Q, C, M) with the same leading axes and C; "
+            f"got {tuple(proto.shape)} and {tuple(query.shape)}"
+        )
+    _check_choice("metric", metric, METRICS)
+    similarity = cosine_similarity_map(query, proto, norm=norm)  # (..., Q, W, M, N)
+    supply = cross_reference_weights(query, proto)  # (..., Q, W, M)
+    demand = cross_reference_weights(proto, query).transpose(-3, -2)  # (..., Q, W, N)
+    if solver == "opencv" or options.get("gradient") == "cost":
+        supply, demand = supply.detach() + OPENCV_FLOOR, demand.detach() + OPENCV_FLOOR
+    mass = similarity.shape[-2]
+    supply, demand = scale_to_mass(supply, mass), scale_to_mass(demand, mass)
+    distance, flow = emd(1 - similarity, supply, demand, solver=solver, **options)
+    # sum(flow * similarity) = sum(flow) - <cost, flow>. The sum of the flow is the mass, but for what an iterative
+    # solver leaves undone, and that belongs to the logit (equation 7 as published).
+    logits = temperature / mass * (flow.sum((-2, -1)) - distance)
+    return Matching(logits, flow, similarity, supply, demand)
+
+
+def emd_logits(proto: Tensor, query: Tensor, **settings: Any) -> Tensor:
+    """The logits of :func:`match_nodes`: ``(..., W, C, N)`` and ``(..., Q, C, M)`` to ``(..., Q, W)``."""
+    return match_nodes(proto, query, **settings).logits
+
+
+def _check_choice(name: str, value: str, known: dict[str, str]) -> None:
+    if value not in known:
+        raise ValueError(f"expected {name} to be one of {', '.join(known)}; got {value!r}")

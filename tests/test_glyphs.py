@@ -1,0 +1,158 @@
+"""The quick-start data set: what is written, what is replaced, and what is left alone."""
+
+import sys
+from pathlib import Path
+
+import make_glyphs as module
+import pytest
+from make_glyphs import GlyphsError, main, make_glyphs
+
+SMALL = {"per_class": 1, "size": 8, "seed": 1}
+
+
+@pytest.fixture(autouse=True)
+def few_letters(monkeypatch):
+    monkeypatch.setattr(
+        module, "LETTERS", {"train": {"latin": "AB"}, "val": {"georgian": "ა"}, "test": {"greek": "ΓΔ"}}
+    )
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def run(monkeypatch, *flags) -> int:
+    monkeypatch.setattr(sys, "argv", ["make_glyphs.py", *map(str, flags)])
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as stopped:
+        main()
+    return stopped.value.code
+
+
+def one_line(capsys) -> str:
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.endswith("\n")
+    return said
+
+
+def test_second_run_replaces_the_first(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "glyphs"
+    assert make_glyphs(out, per_class=2, size=8, seed=1) == {"train": 2, "val": 1, "test": 2}
+    assert len(tree(out)) == 10
+    monkeypatch.setattr(sys, "argv", ["make_glyphs.py", "-out", str(out), "-per_class", "1", "-size", "8"])
+    main()
+    assert "train 2 letters" in capsys.readouterr().out
+    assert sorted(tree(out)) == [
+        *("test/greek_0393/000.png", "test/greek_0394/000.png"),
+        *("train/latin_0041/000.png", "train/latin_0042/000.png", "val/georgian_10d0/000.png"),
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["glyphs"]
+
+
+def test_same_seed_same_images(tmp_path):
+    make_glyphs(tmp_path / "a", **SMALL)
+    make_glyphs(tmp_path / "b", **SMALL)
+    make_glyphs(tmp_path / "c", **{**SMALL, "seed": 2})
+    assert tree(tmp_path / "a") == tree(tmp_path / "b") != tree(tmp_path / "c")
+
+
+def test_every_letter_of_the_real_set_looks_like_what_is_replaced(glyphs):
+    module._check_replaceable(glyphs / "glyphs")
+
+
+def test_empty_folder_is_used(tmp_path):
+    make_glyphs(tmp_path, **SMALL)
+    assert len(tree(tmp_path)) == 5
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        *("thesis.txt", "train/latin_0041/notes.txt", "train/cat/000.png", "train/latin_0041/photo.png"),
+        *("train/latin_0041/000.png/000.png", "other/latin_0041/000.png", "train/000.png", ".git/config"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["", ".part"])
+def test_foreign_folder_is_left_alone(tmp_path, monkeypatch, capsys, foreign, suffix):
+    out = tmp_path / "mine"
+    kept = tmp_path / f"mine{suffix}" / foreign
+    kept.parent.mkdir(parents=True)
+    kept.write_text("years of work")
+    monkeypatch.setattr(module, "_draw", lambda *_: pytest.fail("drew before it looked"))
+    assert run(monkeypatch, "-out", out) == 1
+    assert "did not write" in one_line(capsys)
+    assert kept.read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == [f"mine{suffix}"]
+
+
+def test_links_are_not_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "000.png").write_text("x")
+    (tmp_path / "mine" / "train").mkdir(parents=True)
+    (tmp_path / "mine" / "train" / "latin_0041").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(GlyphsError, match="did not write"):
+        make_glyphs(tmp_path / "mine", **SMALL)
+    assert (tmp_path / "elsewhere" / "000.png").read_text() == "x"
+
+
+def test_file_that_comes_while_drawing_is_kept(tmp_path, monkeypatch):
+    out = tmp_path / "glyphs"
+    out.mkdir()
+    draw = module._draw
+
+    def draw_and_interfere(*arguments):
+        (out / "thesis.txt").write_text("x")
+        return draw(*arguments)
+
+    monkeypatch.setattr(module, "_draw", draw_and_interfere)
+    with pytest.raises(GlyphsError, match=r"thesis\.txt"):
+        make_glyphs(out, **SMALL)
+    assert tree(tmp_path) == {"glyphs/thesis.txt": b"x"}
+
+
+@pytest.mark.parametrize("below", ["", "glyphs"])
+def test_path_taken_by_a_file(tmp_path, monkeypatch, capsys, below):
+    (tmp_path / "file").write_text("x")
+    assert run(monkeypatch, "-out", tmp_path / "file" / below) == 1
+    assert "file" in one_line(capsys)
+    assert tree(tmp_path) == {"file": b"x"}
+
+
+def test_output_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert run(monkeypatch, "-out", tmp_path / "glyphs") == 1
+    assert "Permission denied" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(["-size", "0"], ["-size", "100000"], ["-size", "big"], ["-per_class", "0"], ["-per_class", "1000000000"]),
+        *(["-out", ""], ["-seed", "1.5"], ["surplus"]),
+    ],
+)
+def test_bad_flags(monkeypatch, capsys, flags):
+    monkeypatch.setattr(module, "make_glyphs", lambda *_, **__: pytest.fail("accepted"))
+    assert run(monkeypatch, *flags) == 2
+    one_line(capsys)
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (OSError(28, "No space left"), 1)])
+def test_stopped_halfway_leaves_the_earlier_set(tmp_path, monkeypatch, capsys, error, status):
+    out = tmp_path / "glyphs"
+    make_glyphs(out, **SMALL)
+    before = tree(tmp_path)
+    draw = module._draw
+
+    def draw_then_stop(letter, *arguments):
+        if letter == "Δ":
+            raise error
+        return draw(letter, *arguments)
+
+    monkeypatch.setattr(module, "_draw", draw_then_stop)
+    assert run(monkeypatch, "-out", out, "-size", "9") == status
+    one_line(capsys)
+    assert tree(tmp_path) == before

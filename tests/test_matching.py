@@ -1,0 +1,106 @@
+"""The head: weights, similarity, matching."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from Models.emd import emd
+from Models.heads import HEADS, head_logits
+from Models.matching import OPENCV_FLOOR, cosine_similarity_map, cross_reference_weights, emd_logits, match_nodes
+
+
+def nodes(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_weights_by_hand():
+    left, right = nodes(2, 8, 3), nodes(4, 8, 5, seed=1)
+    found = cross_reference_weights(left, right)
+    assert found.shape == (2, 4, 3)
+    expected = F.relu(left[1, :, 2] @ right[3].mean(1)) + 1e-3
+    torch.testing.assert_close(found[1, 3, 2], expected)
+    assert found.min() >= 1e-3
+
+
+def test_similarity_by_hand():
+    query, proto = nodes(2, 8, 3), nodes(4, 8, 5, seed=1)
+    found = cosine_similarity_map(query, proto)
+    assert found.shape == (2, 4, 3, 5)
+    q, p = query[1, :, 2], proto[3, :, 4]
+    torch.testing.assert_close(found[1, 3, 2, 4], F.cosine_similarity(q - q.mean(), p - p.mean(), dim=0))
+    plain = cosine_similarity_map(query, proto, norm="none")
+    torch.testing.assert_close(plain[1, 3, 2, 4], F.cosine_similarity(q, p, dim=0))
+
+
+def test_logits_by_hand():
+    query, proto = nodes(2, 8, 3), nodes(2, 8, 5, seed=1)
+    weights = cross_reference_weights(query, proto)[0, 1], cross_reference_weights(proto, query)[1, 0]
+    similarity = cosine_similarity_map(query, proto)[0, 1]
+    flow = emd(1 - similarity, *(3 * w / w.sum() for w in weights)).flow
+    expected = 7.0 / 3 * (flow * similarity).sum()
+    torch.testing.assert_close(emd_logits(proto, query, temperature=7.0)[0, 1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_image_is_most_like_itself():
+    proto = nodes(4, 16, 6)
+    assert emd_logits(proto, proto).argmax(1).tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(emd_logits(proto, proto).diag(), torch.full((4,), 12.5), atol=1e-3, rtol=0)
+
+
+def test_episodes_do_not_influence_each_other():
+    proto, query = nodes(3, 5, 16, 4), nodes(3, 7, 16, 4, seed=1)
+    together = emd_logits(proto, query)
+    assert together.shape == (3, 7, 5)
+    for episode in range(3):
+        torch.testing.assert_close(emd_logits(proto[episode], query[episode]), together[episode])
+
+
+@pytest.mark.parametrize(
+    "options", [{"solver": "opencv"}, {"solver": "simplex"}, {"solver": "simplex", "gradient": "cost"}]
+)
+def test_a_matching_says_all_about_itself(options):
+    proto, query = nodes(3, 5, 16, 4), nodes(3, 7, 16, 6, seed=1).requires_grad_()
+    matching = match_nodes(proto, query, temperature=7.0, **options)
+    assert torch.equal(matching.logits, emd_logits(proto, query, temperature=7.0, **options))
+    assert matching.flow.shape == matching.similarity.shape == (3, 7, 5, 6, 4)
+    assert not matching.flow.requires_grad
+    torch.testing.assert_close(matching.flow.sum(-1), matching.supply, atol=1e-4, rtol=0)
+    torch.testing.assert_close(matching.flow.sum(-2), matching.demand, atol=1e-4, rtol=0)
+    expected = 7.0 / 6 * (matching.flow * matching.similarity).sum((-2, -1))
+    torch.testing.assert_close(matching.logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_whose_floor_the_weights_have():
+    """The published OpenCV path adds 1e-5 to the weights before it scales them; its QPTH path does not."""
+    proto, query = 0.01 * nodes(2, 8, 3), 0.01 * nodes(4, 8, 3, seed=1)
+    plain = cross_reference_weights(query, proto)
+    raised = plain + OPENCV_FLOOR
+    for options, weight in (
+        ({"solver": "opencv"}, raised),
+        ({"solver": "simplex", "gradient": "cost"}, raised),
+        ({"solver": "simplex"}, plain),
+        ({"solver": "ipm"}, plain),
+        ({"solver": "qpth"}, plain),
+    ):
+        supply = match_nodes(proto, query, **options).supply
+        torch.testing.assert_close(supply, 3 * weight / weight.sum(-1, keepdim=True), atol=1e-6, rtol=1e-6)
+
+
+def test_bad_head_arguments():
+    with pytest.raises(ValueError, match="expected proto"):
+        emd_logits(nodes(5, 16, 4), nodes(7, 15, 4))
+    with pytest.raises(ValueError, match="expected proto"):
+        emd_logits(nodes(2, 5, 16, 4), nodes(7, 16, 4))
+    with pytest.raises(ValueError, match="metric to be one of cosine"):
+        emd_logits(nodes(5, 16, 4), nodes(7, 16, 4), metric="dot")
+    with pytest.raises(ValueError, match="norm to be one of center, none"):
+        emd_logits(nodes(5, 16, 4), nodes(7, 16, 4), norm="whiten")
+    with pytest.raises(ValueError, match=f"head to be one of {', '.join(HEADS)}; got 'dot'"):
+        head_logits(nodes(5, 16, 4), nodes(7, 16, 4), head="dot")
+
+
+def test_deepemd_is_the_head_unless_another_is_named():
+    proto, query = nodes(5, 16, 4), nodes(7, 16, 4, seed=1)
+    expected = emd_logits(proto, query, temperature=3.0)
+    assert torch.equal(head_logits(proto, query, temperature=3.0), expected)
+    assert torch.equal(head_logits(proto, query, head="deepemd", temperature=3.0), expected)

@@ -412,9 +412,9 @@ def _read_params(path: Path) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:  # whatever a file that is no checkpoint makes the unpickler say
-        wants = re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:class|operand|operator) (\S+)", str(error))
+        wants = re.search(r"(?:GLOBAL|[Uu]nsupported class) (\w+\.[\w.]+)", str(error))
         reason = (
-            f"it asks to run {wants[1] or wants[2]}, which is refused" if wants else "it is damaged or another format"
+            f"it asks to run {wants[1]}, which is refused" if wants else "it is damaged or another format"
         )
         raise InputError(f"expected a checkpoint of plain tensors in {path}; {reason}") from error
     if not isinstance(content, dict) or not isinstance(content.get("params"), dict):

@@ -413,9 +413,7 @@ def _read_params(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # whatever a file that is no checkpoint makes the unpickler say
         wants = re.search(r"(?:GLOBAL|[Uu]nsupported class) (\w+\.[\w.]+)", str(error))
-        reason = (
-            f"it asks to run {wants[1]}, which is refused" if wants else "it is damaged or another format"
-        )
+        reason = f"it asks to run {wants[1]}, which is refused" if wants else "it is damaged or another format"
         raise InputError(f"expected a checkpoint of plain tensors in {path}; {reason}") from error
     if not isinstance(content, dict) or not isinstance(content.get("params"), dict):
         raise InputError(f'expected {{"params": state_dict}} in {path}; got {_describe(content)}')

@@ -1,0 +1,185 @@
+"""What only a GPU can show. Skipped where there is none; where two are needed and one is there, it is named twice."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import formula_weights, normal_images, relative
+from torch import nn
+from torch.nn import functional as F
+
+from dataloader import EpisodeSampler, ImageDataset, SeededEpisodes, make_view
+from engine import evaluation
+from engine.evaluation import Evaluator
+from engine.training import StepGuard, make_optimizer
+from Models import Classifier, DeepEMD
+from Models.emd import SOLVERS, emd, scale_to_mass
+from utils import set_seed
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+TWO = [0, 1] if torch.cuda.device_count() > 1 else [0, 0]
+LABELS = torch.tensor([0, 1, 0, 1])
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """TF32 has ten bits, too few to compare with the CPU."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+def network(**settings) -> DeepEMD:
+    model = DeepEMD(**settings)
+    formula_weights(model.encoder, 1)
+    return model
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("nodes", [9, 25])
+def test_solver_equals_the_cpu(solver, nodes):
+    random = torch.Generator().manual_seed(nodes)
+    cost = torch.rand(6, nodes, nodes, generator=random)
+    weights = [torch.rand(6, nodes, generator=random) + 0.05 for _ in range(2)]
+    found = []
+    for device in (CPU, GPU):
+        inputs = [tensor.to(device).requires_grad_() for tensor in (cost, *weights)]
+        value, flow = emd(inputs[0], *(scale_to_mass(weight, nodes) for weight in inputs[1:]), solver=solver)
+        assert (value.device, flow.device) == (device, device)
+        value.sum().backward()
+        gradients = [torch.zeros(()) if tensor.grad is None else tensor.grad.cpu() for tensor in inputs]
+        found.append([value.detach().cpu(), flow.cpu(), *gradients])
+    for ours, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, expected, atol=2e-2 if solver == "qpth" else 1e-4, rtol=1e-3)
+
+
+def evaluate(folder: Path, device: torch.device, **settings) -> evaluation.Evaluation:
+    view = make_view("fcn", train=False, image_size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
+    data = ImageDataset("folder", "test", data_dir=str(folder), view=view)
+    episodes = SeededEpisodes(EpisodeSampler(data.labels, 12, 5, 4), seed=1, name="test")
+    model = network(sfc_update_step=3, **settings).to(device)
+    return Evaluator(data, way=5, shot=2, device=device, seed=1, num_workers=2, episode_batch=4)(model, episodes)
+
+
+@pytest.mark.parametrize("solver", ["opencv", "simplex", "ipm"])
+def test_evaluation_equals_the_cpu(folder, solver):
+    found, expected = (evaluate(folder, device, solver=solver) for device in (GPU, CPU))
+    assert abs(found.loss - expected.loss) < 1e-3 * expected.loss
+    assert abs(found.accuracy - expected.accuracy) < 1
+
+
+def test_evaluation_on_two_devices(folder):
+    found, expected = evaluate(folder, GPU, device_ids=TWO, solver="ipm"), evaluate(folder, GPU, solver="ipm")
+    assert abs(found.loss - expected.loss) < 1e-3 * expected.loss
+
+
+def test_nodes_in_pinned_host_memory(folder, monkeypatch):
+    expected = evaluate(folder, GPU)
+    tables = []
+    real = evaluation._NodeTable.get
+
+    def get(self, rows):
+        tables.append(self.nodes)
+        return real(self, rows)
+
+    monkeypatch.setattr(evaluation._NodeTable, "get", get)
+    monkeypatch.setattr(evaluation, "free_memory", lambda device: 1 << 30 if device.type == "cpu" else 0)
+    found = evaluate(folder, GPU)
+    assert all(table.is_pinned() for table in tables)
+    assert found == expected
+
+
+def convolution_dtypes(module: nn.Module) -> set[torch.dtype]:
+    found = set()
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            part.register_forward_hook(lambda _, inputs, out: found.add(out.dtype))
+    return found
+
+
+@pytest.mark.parametrize("device_ids", [[0], TWO], ids=["one device", "two devices"])
+@pytest.mark.parametrize("stage", ["pre-training", "episodes"])
+def test_bfloat16_reaches_every_convolution(device_ids, stage):
+    model = network(amp="bfloat16", device_ids=device_ids).to(GPU).train()
+    found = convolution_dtypes(model)
+    images = normal_images(5, 8, 3, 32, 32).to(GPU)
+    if stage == "episodes":
+        assert model.encode(images).dtype == torch.float32
+    else:
+        classifier = Classifier(model.encoder, 4).to(GPU)
+        spread = nn.DataParallel(classifier, device_ids) if len(device_ids) > 1 else classifier
+        assert spread(images).dtype == torch.float32
+    assert found == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("amp", ["float16", "bfloat16"])
+def test_half_precision_training_step(amp):
+    model = network(amp=amp, solver="simplex").to(GPU).train()
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer, _ = make_optimizer(model, lr=0.01, step_size=1, gamma=0.5)
+    guard = StepGuard(model, optimizer, torch.amp.GradScaler("cuda", enabled=amp == "float16"))
+    images = normal_images(5, 6, 3, 32, 32).to(GPU)
+    for number in range(8):  # the scale may have to fall first
+        guard.backward(F.cross_entropy(model(images, way=2, shot=1), LABELS.to(GPU)))
+        guard.step(f"step {number}")
+    assert guard.skipped < 8
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert not any(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def test_compiled_training_and_evaluation():
+    images = normal_images(5, 6, 3, 32, 32).to(GPU)
+    results = []
+    for compiled in (True, False):
+        model = network(compiled=compiled, solver="simplex").to(GPU).train()
+        logits = model(images, way=2, shot=1)
+        F.cross_entropy(logits, LABELS.to(GPU)).backward()
+        with torch.no_grad():
+            nodes = model.folded().encode(images)
+        results.append((logits.detach(), nodes, model.encoder.layer4[0].conv3.weight.grad))
+    for found, expected in zip(*results, strict=True):
+        assert relative(found, expected) < 1e-3
+
+
+def test_ipm_from_two_threads_of_a_fresh_process():
+    """Whose first linear algebra on the GPU is asked for by both at once, as DataParallel does."""
+    code = (
+        "import torch; from concurrent.futures import ThreadPoolExecutor; from Models.emd import emd\n"
+        "cost, one = torch.rand(4, 9, 9, device='cuda'), torch.ones(4, 9, device='cuda')\n"
+        "with ThreadPoolExecutor(2) as pool:\n"
+        "    a, b = pool.map(lambda _: emd(cost, one, one, solver='ipm').value, range(2))\n"
+        "assert torch.equal(a, b)"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("solver", ["opencv", "ipm"])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_uneven_cuts_of_data_parallel(solver, queries):
+    """An odd number of images and of queries, and a single query, for which one device has nothing to do."""
+    images = normal_images(5, 2 + queries, 3, 32, 32).to(GPU)
+    with torch.no_grad():
+        found, expected = (
+            network(device_ids=ids, solver=solver).to(GPU).eval()(images, way=2, shot=1) for ids in (TWO, [0])
+        )
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_deterministic_steps_repeat_to_the_bit():
+    images = normal_images(5, 6, 3, 32, 32).to(GPU)
+    gradients = []
+    try:
+        set_seed(1, deterministic=True)
+        for _ in range(2):
+            model = network(solver="simplex").to(GPU).train()
+            F.cross_entropy(model(images, way=2, shot=1), LABELS.to(GPU)).backward()
+            gradients.append(model.encoder.layer1[0].conv1.weight.grad)
+    finally:
+        set_seed(1)
+    assert torch.equal(*gradients)

@@ -12,7 +12,7 @@ from utils import make_parser, run_script
 
 def build_parser() -> ArgumentParser:
     from dataloader.arguments import add_data_arguments, add_episode_arguments
-    from engine.arguments import add_evaluation_arguments
+    from engine.arguments import add_evaluation_arguments, add_rank_arguments
     from Models.arguments import add_model_arguments
     from utils import add_run_arguments, number_at_least
 
@@ -30,46 +30,70 @@ def build_parser() -> ArgumentParser:
         help='checkpoint, or its folder, or "none" for an encoder that has learned nothing '
         "(default: deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth)",
     )
+    group.add_argument(
+        "-resume",
+        action="store_true",
+        help="go on with an evaluation that was stopped, or start it where there is none",
+    )
+    group.add_argument("-json", metavar="FILE", help='write the results there too; "-" prints them and nothing else')
     add_data_arguments(parser)
     add_episode_arguments(parser)
     add_model_arguments(parser, sfc_lr=100.0)
     add_evaluation_arguments(parser)
+    add_rank_arguments(parser)
     add_run_arguments(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    import sys
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    import json
 
     from dataloader.arguments import draw_episodes, open_dataset
-    from engine.arguments import make_evaluator
+    from engine import arguments, distributed
+    from engine.evaluation import Recorder
+    from engine.stopping import stop_request
     from Models.arguments import build_model
-    from utils import Stopwatch, append_line, choose_device, load_encoder_weights, set_seed
+    from Models.emd import set_threads
+    from utils import Stopwatch, append_line, choose_seed, load_encoder_weights, say, set_seed, write_json
 
-    device, device_ids = choose_device(args.gpu)
-    args.seed = set_seed(args.seed, deterministic=args.deterministic)
-    results = Path("checkpoint", "eval", args.extra_dir, "results.txt") if args.extra_dir else None
-    if results:
-        append_line(results)  # what cannot be written is told before the long work
+    ranks, device, device_ids = distributed.start(args.gpu)
+    set_threads(arguments.solver_threads(args, ranks))
+    args.seed = ranks.from_first(choose_seed(args.seed))
+    set_seed(args.seed, deterministic=args.deterministic)
+    folder = Path("checkpoint", "eval", args.extra_dir)
+    if ranks.is_first:
+        append_line(folder / "results.txt")  # what cannot be written is told before the long work
 
     model = build_model(args, device_ids=device_ids).to(device)
     weights = args.model_dir or f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
-    print(f"weights: {weights}", file=sys.stderr)
+    say(f"weights: {weights}")
     if weights != "none":
         load_encoder_weights(model, weights, hint="Name yours with -model_dir, or run: bash download_trained_model.sh")
     dataset = open_dataset(args, args.set, train=False)
     episodes = draw_episodes(args, dataset, args.test_episode, seed=args.seed, name=args.set)
+    identity = {"flags": arguments.deciding(args), "weights": arguments.fingerprint(weights)["sha256"]}
+    recorder = Recorder(folder / "partial.json", identity, resume=args.resume, ranks=ranks)
 
     watch = Stopwatch()
-    result = make_evaluator(args, dataset, device=device)(model, episodes, title=args.set)
+    go_on = arguments.same_command("eval.py", parser, args) if ranks.is_first else None
+    with stop_request(None if args.json == "-" else go_on) as stop:
+        evaluator = arguments.make_evaluator(args, dataset, device=device, ranks=ranks, stop=stop)
+        result = evaluator(model, episodes, title=args.set, known=recorder.scores, after_round=recorder.note)
+    if not ranks.is_first:
+        return
     line = (
         f"{args.dataset} {args.set}, {args.deepemd}, {args.way}-way {args.shot}-shot, {args.test_episode} episodes: "
         f"acc {result} ({watch})"
     )
-    print(line)
-    if results:
-        append_line(results, f"{line}, {weights}")
+    found = arguments.results(args, result, weights, watch.seconds)
+    print(json.dumps(found) if args.json == "-" else line)
+    append_line(folder / "results.txt", f"{line}, {weights}")
+    write_json(folder / "results.json", found)
+    if args.json not in (None, "-"):
+        write_json(Path(args.json), found)
+    recorder.remove()
 
 
 if __name__ == "__main__":

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 # Everything else is imported where it is needed, so that Ctrl-C ends a starting script quietly.
-from utils import BEST_WEIGHTS, make_parser, run_script
+from utils import BEST_WEIGHTS, LAST_STATE, make_parser, run_script
 
 
 def build_parser() -> ArgumentParser:
     from dataloader.arguments import add_data_arguments, add_episode_arguments
-    from engine.arguments import add_evaluation_arguments, add_training_arguments
+    from engine.arguments import add_evaluation_arguments, add_rank_arguments, add_training_arguments
     from Models.arguments import add_model_arguments
     from Models.emd import SOLVERS
     from utils import add_run_arguments, number_at_least
@@ -43,8 +43,13 @@ def build_parser() -> ArgumentParser:
     add_episode_arguments(parser)
     add_model_arguments(parser)
     add_evaluation_arguments(parser)
+    add_rank_arguments(parser)
     add_run_arguments(parser)
     return parser
+
+
+def run_folder(args: Namespace) -> Path:
+    return Path("checkpoint", args.dataset, args.deepemd, f"{args.shot}shot-{args.way}way", args.extra_dir)
 
 
 def pretrained_weights(pretrain_dir: str, dataset: str) -> Path:
@@ -56,26 +61,35 @@ def pretrained_weights(pretrain_dir: str, dataset: str) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
     import eval as eval_script
     from dataloader.arguments import draw_episodes, open_dataset
     from dataloader.episodes import episode_labels
-    from engine.arguments import make_evaluator, next_command, training_settings
+    from engine import arguments, distributed
     from engine.loading import make_loader
+    from engine.stopping import stop_request
     from engine.training import fit
     from Models.arguments import build_model
-    from Models.emd import ProblemError, SolverError
-    from utils import RunFolder, Stopwatch, choose_device, load_encoder_weights, named_generator, set_seed
+    from Models.emd import ProblemError, SolverError, set_threads
+    from utils import (
+        InputError,
+        Stopwatch,
+        choose_seed,
+        load_encoder_weights,
+        named_generator,
+        say,
+        set_seed,
+        write_json,
+    )
 
-    device, device_ids = choose_device(args.gpu)
-    args.seed = set_seed(args.seed, deterministic=args.deterministic)
-    model = build_model(args, device_ids=device_ids).to(device)
-    if args.pretrain_dir != "none":
-        weights = pretrained_weights(args.pretrain_dir, args.dataset)
-        load_encoder_weights(
-            model,
-            weights,
-            hint="Name yours with -pretrain_dir, run train_pretrain.py, or: bash download_pretrain_model.sh",
+    args, folder = arguments.parse_run(parser, argv, run_folder)
+    ranks, device, device_ids = distributed.start(args.gpu)
+    set_threads(arguments.solver_threads(args, ranks))
+    args.seed = ranks.from_first(choose_seed(args.seed))
+    set_seed(args.seed, deterministic=args.deterministic)
+    if args.bs % ranks.size:
+        raise InputError(
+            f"-bs {args.bs}: expected a multiple of the {ranks.size} processes, which share the tasks of a step"
         )
 
     train_set = open_dataset(args, "train", train=True)
@@ -89,52 +103,77 @@ def main(argv: Sequence[str] | None = None) -> None:
     for dataset in (train_set, val_set, test_set):
         dataset[0]  # what is wrong with all images is told before the first step
 
-    loader = make_loader(train_set, train_episodes, num_workers=args.num_workers, device=device)
-    evaluator = make_evaluator(args, val_set, device=device, keep_pixels=True)
+    model = build_model(args, device_ids=device_ids).to(device)
+    weights = pretrained_weights(args.pretrain_dir, args.dataset)
+    if args.pretrain_dir != "none" and not (args.resume is not None and (folder / LAST_STATE).is_file()):
+        load_encoder_weights(
+            model,
+            weights,
+            hint="Name yours with -pretrain_dir, run train_pretrain.py, or: bash download_pretrain_model.sh",
+        )
+
+    def facts():
+        data = {"train": train_set.fingerprint(), args.set: val_set.fingerprint(), "test": test_set.fingerprint()}
+        return {"device": str(device), "processes": ranks.size, "data": data, "weights": arguments.fingerprint(weights)}
+
+    run = arguments.open_run(args, folder, ranks, weights=model, facts=facts)
+    best = folder / BEST_WEIGHTS
+    again = arguments.next_command(
+        "eval.py", eval_script.build_parser(), args, model_dir=str(best), solver=args.val_solver, set="test"
+    )
+    if arguments.is_finished(args, run):
+        say(f"the run in {folder} is finished: nothing to do")
+        return
+
+    shard = distributed.Shard(train_episodes, ranks, by_image=False)
+    loader = make_loader(train_set, shard, num_workers=args.num_workers, device=device)
     labels = episode_labels(args.way, args.query).to(device)
+    spread = ranks.spread(model)
 
     def forward(images, _, at):
         order = named_generator(args.seed, "train", "sfc", *at)
-        return model(train_set.view.normalize(images), way=args.way, shot=args.shot, generator=order), labels
+        return spread(train_set.view.normalize(images), way=args.way, shot=args.shot, generator=order), labels
 
-    def validate(epoch):
-        val_episodes.set_epoch(epoch if args.random_val_task else 0)
-        return evaluator(model, val_episodes, solver=args.val_solver, title=args.set)
+    go_on = arguments.same_command("train_meta.py", parser, args)
+    with stop_request(go_on if ranks.is_first else None) as stop:
+        evaluator = arguments.make_evaluator(args, val_set, device=device, keep_pixels=True, ranks=ranks, stop=stop)
 
-    run = RunFolder(
-        Path("checkpoint", args.dataset, args.deepemd, f"{args.shot}shot-{args.way}way", args.extra_dir),
-        vars(args),
-        weights=model,
-        kept=args.max_epoch if args.save_all else 0,
-    )
-    fit(
-        model,
-        forward,
-        loader,
-        validate,
-        run,
-        model,
-        device=device,
-        accumulate=args.bs,
-        skip_on=(SolverError, ProblemError),
-        **training_settings(args),
-    )
+        def validate(epoch):
+            val_episodes.set_epoch(epoch if args.random_val_task else 0)
+            return evaluator(model, val_episodes, solver=args.val_solver, title=args.set)
 
-    best = run.path / BEST_WEIGHTS
-    again = next_command(
-        "eval.py", eval_script.build_parser(), args, model_dir=str(best), solver=args.val_solver, set="test"
-    )
-    watch = Stopwatch()
-    try:
-        load_encoder_weights(model, best)
-        evaluator = make_evaluator(args, test_set, device=device)
-        result = evaluator(model, test_episodes, solver=args.val_solver, title="test")
-        run.log(
-            f"test, best model, {args.way}-way {args.shot}-shot, {args.test_episode} episodes: acc {result} ({watch})"
+        fit(
+            model,
+            spread,
+            forward,
+            loader,
+            validate,
+            run,
+            model,
+            device=device,
+            accumulate=args.bs,
+            skip_on=(SolverError, ProblemError),
+            ranks=ranks,
+            stop=stop,
+            **arguments.training_settings(args),
         )
-        run.finish(test_acc=result.accuracy, test_interval=result.interval, test_loss=result.loss)
-    finally:  # a test that fails can be done again
-        print(f"next: {again}")
+
+        watch = Stopwatch()
+        try:
+            if ranks.is_first:
+                load_encoder_weights(model, best)
+            ranks.copy_from_first(model)
+            evaluator = arguments.make_evaluator(args, test_set, device=device, ranks=ranks, stop=stop)
+            result = evaluator(model, test_episodes, solver=args.val_solver, title="test")
+            if ranks.is_first:
+                write_json(folder / "results.json", arguments.results(args, result, best, watch.seconds))
+            run.log(
+                f"test, best model, {args.way}-way {args.shot}-shot, {args.test_episode} episodes: acc {result} ({watch})"
+            )
+            run.finish(test_acc=result.accuracy, test_interval=result.interval, test_loss=result.loss)
+        finally:  # a test that fails can be done again
+            if ranks.is_first:
+                print(f"next: {again}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from utils import BEST_WEIGHTS, make_parser, run_script
 
 def build_parser() -> ArgumentParser:
     from dataloader.arguments import add_data_arguments, add_episode_arguments
-    from engine.arguments import add_evaluation_arguments, add_training_arguments
+    from engine.arguments import add_evaluation_arguments, add_rank_arguments, add_training_arguments
     from Models.arguments import add_model_arguments
     from utils import add_run_arguments, number_at_least
 
@@ -24,58 +24,100 @@ def build_parser() -> ArgumentParser:
     add_episode_arguments(parser)
     add_model_arguments(parser)
     add_evaluation_arguments(parser)
+    group = add_rank_arguments(parser)
+    group.add_argument(
+        "-sync_bn", action="store_true", help="batch statistics of the whole batch, not of the part on each GPU"
+    )
     add_run_arguments(parser)
     return parser
 
 
+def run_folder(args: Namespace) -> Path:
+    from engine.arguments import folder_number
+
+    settings = f"{args.bs}-{folder_number(args.lr, 4)}-{args.step_size}-{folder_number(args.gamma, 2)}"
+    return Path("checkpoint", "pre_train", args.dataset, settings, args.extra_dir)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    from torch.nn import DataParallel
+    parser = build_parser()
+    from torch import nn
 
     import train_meta
     from dataloader.arguments import draw_episodes, open_dataset
     from dataloader.episodes import SeededBatches
-    from engine.arguments import folder_number, make_evaluator, next_command, training_settings
+    from engine import arguments, distributed
     from engine.loading import make_loader
+    from engine.stopping import stop_request
     from engine.training import fit
     from Models.arguments import build_model
     from Models.classifier import Classifier
-    from utils import RunFolder, choose_device, set_seed
+    from Models.emd import set_threads
+    from utils import InputError, choose_seed, say, set_seed
 
-    device, device_ids = choose_device(args.gpu)
-    args.seed = set_seed(args.seed, deterministic=args.deterministic)
+    args, folder = arguments.parse_run(parser, argv, run_folder)
+    ranks, device, device_ids = distributed.start(args.gpu)
+    set_threads(arguments.solver_threads(args, ranks))
+    args.seed = ranks.from_first(choose_seed(args.seed))
+    set_seed(args.seed, deterministic=args.deterministic)
+    if args.bs < ranks.size:
+        raise InputError(f"-bs {args.bs}: expected at least one image for each of the {ranks.size} processes")
+    if args.sync_bn and device.type != "cuda":
+        raise InputError("-sync_bn works on GPUs only; leave it out")
+
     train_set = open_dataset(args, "train", train=True, deepemd="fcn")  # whole images, whatever the variant
     val_set = open_dataset(args, args.set, train=False)
     train_batches = SeededBatches(len(train_set), args.bs, seed=args.seed, name="train")
     val_episodes = draw_episodes(args, val_set, args.num_episode, seed=args.seed, name=args.set)
-
-    model = build_model(args, device_ids=device_ids).to(device)
-    classifier = Classifier(model.encoder, len(train_set.class_names)).to(device)
-    network = DataParallel(classifier, device_ids) if len(device_ids) > 1 else classifier
     for dataset in (train_set, val_set):
         dataset[0]  # what is wrong with all images is told before the first step
 
-    loader = make_loader(train_set, train_batches, num_workers=args.num_workers, device=device)
-    evaluator = make_evaluator(args, val_set, device=device, keep_pixels=True)
+    model = build_model(args, device_ids=device_ids).to(device)
+    classifier = Classifier(model.encoder, len(train_set.class_names)).to(device)
+    if args.sync_bn:
+        nn.SyncBatchNorm.convert_sync_batchnorm(classifier)  # in place, so the model's encoder is converted too
+
+    def facts():
+        data = {"train": train_set.fingerprint(), args.set: val_set.fingerprint()}
+        return {"device": str(device), "processes": ranks.size, "data": data, "weights": None}
+
+    run = arguments.open_run(args, folder, ranks, weights=classifier, facts=facts)
+    if arguments.is_finished(args, run):
+        say(f"the run in {folder} is finished: nothing to do")
+        return
+
+    shard = distributed.Shard(train_batches, ranks, by_image=True)
+    loader = make_loader(train_set, shard, num_workers=args.num_workers, device=device)
+    spread = nn.DataParallel(classifier, device_ids) if len(device_ids) > 1 else ranks.spread(classifier)
 
     def forward(images, labels, _):
-        return network(train_set.view.normalize(images)), labels
+        return spread(train_set.view.normalize(images)), labels
 
-    def validate(epoch):
-        val_episodes.set_epoch(epoch if args.random_val_task else 0)
-        return evaluator(model, val_episodes, title=args.set)
+    go_on = arguments.same_command("train_pretrain.py", parser, args)
+    with stop_request(go_on if ranks.is_first else None) as stop:
+        evaluator = arguments.make_evaluator(args, val_set, device=device, keep_pixels=True, ranks=ranks, stop=stop)
 
-    settings = f"{args.bs}-{folder_number(args.lr, 4)}-{args.step_size}-{folder_number(args.gamma, 2)}"
-    run = RunFolder(
-        Path("checkpoint", "pre_train", args.dataset, settings, args.extra_dir),
-        vars(args),
-        weights=model,
-        kept=args.max_epoch if args.save_all else 0,
-    )
-    fit(network, forward, loader, validate, run, model.encoder, device=device, **training_settings(args))
+        def validate(epoch):
+            val_episodes.set_epoch(epoch if args.random_val_task else 0)
+            return evaluator(model, val_episodes, title=args.set)
+
+        fit(
+            classifier,
+            spread,
+            forward,
+            loader,
+            validate,
+            run,
+            model.encoder,
+            device=device,
+            ranks=ranks,
+            stop=stop,
+            **arguments.training_settings(args),
+        )
     run.finish()
-    best = str(run.path / BEST_WEIGHTS)
-    print(f"next: {next_command('train_meta.py', train_meta.build_parser(), args, pretrain_dir=best)}")
+    if ranks.is_first:
+        best = str(folder / BEST_WEIGHTS)
+        print(f"next: {arguments.next_command('train_meta.py', train_meta.build_parser(), args, pretrain_dir=best)}")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,16 @@ Ctrl-C from its first moment.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
+import platform
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-BEST_WEIGHTS = "max_acc.pth"
+BEST_WEIGHTS, LAST_STATE = "max_acc.pth", "last.pth"
+STATE_FORMAT = 1
 LARGEST_SEED = 2**63 - 1
 
 
@@ -57,7 +61,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that :func:`choose_device`, :func:`set_seed` and :class:`RunFolder` read."""
+    """The flags that :func:`choose_device`, :func:`choose_seed`, :func:`set_seed` and :class:`RunFolder` read."""
     group = parser.add_argument_group("run")
     group.add_argument("-gpu", help='GPUs to use, as in 0 or 0,1,2,3, or "cpu" (default: one GPU, else the CPU)')
     group.add_argument(
@@ -122,6 +126,10 @@ def folder_name(text: str) -> str:
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's ``main``; errors of the user's making end it with one line and exit status 1."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun then shows the error of the process that failed first
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        main = record(main)
     try:
         main()
         sys.stdout.flush()
@@ -135,8 +143,9 @@ def run_script(main: Callable[[], None]) -> None:
         message = _user_message(error)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(1)
+        status = getattr(error, "exit_status", None)  # of an end that is no error
+        print(message if status else f"error: {message}", file=sys.stderr)
+        sys.exit(status or 1)
 
 
 def _user_message(error: Exception) -> str | None:
@@ -154,14 +163,29 @@ def _user_message(error: Exception) -> str | None:
 
 def warn(message: str) -> None:
     """Print a warning on standard error."""
-    print(f"warning: {message}", file=sys.stderr)
+    say(f"warning: {message}")
+
+
+def say(message: str) -> None:
+    """Print a line on standard error; of several processes, the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
 
 
 # --- Seed and device --------------------------------------------------------------------------------------------------
 
 
-def set_seed(seed: int, *, deterministic: bool = False) -> int:
-    """Seed everything; 0 draws a seed and prints it. Returns the seed in force.
+def choose_seed(seed: int) -> int:
+    """The seed itself, or a drawn one for 0, which is printed."""
+    if seed:
+        return seed
+    seed = int.from_bytes(os.urandom(4), "big") or 1
+    say(f"seed: {seed}")
+    return seed
+
+
+def set_seed(seed: int, *, deterministic: bool = False) -> None:
+    """Seed everything.
 
     Args:
         deterministic: on a GPU, take deterministic kernels instead of the fastest ones.
@@ -174,12 +198,8 @@ def set_seed(seed: int, *, deterministic: bool = False) -> int:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    if seed == 0:
-        seed = int.from_bytes(os.urandom(4), "big") or 1
-        print(f"seed: {seed}", file=sys.stderr)
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - for libraries that draw from numpy's global generator
-    return seed
 
 
 def named_generator(seed: int, *name: str | int) -> torch.Generator:
@@ -214,11 +234,11 @@ def choose_device(gpu: str | None) -> tuple[torch.device, list[int]]:
     else:
         raise InputError(f'-gpu {gpu}: expected GPU numbers joined by commas, as in 0,1, or "cpu"')
     if not ids:
-        print("device: cpu" + ("" if gpu else " (no CUDA device found)"), file=sys.stderr)
+        say("device: cpu" + ("" if gpu else " (no CUDA device found)"))
         return torch.device("cpu"), []
     torch.cuda.set_device(ids[0])
     more = f" ({count} found; -gpu 0,1 spreads over two)" if gpu is None and count > 1 else ""
-    print(f"device: cuda {','.join(map(str, ids))}, {torch.cuda.get_device_name(ids[0])}{more}", file=sys.stderr)
+    say(f"device: cuda {','.join(map(str, ids))}, {torch.cuda.get_device_name(ids[0])}{more}")
     return torch.device("cuda", ids[0]), ids
 
 
@@ -231,44 +251,83 @@ def available_cores() -> int:
 
 
 class RunFolder:
-    """The folder of a run: ``results.txt``, ``trlog.json``, TensorBoard scalars under ``tf/``, weights.
+    """The folder of a run, which one process at a time may write to.
 
-    What an earlier run left in the same folder is moved to ``previous-<n>/`` inside it, so nothing is lost.
+    ``results.txt`` (lines), ``trlog.json`` (curves), ``tf/`` (TensorBoard), ``run.json`` (what was run on what),
+    weights, and ``last.pth``: all that it takes to go on. A run that is taken up again has its log put back to where its
+    state was saved, so that no line is there twice. What an earlier run left in the folder is moved to ``previous-<n>/``.
 
     Args:
         path: made where it is not there.
-        flags: kept in ``trlog.json``.
+        flags: of the run.
+        resume: take up the run that is there, if there is one.
         weights: the module whose weights the run is going to save; too little space for them is told now.
         kept: how often they are saved beside the best ones.
 
+    Attributes:
+        state: what :meth:`save_state` was given last, where a run is taken up; None for a new one.
+
     Raises:
-        InputError: the folder cannot be written, or has no room.
+        InputError: the folder cannot be written, has no room, or is in use.
     """
 
     def __init__(
-        self, path: str | Path, flags: dict[str, Any], *, weights: nn.Module | None = None, kept: int = 0
+        self,
+        path: str | Path,
+        flags: dict[str, Any],
+        *,
+        resume: bool = False,
+        weights: nn.Module | None = None,
+        kept: int = 0,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # here: it takes seconds to import
 
         self.path = Path(path)
+        self.state: dict[str, Any] | None = None
+        self.lines: list[str] = []
+        self.curves: dict[str, Any] = {"args": flags, "epochs": []}
+        self.points: dict[str, list[tuple[int, float, float]]] = {}  # step, value, time of each TensorBoard scalar
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.path).free
-            # The best weights, and their successor while it is written.
-            room = (kept + 2) * sum(value.nbytes for value in weights.state_dict().values()) if weights else 0
-            if free < room:
-                raise InputError(
-                    f"expected {room / 1e6:.0f} MB of free space for the run in {path}; there are {free / 1e6:.0f}"
-                )
-            self._move_earlier_run()
+            self._lock = _lock(self.path / "run.lock")
+            if resume and (self.path / LAST_STATE).is_file():
+                self._take_up()
+            else:
+                self._check_room(weights, kept)
+                self._move_earlier_run()
             self.writer = SummaryWriter(str(self.path / "tf"))
         except OSError as error:
             raise InputError(f"expected to write the run to {path}; it cannot be written ({error})") from error
-        self.curves: dict[str, Any] = {"args": flags, "epochs": []}
-        print(f"run folder: {self.path}")
+        for name, points in self.points.items():
+            for step, value, when in points:
+                self.writer.add_scalar(name, value, step, walltime=when)
+        print(f"run folder: {self.path}" + (", taken up again" if self.state else ""), flush=True)
+
+    def _check_room(self, weights: nn.Module | None, kept: int) -> None:
+        if weights is not None:
+            # The best weights, the state (as large again for the momentum), and the successor of either.
+            room = (kept + 5) * sum(value.nbytes for value in weights.state_dict().values())
+            free = shutil.disk_usage(self.path).free
+            if free < room:
+                raise InputError(
+                    f"expected {room / 1e6:.0f} MB of free space for the run in {self.path}; there are {free / 1e6:.0f}"
+                )
+
+    def _take_up(self) -> None:
+        content = _load_plain(self.path / LAST_STATE, "state of a run")
+        if not isinstance(content, dict) or content.get("format") != STATE_FORMAT:
+            raise InputError(
+                f"expected a state of format {STATE_FORMAT} in {self.path / LAST_STATE}; another version wrote it"
+            )
+        self.state, self.lines, self.curves = content["state"], content["lines"], content["curves"]
+        self.points = {name: [(int(n), v, t) for n, v, t in rows.tolist()] for name, rows in content["points"].items()}
+        _write_atomically(self.path / "results.txt", "".join(f"{line}\n" for line in self.lines).encode())
+        self._write_curves()
+        shutil.rmtree(self.path / "tf", ignore_errors=True)
 
     def _move_earlier_run(self) -> None:
-        mine = [self.path / name for name in ("results.txt", "trlog.json", "tf", BEST_WEIGHTS)]
+        names = ("results.txt", "trlog.json", "tf", BEST_WEIGHTS, LAST_STATE, "run.json", "results.json")
+        mine = [self.path / name for name in names]
         earlier = [path for path in (*mine, *self.path.glob("epoch-*.pth")) if path.exists()]
         if not earlier:
             return
@@ -284,12 +343,15 @@ class RunFolder:
     def log(self, line: str) -> None:
         """Print a line, and add it to ``results.txt``."""
         print(line, flush=True)
+        self.lines.append(line)
         append_line(self.path / "results.txt", line)
 
     def scalars(self, step: int, **values: float) -> None:
         """Send scalars to TensorBoard, as ``data/<name>``."""
         for name, value in values.items():
-            self.writer.add_scalar(f"data/{name}", value, step)
+            when = time.time()
+            self.points.setdefault(f"data/{name}", []).append((step, value, when))
+            self.writer.add_scalar(f"data/{name}", value, step, walltime=when)
 
     def record(self, **values: Any) -> None:
         """Add one epoch to ``trlog.json``."""
@@ -301,18 +363,62 @@ class RunFolder:
         self.curves.update(values)
         self._write_curves()
         self.writer.close()
+        if self.state is not None:
+            self.save_state({**self.state, "finished": True})
 
     def _write_curves(self) -> None:
-        _write_atomically(self.path / "trlog.json", json.dumps(self.curves, indent=1).encode())
+        write_json(self.path / "trlog.json", self.curves)
 
     def save_weights(self, name: str, state: dict[str, Tensor]) -> Path:
         """Write ``{"params": state}``, as the published checkpoints have it."""
+        params = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        _save_plain(self.path / name, {"params": params})
+        return self.path / name
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Write ``last.pth``: the state of the training and of the log. It consists of plain data."""
         import torch
 
-        content = io.BytesIO()  # torch's own file writer leaves a full disk to a long RuntimeError
-        torch.save({"params": {key: value.detach().cpu().contiguous() for key, value in state.items()}}, content)
-        _write_atomically(self.path / name, content.getbuffer())
-        return self.path / name
+        self.state = state
+        points = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in self.points.items()}
+        log = {"lines": self.lines, "curves": json.loads(json.dumps(self.curves)), "points": points}
+        _save_plain(self.path / LAST_STATE, {"format": STATE_FORMAT, "state": state, **log})
+
+
+class OtherRank:
+    """The run as the processes see it that leave the writing to the first: they know its state and write nothing."""
+
+    def __init__(self, path: Path, state: dict[str, Any] | None) -> None:
+        self.path, self.state = path, state
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name not in ("log", "scalars", "record", "finish", "save_weights", "save_state"):
+            raise AttributeError(name)
+        return lambda *values, **named: None
+
+
+def _lock(path: Path) -> Any:
+    """Hold a file locked for as long as this process lives; the system lets go of it however the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # not a system with such locks
+        return None
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as the run lasts
+    try:
+        # A lock of the process, not of the open file: worker processes that outlive it for a moment do not inherit it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise InputError(
+            f"expected no other run in {path.parent}; {file.read().strip() or 'another process'} is writing to it. "
+            "Wait for it to end, or keep the runs apart with -extra_dir"
+        ) from None
+    except OSError:  # a file system without locks
+        return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    return file
 
 
 def append_line(path: Path, line: str | None = None) -> None:
@@ -326,8 +432,22 @@ def append_line(path: Path, line: str | None = None) -> None:
         raise InputError(f"expected to write to {path}; it cannot be written ({error.strerror})") from error
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_atomically(path, json.dumps(content, indent=1).encode())
+
+
+def _save_plain(path: Path, content: Any) -> None:
+    import torch
+
+    buffer = io.BytesIO()  # torch's own file writer leaves a full disk to a long RuntimeError
+    torch.save(content, buffer)
+    _write_atomically(path, buffer.getbuffer())
+
+
 def _write_atomically(path: Path, content: bytes | memoryview) -> None:
-    # A reader sees the old file or the new one, whenever the run is killed.
+    # A reader sees the old file or the new one, whenever the run is killed, and so it is after a loss of power.
     partial = None
     try:
         descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
@@ -337,6 +457,10 @@ def _write_atomically(path: Path, content: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         os.chmod(partial, 0o666 & ~_umask())  # mkstemp gives it to the owner alone
         os.replace(partial, path)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         raise InputError(
             f"expected to write {path}; it cannot be written ({error.strerror}). What was saved before is intact"
@@ -401,20 +525,27 @@ def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") 
     encoder.load_state_dict(given)
 
 
-def _read_params(path: Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint file; nothing in it is executed."""
+def _load_plain(path: Path, what: str) -> Any:
+    """The content of a file of tensors and plain values; nothing in it is executed."""
     import torch
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of formats that are refused below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # whatever a file that is no checkpoint makes the unpickler say
         wants = re.search(r"(?:GLOBAL|[Uu]nsupported class) (\w+\.[\w.]+)", str(error))
         reason = f"it asks to run {wants[1]}, which is refused" if wants else "it is damaged or another format"
-        raise InputError(f"expected a checkpoint of plain tensors in {path}; {reason}") from error
+        raise InputError(f"expected a {what} of plain tensors in {path}; {reason}") from error
+
+
+def _read_params(path: Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint file."""
+    import torch
+
+    content = _load_plain(path, "checkpoint")
     if not isinstance(content, dict) or not isinstance(content.get("params"), dict):
         raise InputError(f'expected {{"params": state_dict}} in {path}; got {_describe(content)}')
     for key, value in content["params"].items():
@@ -438,6 +569,34 @@ def _some(names: Sequence[Any]) -> str:
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+# --- What was run on what ---------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    """Versions of Python, of the libraries that compute, and the commit of this project where git knows it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "numpy", "opencv-python", "numba", "qpth", "pillow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return found
+
+
+def file_hash(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 # --- Figures ----------------------------------------------------------------------------------------------------------
 
 
@@ -457,8 +616,12 @@ class Stopwatch:
     def __init__(self) -> None:
         self.start = time.monotonic()
 
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
     def __str__(self) -> str:
-        seconds = time.monotonic() - self.start
+        seconds = self.seconds
         if seconds < 120:
             return f"{seconds:.0f} s"
         return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -49,7 +49,7 @@ class ResidualBlock(nn.Module):
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
     """Batch norm normalises by the batch, but its running statistics stay as they are."""
-    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in block.modules() if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))]
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0

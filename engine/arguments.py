@@ -1,17 +1,46 @@
 """The flags of training and evaluation, and the command line of the next stage."""
 
 import argparse
+import json
 import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
-from engine.evaluation import Evaluator
-from utils import number_above_zero, number_at_least
+from engine.distributed import Ranks
+from engine.evaluation import Evaluation, Evaluator
+from engine.stopping import StopRequest
+from utils import (
+    BEST_WEIGHTS,
+    LAST_STATE,
+    InputError,
+    OtherRank,
+    RunFolder,
+    available_cores,
+    environment,
+    file_hash,
+    number_above_zero,
+    number_at_least,
+    write_json,
+)
 
 # Flags that belong to one stage of training and say nothing about the next.
-OF_ONE_STAGE = ("max_epoch", "bs", "lr", "step_size", "gamma")
+OF_ONE_STAGE = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_every")
+# Flags that do not decide the result of a run, and may differ when it is taken up again.
+FREE_TO_DIFFER = (
+    "num_workers",
+    "gpu",
+    "data_dir",
+    "save_every",
+    "resume",
+    "extra_dir",
+    "solver_threads",
+    "pretrain_dir",
+)
 
 
 def add_training_arguments(
@@ -26,10 +55,120 @@ def add_training_arguments(
     group.add_argument("-step_size", type=count, default=step_size, help="epochs between drops of the learning rate")
     group.add_argument("-gamma", type=rate, default=gamma, help="factor of a drop")
     group.add_argument("-save_all", action="store_true", help="keep the weights of every epoch, as epoch-<n>.pth")
+    group.add_argument(
+        "-save_every",
+        type=number_at_least(0, int),
+        default=0,
+        help="steps between saves of the state within an epoch; 0 saves it once an epoch",
+    )
+    group.add_argument(
+        "-resume",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="go on with the run in the folder that the other flags name, or start it where there is none; with FOLDER, "
+        "go on with the run in there, by its own flags",
+    )
 
     group = parser.add_argument_group("validation")
     group.add_argument("-set", choices=("val", "test"), default="val", help="split to validate on")
     group.add_argument("-random_val_task", action="store_true", help="draw new validation episodes every epoch")
+
+
+def parse_run(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, folder_of: Callable[[argparse.Namespace], Path]
+) -> tuple[argparse.Namespace, Path]:
+    """The flags of a training script, and the folder of its run.
+
+    With ``-resume FOLDER``, flags that are not given are those of the run in there.
+
+    Args:
+        folder_of: the folder that the flags name.
+
+    Raises:
+        InputError: ``-resume FOLDER`` without a run in it, or flags that decide the result and are not those of the run.
+    """
+    args = parser.parse_args(argv)
+    if args.resume is None:
+        return args, folder_of(args)
+    folder = Path(args.resume) if args.resume else folder_of(args)
+    if not (folder / LAST_STATE).is_file():
+        if args.resume:
+            raise InputError(f"-resume {folder}: expected a run with its {LAST_STATE}; there is none")
+        return args, folder
+    recorded = json.loads((folder / "run.json").read_text())["flags"]
+    if args.resume:
+        absent = object()
+        parser.set_defaults(**dict.fromkeys(vars(args), absent))
+        given = vars(parser.parse_args(argv))
+        for name, value in recorded.items():
+            if given.get(name, absent) is absent and name not in FREE_TO_DIFFER:
+                setattr(args, name, tuple(value) if isinstance(value, list) else value)
+    if args.seed == 0:
+        args.seed = recorded["seed"]  # the one that was drawn
+    now = json.loads(json.dumps(vars(args)))
+    longer = now["max_epoch"] >= recorded["max_epoch"]
+    different = [
+        f"-{name} {now[name]} (there: {value})"
+        for name, value in recorded.items()
+        if name in now and now[name] != value and name not in FREE_TO_DIFFER and not (name == "max_epoch" and longer)
+    ]
+    if different:
+        raise InputError(
+            f"-resume: expected the flags of the run in {folder}; got {', '.join(different)}. Give those of the run, or "
+            "start another with -extra_dir"
+        )
+    return args, folder
+
+
+def open_run(
+    args: argparse.Namespace, folder: Path, ranks: Ranks, *, weights: nn.Module, facts: Callable[[], dict[str, Any]]
+) -> RunFolder | OtherRank:
+    """The folder of the run, new or taken up; the first rank alone writes to it.
+
+    Args:
+        weights: the module whose weights the run is going to save.
+        facts: what ``run.json`` says of a new run beside its flags and the versions in use.
+    """
+    run = None
+    if ranks.is_first:
+        kept = args.max_epoch if args.save_all else 0
+        run = RunFolder(folder, vars(args), resume=args.resume is not None, weights=weights, kept=kept)
+        path = folder / "run.json"
+        known = json.loads(path.read_text()) if run.state else {"versions": environment(), **facts()}
+        write_json(path, {**known, "flags": vars(args)})
+    state = ranks.from_first(run.state if run else None)
+    return run or OtherRank(folder, state)
+
+
+def is_finished(args: argparse.Namespace, run: RunFolder | OtherRank) -> bool:
+    """Whether the run that was taken up has nothing left to do."""
+    return bool(run.state and run.state.get("finished") and run.state["progress"]["epoch"] > args.max_epoch)
+
+
+def deciding(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that decide a result."""
+    return {name: value for name, value in vars(args).items() if name not in FREE_TO_DIFFER}
+
+
+def results(args: argparse.Namespace, evaluation: Evaluation, weights: str | Path, seconds: float) -> dict[str, Any]:
+    """What ``results.json`` says of an evaluation."""
+    return {
+        "accuracy": evaluation.accuracy,
+        "interval": evaluation.interval,
+        "accuracies": evaluation.accuracies,
+        "loss": evaluation.loss,
+        "flags": vars(args),
+        "versions": environment(),
+        "seconds": seconds,
+        "weights": fingerprint(weights),
+    }
+
+
+def fingerprint(weights: str | Path) -> dict[str, str | None]:
+    """Path and hash of a checkpoint; no hash for "none"."""
+    path = Path(weights) / BEST_WEIGHTS if Path(weights).is_dir() else Path(weights)
+    return {"path": str(path), "sha256": file_hash(path) if path.is_file() else None}
 
 
 def training_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -40,6 +179,7 @@ def training_settings(args: argparse.Namespace) -> dict[str, Any]:
         "step_size": args.step_size,
         "gamma": args.gamma,
         "save_all": args.save_all,
+        "save_every": args.save_every,
         "half_precision": args.amp == "float16",
     }
 
@@ -56,8 +196,31 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-episode_batch", type=number_at_least(1, int), default=8, help="episodes matched together")
 
 
+def add_rank_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The flag that :func:`solver_threads` reads; returns its group, for a script to add to."""
+    group = parser.add_argument_group("several processes (torchrun, or srun)")
+    group.add_argument(
+        "-solver_threads",
+        type=number_at_least(1, int),
+        help="threads of the solvers on the CPU (default: the cores that this process may use, divided by the processes of "
+        "the run on this machine)",
+    )
+    return group
+
+
+def solver_threads(args: argparse.Namespace, ranks: Ranks) -> int:
+    """Threads for the solvers on the CPU; torchrun leaves torch itself only one."""
+    return args.solver_threads or max(1, available_cores() // ranks.local_size)
+
+
 def make_evaluator(
-    args: argparse.Namespace, dataset: Dataset, *, device: torch.device, keep_pixels: bool = False
+    args: argparse.Namespace,
+    dataset: Dataset,
+    *,
+    device: torch.device,
+    keep_pixels: bool = False,
+    ranks: Ranks | None = None,
+    stop: StopRequest | None = None,
 ) -> Evaluator:
     """An evaluator of episodes of the shape that the flags give them."""
     return Evaluator(
@@ -70,6 +233,8 @@ def make_evaluator(
         feature_cache=args.feature_cache,
         episode_batch=args.episode_batch,
         keep_pixels=keep_pixels,
+        ranks=ranks,
+        stop=stop,
     )
 
 
@@ -77,6 +242,11 @@ def folder_number(value: float, digits: int) -> str:
     """A number in the name of a folder: as many decimals as published, or all of them where that would round it."""
     rounded = f"{value:.{digits}f}"
     return rounded if float(rounded) == value else repr(value)
+
+
+def same_command(script: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """The command line that goes on with a run that was stopped."""
+    return _command(script, parser, vars(args) | {"resume": args.resume or True})  # without a value where it has none
 
 
 def next_command(script: str, parser: argparse.ArgumentParser, args: argparse.Namespace, **changed: Any) -> str:
@@ -89,8 +259,11 @@ def next_command(script: str, parser: argparse.ArgumentParser, args: argparse.Na
         args: the flags of this one.
         changed: flags that this stage does not have, or whose value is to be another one.
     """
+    return _command(script, parser, {k: v for k, v in vars(args).items() if k not in OF_ONE_STAGE} | changed)
+
+
+def _command(script: str, parser: argparse.ArgumentParser, given: dict[str, Any]) -> str:
     defaults = vars(parser.parse_args([]))
-    given = {name: value for name, value in vars(args).items() if name not in OF_ONE_STAGE} | changed
     words = ["python", script]
     for name in defaults:  # in the order of the parser
         value = given.get(name, defaults[name])

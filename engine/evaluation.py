@@ -1,20 +1,24 @@
 """Evaluation: encode each image once, match episodes in batches."""
 
 import itertools
+import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
+from engine.distributed import Ranks
 from engine.loading import make_loader, stream
-from utils import mean_confidence_interval, named_generator
+from engine.progress import progress_bar
+from engine.stopping import Stopped, StopRequest
+from utils import InputError, mean_confidence_interval, named_generator, write_json
 
 # An image as a data set is asked for it: its index, or its index and the seed of its random view.
 Item = int | tuple[int, int]
@@ -23,12 +27,26 @@ Item = int | tuple[int, int]
 ENCODE_BATCH = {"cpu": 8, "cuda": 256}
 # The share of free memory that nodes may take, and that decoded images may take.
 CACHE_SHARE = 1 / 4
+SECONDS_BETWEEN_RECORDS = 10.0
 
 
 class DivergenceError(RuntimeError):
     """The numbers of a network are no longer finite. The message says where, and what to try."""
 
     is_user_error = True
+
+
+class Score(NamedTuple):
+    """What came of one episode."""
+
+    loss: float  # mean cross entropy
+    hits: float  # queries classified right
+    queries: float
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return 100 * self.hits / self.queries
 
 
 class Evaluation(NamedTuple):
@@ -60,6 +78,8 @@ class Evaluator:
         feature_cache: ``"auto"``, or ``"off"`` to encode an image anew for every use.
         episode_batch: episodes in a group; decides memory and speed, not results.
         keep_pixels: keep decoded images for later calls.
+        ranks: the processes that take groups in turn; each of them then knows the results of all.
+        stop: whether this process has been asked to stop.
     """
 
     def __init__(
@@ -74,9 +94,12 @@ class Evaluator:
         feature_cache: str = "auto",
         episode_batch: int = 8,
         keep_pixels: bool = False,
+        ranks: Ranks | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self.dataset, self.way, self.shot, self.device, self.seed = dataset, way, shot, device, seed
         self.feature_cache, self.episode_batch = feature_cache, episode_batch
+        self.ranks, self.stop = ranks or Ranks(), stop or StopRequest()
         self.pixels = _PixelCache(CACHE_SHARE * free_memory(torch.device("cpu")) if keep_pixels else 0)
         self.queue = _Queue()
         self.loader = make_loader(dataset, self.queue, num_workers=num_workers, device=device)
@@ -89,6 +112,8 @@ class Evaluator:
         *,
         solver: str | None = None,
         title: str = "",
+        known: Sequence[Score] = (),
+        after_round: Callable[[list[Score], bool], None] = lambda scores, is_stopping: None,
     ) -> Evaluation:
         """Evaluate a model as it is now.
 
@@ -100,44 +125,73 @@ class Evaluator:
                 image comes with the same seed every time.
             solver: overrides the model's own.
             title: of the progress bar.
+            known: the scores of the first episodes, which are not evaluated again.
+            after_round: called with all scores so far, and whether the evaluation is going to stop.
 
         Raises:
             DivergenceError: the model's nodes or logits are not finite.
+            Stopped: one of the processes was asked to stop.
         """
         model = model.folded()
-        is_random = self.dataset.view.is_random
-        repeats = not is_random or getattr(episodes, "fixed_seeds", None) is not None
+        ranks, size = self.ranks, self.episode_batch
+        repeats = not self.dataset.view.is_random or getattr(episodes, "fixed_seeds", None) is not None
         table = _NodeTable(self.device, most=len(self.dataset) if repeats and self.feature_cache == "auto" else 0)
-        batch_size = max(1, len(getattr(model, "device_ids", ())) or 1) * ENCODE_BATCH.get(self.device.type, 8)
-        batch_size = max(1, batch_size // self.dataset.view.patches)
-        losses: list[float] = []
-        hits: list[int] = []
-        groups = _in_groups(episodes, self.episode_batch, is_random)
-        with tqdm(total=len(episodes), desc=title, leave=False, dynamic_ncols=True) as bar:
-            # The first group alone: its nodes tell how many images fit in memory, on which the plan of the rest depends.
-            for part in (itertools.islice(groups, 1), groups):
-                plan, ahead = itertools.tee(_plan(part, table, self.pixels, batch_size))
-                # The loader runs through the plan a few batches ahead of the loop below.
-                self.queue.batches = (batch.missing for group in ahead for batch in group.batches if batch.missing)
-                loaded = stream(self.loader)
-                for group in plan:
+        scores = list(known)
+        ready = self._ready(model, episodes, len(known), table)
+        with progress_bar(title, total=len(episodes), initial=len(known), disable=not ranks.is_first) as bar:
+            for first in range(len(known), len(episodes), ranks.size * size):  # a round: a group for every rank
+                own: list[Score] = []
+                if first + ranks.rank * size < len(episodes):
+                    group, loaded = next(ready)
                     for batch in group.batches:
                         fresh = next(loaded)[0] if batch.missing else None
                         pixels = self.pixels.complete(batch, fresh, keep=repeats).to(self.device, non_blocking=True)
                         table.put(batch.row, model.encode(self.dataset.view.normalize(pixels)), group.rows.numel())
-                    logits = self._match(model, table.get(group.rows), episodes, first=len(hits), solver=solver)
-                    for loss, count in _score(logits):
-                        losses.append(loss)
-                        hits.append(round(count))
-                    accuracies = [100 * count / logits.shape[1] for count in hits]
-                    mean, interval = mean_confidence_interval(accuracies)
-                    bar.set_postfix_str(f"acc {mean:.2f} +- {interval:.2f} %", refresh=False)
-                    bar.update(len(logits))
-        accuracy = 100 * sum(hits) / (len(hits) * logits.shape[1])
-        return Evaluation(sum(losses) / len(losses), accuracy, interval, accuracies)
+                    logits = self._match(model, table.get(group.rows), episodes, first + ranks.rank * size, solver)
+                    own = _score(logits)
+                padding = [[0.0, 0, 0]] * (size - len(own))
+                rows = ranks.gather(
+                    [self.stop.signal_number, *(value for score in (*own, *padding) for value in score)]
+                )
+                for row in rows:
+                    scores += [Score(*row[k : k + 3]) for k in range(1, 1 + 3 * size, 3) if row[k + 2]]
+                signal_number = max(int(row[0]) for row in rows)
+                after_round(scores, signal_number > 0)
+                if signal_number:
+                    raise Stopped(signal_number)
+                mean, interval = mean_confidence_interval([score.accuracy for score in scores])
+                bar.set_postfix_str(f"acc {mean:.2f} +- {interval:.2f} %", refresh=False)
+                bar.update(len(scores) - bar.n)
+        accuracies = [score.accuracy for score in scores]
+        accuracy = 100 * sum(score.hits for score in scores) / sum(score.queries for score in scores)
+        loss = sum(score.loss for score in scores) / len(scores)
+        return Evaluation(loss, accuracy, mean_confidence_interval(accuracies)[1], accuracies)
 
-    def _match(self, model: nn.Module, nodes: Tensor, episodes: Sequence, *, first: int, solver: str | None) -> Tensor:
-        """Logits ``(E, W*Q, W)`` of a group whose nodes are ``(E, images, C, N)``; ``first`` counts those before it."""
+    def _ready(
+        self, model: nn.Module, episodes: Sequence, start: int, table: "_NodeTable"
+    ) -> Iterator[tuple["_Group", Iterator]]:
+        """This rank's groups of episodes, each with the stream that its missing pixels come from."""
+        batch_size = max(1, len(getattr(model, "device_ids", ()))) * ENCODE_BATCH.get(self.device.type, 8)
+        batch_size = max(1, batch_size // self.dataset.view.patches)
+        is_random, size, step = self.dataset.view.is_random, self.episode_batch, self.ranks.size * self.episode_batch
+        groups = (
+            [
+                [item if is_random else item[0] for item in episodes[k]]
+                for k in range(first, min(first + size, len(episodes)))
+            ]
+            for first in range(start + self.ranks.rank * size, len(episodes), step)
+        )
+        # The first group alone: its nodes tell how many images fit in memory, on which the plan of the rest depends.
+        for part in (itertools.islice(groups, 1), groups):
+            plan, ahead = itertools.tee(_plan(part, table, self.pixels, batch_size))
+            # The loader runs through the plan a few batches ahead of what is encoded.
+            self.queue.batches = (batch.missing for group in ahead for batch in group.batches if batch.missing)
+            loaded = stream(self.loader)
+            for group in plan:
+                yield group, loaded
+
+    def _match(self, model: nn.Module, nodes: Tensor, episodes: Sequence, first: int, solver: str | None) -> Tensor:
+        """Logits ``(E, W*Q, W)`` of a group whose nodes are ``(E, images, C, N)``, from episode number ``first`` on."""
         epoch, support = getattr(episodes, "epoch", 0), self.way * self.shot
         generators = [named_generator(self.seed, "sfc", epoch, first + k) for k in range(len(nodes))]
         try:
@@ -155,15 +209,55 @@ class Evaluator:
             raise DivergenceError("the encoder's features are not finite: its weights have diverged") from error
 
 
-def _score(logits: Tensor) -> list[list[float]]:
-    """Loss and number of hits of each episode, from ``(E, W*Q, W)``; query i is of class ``i % W``."""
+def _score(logits: Tensor) -> list[Score]:
+    """The scores of episodes, from ``(E, W*Q, W)``; query i is of class ``i % W``."""
     episodes, queries, way = logits.shape
     labels = (torch.arange(queries, device=logits.device) % way).expand(episodes, -1)
     losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
-    scores = torch.stack([losses, (logits.argmax(2) == labels).sum(1)], dim=1).tolist()  # one wait for the device
-    if not all(math.isfinite(loss) for loss, _ in scores):
+    rows = torch.stack([losses, (logits.argmax(2) == labels).sum(1)], dim=1).tolist()  # one wait for the device
+    if not all(math.isfinite(loss) for loss, _ in rows):
         raise DivergenceError("the logits are not finite: the encoder's weights have diverged")
-    return scores
+    return [Score(loss, hits, queries) for loss, hits in rows]
+
+
+class Recorder:
+    """Keeps the scores of an evaluation under way in a file, so that it can be taken up again.
+
+    Args:
+        path: of the file.
+        identity: what decides the scores, as plain values; the file of another evaluation is refused.
+        resume: take up what is there.
+        ranks: the first writes, and tells the others what there is.
+
+    Raises:
+        InputError: what is there belongs to another evaluation.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any], *, resume: bool, ranks: Ranks) -> None:
+        self.path, self.ranks = path, ranks
+        self.identity = json.loads(json.dumps(identity))
+        self.scores: list[Score] = []
+        self.next_write = time.monotonic() + SECONDS_BETWEEN_RECORDS
+        content = None
+        if resume and ranks.is_first and path.is_file():
+            content = json.loads(path.read_text())
+            if content["identity"] != self.identity:
+                raise InputError(
+                    f"-resume: {path} belongs to an evaluation with other flags or weights. Give those, or another -extra_dir"
+                )
+        content = ranks.from_first(content)
+        if content:
+            self.scores = [Score(*row) for row in content["scores"]]
+
+    def note(self, scores: list[Score], is_stopping: bool) -> None:
+        """Write the scores so far, now and then, and when the evaluation stops."""
+        if self.ranks.is_first and (is_stopping or time.monotonic() >= self.next_write):
+            write_json(self.path, {"identity": self.identity, "scores": scores})
+            self.next_write = time.monotonic() + SECONDS_BETWEEN_RECORDS
+
+    def remove(self) -> None:
+        """The evaluation is over."""
+        self.path.unlink(missing_ok=True)
 
 
 # --- What is encoded when, and kept where -----------------------------------------------------------------------------
@@ -187,12 +281,6 @@ class _Queue:
 
     def __iter__(self) -> Iterator[list[Item]]:
         return iter(self.batches)
-
-
-def _in_groups(episodes: Iterable[Sequence[tuple[int, int]]], size: int, is_random: bool) -> Iterator[list[list[Item]]]:
-    episodes = iter(episodes)
-    while group := list(itertools.islice(episodes, size)):
-        yield [[item if is_random else item[0] for item in episode] for episode in group]
 
 
 def _plan(

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from engine.stopping import ignore_signals
+
 
 class LoaderError(RuntimeError):
     """A worker process was lost."""
@@ -21,6 +23,7 @@ def make_loader(dataset: Dataset, batches: Iterable, *, num_workers: int, device
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         persistent_workers=num_workers > 0,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # the loader's own draws decide nothing, and must not disturb those that do
     )
 

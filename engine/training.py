@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from engine.distributed import Ranks
 from engine.evaluation import DivergenceError, Evaluation
 from engine.loading import stream
+from engine.progress import progress_bar
+from engine.state import Progress, from_dict, to_dict
+from engine.stopping import Stopped, StopRequest
 from utils import BEST_WEIGHTS, RunFolder, Stopwatch
 
 # After this many skipped steps in a row the run stops.
@@ -37,35 +42,35 @@ class StepGuard:
             overflows would otherwise leave NaN in the running statistics for good.
         optimizer: of the network's weights.
         scaler: scales the loss, where half precision needs it.
+        progress: counts the skipped steps.
+        ranks: buffers are averaged over them.
     """
 
     def __init__(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None = None,
+        progress: Progress | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.scaler = scaler or torch.amp.GradScaler(enabled=False)
+        self.progress, self.ranks = progress or Progress(), ranks or Ranks()
         self.buffers = list(network.buffers())
         self.before = [buffer.clone() for buffer in self.buffers]
-        self.skipped = 0
-        self.in_a_row: list[str] = []  # the steps skipped since the last one taken
-        self.failure: str | None = None
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss to those of the step."""
-        self.scaler.scale(loss).backward()
-
-    def fail(self, why: str) -> None:
-        """Something went wrong in a batch of the next step, which is therefore to be skipped."""
-        self.failure = self.failure or why
 
     @torch.no_grad()
-    def step(self, where: str) -> None:
-        """Step or skip, and clear the gradients. ``where`` names the step in messages.
+    def step(self, where: str, failure: str | None = None) -> None:
+        """Step or skip, and clear the gradients.
+
+        Args:
+            where: names the step in messages.
+            failure: what went wrong on the way to it, if anything did.
 
         Raises:
             DivergenceError: after :data:`PATIENCE` skipped steps in a row.
         """
-        failure, self.failure = self.failure, None
         if failure is None:
             self.scaler.unscale_(self.optimizer)
             gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -75,18 +80,21 @@ class StepGuard:
                 failure = "the gradient is not finite"
             self.scaler.update()  # to a smaller scale, if that was at fault
         self.optimizer.zero_grad(set_to_none=True)
+        progress = self.progress
         if failure is None:
-            self.in_a_row.clear()
+            progress.in_a_row.clear()
+            self.ranks.average(self.buffers)
             _copy(self.buffers, to=self.before)
             return
         _copy(self.before, to=self.buffers)
-        self.skipped += 1
-        self.in_a_row.append(where)
-        tqdm.write(f"{where}: step skipped ({self.skipped} so far): {failure}")
-        if len(self.in_a_row) >= PATIENCE:
+        progress.skipped += 1
+        progress.in_a_row.append(where)
+        if self.ranks.is_first:
+            tqdm.write(f"{where}: step skipped ({progress.skipped} so far): {failure}")
+        if len(progress.in_a_row) >= PATIENCE:
             raise DivergenceError(
-                f"{len(self.in_a_row)} steps in a row were skipped since {self.in_a_row[0]}, the last because {failure}. "
-                "Lower -lr, or try another -solver"
+                f"{len(progress.in_a_row)} steps in a row were skipped since {progress.in_a_row[0]}, the last because "
+                f"{failure}. Lower -lr, or try another -solver"
             )
 
 
@@ -96,47 +104,83 @@ def _copy(tensors: list[Tensor], *, to: list[Tensor]) -> None:
 
 
 def train_epoch(
+    network: nn.Module,
     forward: Forward,
     loader: DataLoader,
     guard: StepGuard,
     run: RunFolder,
     *,
-    epoch: int,
     device: torch.device,
     accumulate: int = 1,
     skip_on: tuple[type[Exception], ...] = (),
-) -> tuple[float, float]:
-    """One pass over a loader; returns mean loss and mean accuracy in percent, of the batches that went well.
+    stop: StopRequest | None = None,
+    after_step: Callable[[int], None] = lambda signal_number: None,
+) -> None:
+    """The rest of an epoch, from where ``guard.progress`` says it is.
 
     Args:
-        epoch: counted from 1.
-        accumulate: batches per optimiser step, which takes their mean gradient. The last step of an epoch may have fewer.
+        network: what ``forward`` calls, spread over the ranks if there are several.
+        loader: of this rank's batches; its ``batch_sampler`` is a :class:`engine.distributed.Shard`.
+        accumulate: batches per optimiser step over all ranks, which takes their mean gradient. The last step of an epoch
+            may have fewer.
         skip_on: errors of a batch that cost its step, not the run.
+        stop: whether this process has been asked to stop.
+        after_step: called with the signal by which any rank has been asked to stop, or 0.
     """
-    losses: list[float] = []
-    accuracies: list[float] = []
-    with tqdm(stream(loader), total=len(loader), desc=f"epoch {epoch}", leave=False, dynamic_ncols=True) as bar:
-        for number, (images, labels) in enumerate(bar, start=1):
-            first = number - (number - 1) % accumulate  # of the batches of this step
-            share = 1 / min(accumulate, len(loader) + 1 - first)
-            try:
-                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                logits, labels = forward(images, labels, (epoch, number))
-                loss = F.cross_entropy(logits, labels)
-                guard.backward(loss * share)
-                value, hits = torch.stack([loss.detach(), (logits.argmax(1) == labels).sum()]).tolist()
-                if not math.isfinite(value):
-                    raise FloatingPointError("the loss is not finite")
-                losses.append(value)
-                accuracies.append(100 * hits / len(labels))
-                step = (epoch - 1) * len(loader) + number
-                run.scalars(step, loss=value, acc=accuracies[-1], total_loss=value * share)
-            except (FloatingPointError, *skip_on) as error:
-                guard.fail(str(error))
-            if number % accumulate == 0 or number == len(loader):
-                guard.step(f"epoch {epoch}, batch {number}")
-            bar.set_postfix_str(f"loss {_mean(losses):.4f}, acc {_mean(accuracies):.2f} %", refresh=False)
-    return _mean(losses), _mean(accuracies)
+    progress, ranks, shard = guard.progress, guard.ranks, loader.batch_sampler
+    batches = stream(loader)
+    title = f"epoch {progress.epoch}"
+    with progress_bar(title, total=len(shard), initial=progress.batch, disable=not ranks.is_first) as bar:
+        while progress.batch < len(shard):
+            window = min(accumulate, len(shard) - progress.batch)  # batches of this step, over all ranks
+            numbers = range(1, window + 1) if shard.by_image else range(1 + ranks.rank, window + 1, ranks.size)
+            rows: list[list[float]] = []  # loss, hits and queries of each batch of this rank
+            failure = None
+            for number in numbers:
+                images, labels = next(batches)
+                try:
+                    if failure:
+                        raise FloatingPointError(failure)
+                    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                    is_last = number == numbers[-1]
+                    with nullcontext() if ranks.size == 1 or is_last else network.no_sync():
+                        logits, labels = forward(images, labels, (progress.epoch, progress.batch + number))
+                        loss = F.cross_entropy(logits, labels)
+                        hits = (logits.argmax(1) == labels).sum()
+                        rows.append([*torch.stack([loss.detach(), hits]).tolist(), len(labels)])
+                        if not math.isfinite(rows[-1][0]):
+                            raise FloatingPointError("the loss is not finite")
+                        if not is_last:
+                            guard.scaler.scale(loss / len(numbers)).backward()
+                except (FloatingPointError, *skip_on) as error:
+                    failure = str(error)
+            # Before the last backward pass, which waits for all ranks: does any of them have nothing to give to it?
+            rows = rows if failure is None else [[0.0, 0, 1]] * len(numbers)
+            signal_number = stop.signal_number if stop else 0
+            table = ranks.gather([failure is not None, signal_number, *(value for row in rows for value in row)])
+            failed, signals = any(row[0] for row in table), [int(row[1]) for row in table]
+            scores = [row[2 + k : 5 + k] for k in range(0, 3 * len(numbers), 3) for row in table]
+            if failed:
+                failure = next(filter(None, ranks.gather_objects(failure)))
+            else:
+                queries = sum(score[2] for score in scores)
+                share = rows[-1][2] * ranks.size / queries if shard.by_image else 1 / len(numbers)
+                guard.scaler.scale(loss * share).backward()
+                if shard.by_image:  # the ranks have parts of one batch
+                    scores = [[sum(s[0] * s[2] for s in scores) / queries, sum(s[1] for s in scores), queries]]
+                for number, (value, hits, count) in enumerate(scores, start=progress.batch + 1):
+                    progress.losses.append(value)
+                    progress.accuracies.append(100 * hits / count)
+                    step = (progress.epoch - 1) * len(shard) + number
+                    run.scalars(step, loss=value, acc=progress.accuracies[-1], total_loss=value / window)
+            where = f"epoch {progress.epoch}, batch {progress.batch + window}"
+            progress.batch += window
+            guard.step(where, failure)
+            bar.set_postfix_str(
+                f"loss {_mean(progress.losses):.4f}, acc {_mean(progress.accuracies):.2f} %", refresh=False
+            )
+            bar.update(window)
+            after_step(max(signals))
 
 
 def _mean(values: list[float]) -> float:
@@ -145,6 +189,7 @@ def _mean(values: list[float]) -> float:
 
 def fit(
     network: nn.Module,
+    spread: nn.Module,
     forward: Forward,
     loader: DataLoader,
     validate: Callable[[int], Evaluation],
@@ -158,47 +203,83 @@ def fit(
     gamma: float,
     half_precision: bool = False,
     save_all: bool = False,
+    save_every: int = 0,
     accumulate: int = 1,
     skip_on: tuple[type[Exception], ...] = (),
+    ranks: Ranks | None = None,
+    stop: StopRequest | None = None,
 ) -> None:
-    """Train for ``max_epoch`` epochs; after each, validate, write the log, and keep the best weights.
+    """Train until ``max_epoch`` epochs are done; after each, validate, write the log, and keep the best weights.
+
+    A run that its folder has taken up goes on where it was.
 
     Args:
         network: what is trained; in training mode during an epoch.
-        loader: of the training batches; its batch sampler is told the epoch by ``set_epoch``.
+        spread: what ``forward`` calls: the network, or its copy that is spread over the ranks.
+        loader: of the training batches; see :func:`train_epoch`.
         validate: evaluates the network as it is after an epoch. Of equal accuracies the later epoch wins.
-        weights_of: the module whose state dict is saved.
+        weights_of: the module whose state dict is the checkpoint.
         lr, step_size, gamma: see :func:`make_optimizer`.
         half_precision: float16 is in use, so scale the loss.
         save_all: keep the weights of every epoch.
-        accumulate, skip_on: see :func:`train_epoch`.
+        save_every: steps between saves of the state within an epoch; 0 for none.
+        accumulate, skip_on, stop: see :func:`train_epoch`.
 
     Raises:
         DivergenceError: the numbers are no longer finite.
+        Stopped: the run was asked to stop; its state is saved.
     """
+    ranks = ranks or Ranks()
     optimizer, scheduler = make_optimizer(network, lr=lr, step_size=step_size, gamma=gamma)
-    guard = StepGuard(network, optimizer, torch.amp.GradScaler(device.type, enabled=half_precision))
-    best = -1.0
-    for epoch in range(1, max_epoch + 1):
+    scaler = torch.amp.GradScaler(device.type, enabled=half_precision)
+    parts = network, optimizer, scheduler, scaler
+    progress = from_dict(run.state, *parts) if run.state else Progress()
+    guard = StepGuard(network, optimizer, scaler, progress, ranks)
+
+    def save() -> None:
+        if ranks.is_first:
+            run.save_state(to_dict(progress, *parts))
+
+    def after_step(signal_number: int) -> None:
+        steps = -(-progress.batch // accumulate)
+        if signal_number or (save_every and steps % save_every == 0):
+            save()
+        if signal_number:
+            raise Stopped(signal_number)
+
+    while progress.epoch <= max_epoch:
         watch = Stopwatch()
-        network.train()
-        loader.batch_sampler.set_epoch(epoch)
-        rate = scheduler.get_last_lr()[0]
-        loss, accuracy = train_epoch(
-            forward, loader, guard, run, epoch=epoch, device=device, accumulate=accumulate, skip_on=skip_on
-        )
-        scheduler.step()
+        epoch, length = progress.epoch, len(loader.batch_sampler)
+        rate = optimizer.param_groups[0]["lr"]
+        if progress.batch < length:
+            network.train()
+            loader.batch_sampler.set_epoch(epoch, progress.batch)
+            train_epoch(
+                spread,
+                forward,
+                loader,
+                guard,
+                run,
+                device=device,
+                accumulate=accumulate,
+                skip_on=skip_on,
+                stop=stop,
+                after_step=after_step,
+            )
+            save()  # validation may take long, and may fail
         try:
             result = validate(epoch)
         except DivergenceError as error:
-            since = f"; steps were skipped since {guard.in_a_row[0]}" if guard.in_a_row else ""
+            since = f"; steps were skipped since {progress.in_a_row[0]}" if progress.in_a_row else ""
             raise DivergenceError(f"validation after epoch {epoch}: {error}{since}. Lower -lr, now {rate:g}") from error
-        is_best = result.accuracy >= best
+        scheduler.step()
+        is_best = result.accuracy >= progress.best
         if is_best:
-            best = result.accuracy
+            progress.best = result.accuracy
             run.save_weights(BEST_WEIGHTS, weights_of.state_dict())
         if save_all:
             run.save_weights(f"epoch-{epoch}.pth", weights_of.state_dict())
+        loss, accuracy = _mean(progress.losses), _mean(progress.accuracies)
         run.scalars(epoch, val_loss=result.loss, val_acc=result.accuracy)
         run.record(
             epoch=epoch,
@@ -209,10 +290,12 @@ def fit(
             val_acc=result.accuracy,
             val_interval=result.interval,
             best=is_best,
-            skipped_steps=guard.skipped,
+            skipped_steps=progress.skipped,
         )
-        skipped = f", {guard.skipped} steps skipped" if guard.skipped else ""
+        skipped = f", {progress.skipped} steps skipped" if progress.skipped else ""
         run.log(
             f"epoch {epoch}/{max_epoch}: train loss {loss:.4f} acc {accuracy:.2f} %, validation loss {result.loss:.4f} "
             f"acc {result}{' (best)' if is_best else ''}, lr {rate:.4g}, {watch}{skipped}"
         )
+        progress.next_epoch()
+        save()

@@ -1,16 +1,17 @@
 """The loops, on a model small enough to reason about."""
 
 import argparse
-import functools
 import itertools
 import math
 
 import pytest
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from engine import evaluation
 from engine.arguments import folder_number, next_command
+from engine.distributed import Ranks, Shard
 from engine.evaluation import DivergenceError, Evaluation, Evaluator
 from engine.loading import LoaderError, make_loader, stream
 from engine.training import PATIENCE, StepGuard, fit, make_optimizer, train_epoch
@@ -66,8 +67,14 @@ def episode(*indices):
 class Batches(list):
     """Batches of indices that are told the epoch, as fit() does."""
 
+    epoch = 0
+
     def set_epoch(self, epoch):
         self.epoch = epoch
+
+
+def loader_of(batches):
+    return make_loader(Samples(), Shard(Batches(batches), Ranks(), by_image=False), num_workers=0, device=CPU)
 
 
 # --- evaluation ---
@@ -87,7 +94,9 @@ def test_evaluation_counts_hits_and_seeds_each_episode():
 
 
 def test_the_running_mean_is_shown(monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "tqdm", functools.partial(evaluation.tqdm, mininterval=0))
+    monkeypatch.setattr(
+        evaluation, "progress_bar", lambda title, **settings: tqdm(desc=title, mininterval=0, **settings)
+    )
     Evaluator(Samples(), episode_batch=1, **SHAPE)(FixedLogits(), [episode(k, 9, 9, 9, 9, 9) for k in (4, 2)])
     assert "acc 75.00 +- 34.65 %" in capsys.readouterr().err
 
@@ -194,10 +203,9 @@ def test_episodes_are_drawn_as_they_are_needed():
         def __len__(self):
             return 10**12
 
-        def __iter__(self):
-            while True:
-                self.drawn += 1
-                yield episode(0, 5, 6, 7, 8, 9)
+        def __getitem__(self, k):
+            self.drawn += 1
+            return episode(0, 5, 6, 7, 8, 9)
 
     episodes, model = Endless(), FixedLogits()
     model.match = lambda *args, **settings: (_ for _ in ()).throw(ArithmeticError("stop here"))
@@ -264,8 +272,8 @@ def test_accumulation_is_the_mean_gradient(run, batches, accumulate):
     for these, count in ((batches, accumulate), ([[0, 1, 2, 3]], 1)):
         network = nn.Linear(2, 2)
         network.load_state_dict(start.state_dict())
-        loader = make_loader(Samples(), these, num_workers=0, device=CPU)
-        train_epoch(classify(network), loader, guard_of(network), run, epoch=1, device=CPU, accumulate=count)
+        loader = loader_of(these)
+        train_epoch(network, classify(network), loader, guard_of(network), run, device=CPU, accumulate=count)
         assert network.weight.grad is None  # nothing is left to the next epoch
         weights.append(network.weight.detach())
     torch.testing.assert_close(*weights)
@@ -276,18 +284,17 @@ def test_accumulation_is_the_mean_gradient(run, batches, accumulate):
 )
 def test_fit_keeps_the_best_and_the_later_of_equals(run, accuracies, kept):
     network = nn.Linear(2, 2)
-    batches = Batches([[0, 1]])
     seen, results = [], iter(accuracies)
 
     def forward(images, labels, at):
-        seen.append((at, batches.epoch))
+        seen.append((at, loader.batch_sampler.batches.epoch))
         return network(images), labels
 
     def validate(epoch):
         return Evaluation(1.0, next(results), 1.0, [])
 
-    loader = make_loader(Samples(), batches, num_workers=0, device=CPU)
-    fit(network, forward, loader, validate, run, network, device=CPU, max_epoch=3, save_all=True, **RATES)
+    loader = loader_of([[0, 1]])
+    fit(network, network, forward, loader, validate, run, network, device=CPU, max_epoch=3, save_all=True, **RATES)
     best, same = (
         torch.load(run.path / name, weights_only=True)["params"] for name in ("max_acc.pth", f"epoch-{kept}.pth")
     )
@@ -314,7 +321,7 @@ def test_gradients_that_are_not_finite_skip_the_step_then_stop(capsys):
     for number in range(PATIENCE - 1):
         step(math.nan, number)
     assert network.weight.item() == 1
-    assert guard.skipped == PATIENCE - 1
+    assert guard.progress.skipped == PATIENCE - 1
     step(1.0, 20)
     assert network.weight.item() == 0
     for number in range(30, 29 + PATIENCE):
@@ -328,7 +335,7 @@ def test_a_batch_that_overflows_leaves_no_trace(run):
     """Neither in the weights nor in the running statistics, which would stay NaN for good."""
     network = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
     guard = guard_of(network)
-    loader = make_loader(Samples(), [[0, 1], [2, 3], [4, 5]], num_workers=0, device=CPU)
+    loader = loader_of([[0, 1], [2, 3], [4, 5]])
 
     def forward(images, labels, at):
         if at[1] == 2:
@@ -341,14 +348,15 @@ def test_a_batch_that_overflows_leaves_no_trace(run):
     guard.optimizer.register_step_post_hook(lambda *_: steps.append(1))
     real = guard.step
 
-    def step(where):
-        real(where)
+    def step(where, failure=None):
+        real(where, failure)
         if "batch 2" in where:
             assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
     guard.step = step
-    loss, _ = train_epoch(forward, loader, guard, run, epoch=1, device=CPU)
-    assert (guard.skipped, len(steps)) == (1, 2)
+    train_epoch(network, forward, loader, guard, run, device=CPU)
+    loss = guard.progress.losses[-1]
+    assert (guard.progress.skipped, len(steps)) == (1, 2)
     assert math.isfinite(loss)
     assert all(value.isfinite().all() for value in network.state_dict().values())
     assert network[0].num_batches_tracked == 2
@@ -362,16 +370,16 @@ def test_a_failing_batch_costs_its_step(run):
             raise ArithmeticError("no solution")
         return network(images), labels
 
-    loader = make_loader(Samples(), [[0, 1], [2, 3], [4, 5], [6, 7]], num_workers=0, device=CPU)
+    loader = loader_of([[0, 1], [2, 3], [4, 5], [6, 7]])
     guard = guard_of(network)
     weights = []
     guard.optimizer.register_step_post_hook(lambda *_: weights.append(network.weight.detach().clone()))
-    loss, _ = train_epoch(forward, loader, guard, run, epoch=1, device=CPU, accumulate=2, skip_on=(ArithmeticError,))
-    assert guard.skipped == 1
-    assert loss == loss
+    train_epoch(network, forward, loader, guard, run, device=CPU, accumulate=2, skip_on=(ArithmeticError,))
+    assert guard.progress.skipped == 1
+    assert len(guard.progress.losses) == 2  # of the step that was taken
     assert len(weights) == 1  # the step of the second pair only
     with pytest.raises(ArithmeticError):
-        train_epoch(forward, loader, guard_of(network), run, epoch=1, device=CPU)
+        train_epoch(network, forward, loader, guard_of(network), run, device=CPU)
 
 
 def test_gradients_of_a_failed_step_are_cleared(run):
@@ -386,9 +394,9 @@ def test_gradients_of_a_failed_step_are_cleared(run):
                 raise ArithmeticError("no solution")
             return network(images), labels
 
-        loader = make_loader(Samples(), batches, num_workers=0, device=CPU)
+        loader = loader_of(batches)
         train_epoch(
-            forward, loader, guard_of(network), run, epoch=1, device=CPU, accumulate=2, skip_on=(ArithmeticError,)
+            network, forward, loader, guard_of(network), run, device=CPU, accumulate=2, skip_on=(ArithmeticError,)
         )
         results.append(network.weight.detach())
     assert torch.equal(*results)
@@ -405,10 +413,10 @@ def test_float16_scales_the_loss_and_backs_off(run, scale, skipped):
         (network, StepGuard(network, make_optimizer(network, **RATES)[0], scaler)),
         (plain, guard_of(plain)),
     ):
-        loader = make_loader(Samples(), [[200, 301]] * 3, num_workers=0, device=CPU)
-        train_epoch(classify(one), loader, guard, run, epoch=1, device=CPU)
+        loader = loader_of([[200, 301]] * 3)
+        train_epoch(one, classify(one), loader, guard, run, device=CPU)
         if one is network:
-            assert guard.skipped == skipped
+            assert guard.progress.skipped == skipped
             assert scaler.get_scale() == scale / 2**skipped
     torch.testing.assert_close(network.weight.detach(), start["weight"] if skipped else plain.weight.detach())
 
@@ -422,9 +430,9 @@ def test_divergence_in_validation_names_the_steps(run):
     def validate(epoch):
         raise DivergenceError("the encoder's features are not finite")
 
-    loader = make_loader(Samples(), Batches([[0, 1], [2, 3], [4, 5]]), num_workers=0, device=CPU)
+    loader = loader_of([[0, 1], [2, 3], [4, 5]])
     with pytest.raises(DivergenceError, match="after epoch 1: .* skipped since epoch 1, batch 2. Lower -lr, now 0.1"):
-        fit(network, forward, loader, validate, run, network, device=CPU, max_epoch=1, **RATES)
+        fit(network, network, forward, loader, validate, run, network, device=CPU, max_epoch=1, **RATES)
 
 
 # --- flags ---

@@ -355,7 +355,7 @@ def test_an_error_has_a_line_of_its_own(bad_place, monkeypatch):
 
 
 def test_compile_on_several_gpus_is_refused(bad_place, monkeypatch):
-    monkeypatch.setattr(utils, "choose_device", lambda gpu: (torch.device("cpu"), [0, 1]))
+    monkeypatch.setattr("engine.distributed.choose_device", lambda gpu: (torch.device("cpu"), [0, 1]))
     done = run("eval.py", *GOOD, "-compile", "-gpu", "0,1", cwd=bad_place)
     assert done.err.endswith("-compile works on one GPU; got -gpu 0,1. Name one GPU, or leave -compile out\n")
 
@@ -452,6 +452,6 @@ def test_a_full_disk_is_one_line_and_costs_nothing(data, tmp_path, monkeypatch):
     monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
     done = run("train_pretrain.py", *flags, cwd=tmp_path)
     assert done.status == 1
-    assert re.search(r"error: expected 99 MB of free space for the run in .*; there are 1$", done.err.strip())
+    assert re.search(r"error: expected 250 MB of free space for the run in .*; there are 1$", done.err.strip())
     assert weights.read_bytes() == before
     assert not (weights.parent / "previous-1").exists()

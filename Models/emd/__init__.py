@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .checks import check_tensors, check_values
 from .errors import EmdError, MissingLibraryError, ProblemError, SolverError
+from .on_cpu import set_threads
 
 __all__ = [
     "SOLVERS",
@@ -40,6 +41,7 @@ __all__ = [
     "SolverError",
     "emd",
     "scale_to_mass",
+    "set_threads",
 ]
 
 

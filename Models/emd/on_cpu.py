@@ -16,6 +16,15 @@ from .checks import check_values
 CELLS_PER_THREAD = 10_000
 
 
+_threads: int | None = None
+
+
+def set_threads(count: int | None) -> None:
+    """How many threads the solvers on the CPU may use; as many as torch, when None. Holds for this process."""
+    global _threads
+    _threads = count
+
+
 def to_numpy(cost: Tensor, supply: Tensor, demand: Tensor, dtype: torch.dtype) -> tuple[np.ndarray, ...]:
     """``(B,N,M), (B,N), (B,M)`` as contiguous arrays of ``dtype``, by one transfer if they are on another device.
 
@@ -34,11 +43,11 @@ def to_numpy(cost: Tensor, supply: Tensor, demand: Tensor, dtype: torch.dtype) -
 def in_threads(work: Callable[[int, int], None], cost: np.ndarray) -> None:
     """Call ``work(first, last)`` on ranges that cover all problems of ``cost (B,N,M)``, in threads.
 
-    Uses up to ``torch.get_num_threads()`` threads, so that one setting governs the whole process. ``work`` should
-    release the interpreter lock; its exceptions are passed on.
+    Uses as many threads as :func:`set_threads` allows. ``work`` should release the interpreter lock; its exceptions are
+    passed on.
     """
     problems = len(cost)
-    allowed = torch.get_num_threads()
+    allowed = _threads or torch.get_num_threads()
     threads = min(allowed, problems, cost.size // CELLS_PER_THREAD)
     if threads < 2:
         work(0, problems)

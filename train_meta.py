@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dataloader.episodes import episode_labels
     from engine import arguments, distributed
     from engine.loading import make_loader
-    from engine.stopping import stop_request
+    from engine.stopping import Stopped, stop_request
     from engine.training import fit
     from Models.arguments import build_model
     from Models.emd import ProblemError, SolverError, set_threads
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     val_episodes = draw_episodes(args, val_set, args.val_episode, seed=args.seed, name=args.set)
     test_episodes = draw_episodes(args, test_set, args.test_episode, seed=args.seed, name="test")
     for dataset in (train_set, val_set, test_set):
-        dataset[0]  # what is wrong with all images is told before the first step
+        dataset[0, 0]  # what is wrong with all images is told before the first step
 
     model = build_model(args, device_ids=device_ids).to(device)
     weights = pretrained_weights(args.pretrain_dir, args.dataset)
@@ -171,9 +171,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"test, best model, {args.way}-way {args.shot}-shot, {args.test_episode} episodes: acc {result} ({watch})"
             )
             run.finish(test_acc=result.accuracy, test_interval=result.interval, test_loss=result.loss)
-        finally:  # a test that fails can be done again
-            if ranks.is_first:
-                print(f"next: {again}", flush=True)
+        except Stopped:
+            raise
+        except Exception:
+            say(f"the final test failed; the best weights are in {best}, and this tests them: {again}")
+            raise
+    if ranks.is_first:
+        print(f"next: {again}")
 
 
 if __name__ == "__main__":

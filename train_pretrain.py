@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_batches = SeededBatches(len(train_set), args.bs, seed=args.seed, name="train")
     val_episodes = draw_episodes(args, val_set, args.num_episode, seed=args.seed, name=args.set)
     for dataset in (train_set, val_set):
-        dataset[0]  # what is wrong with all images is told before the first step
+        dataset[0, 0]  # what is wrong with all images is told before the first step
 
     model = build_model(args, device_ids=device_ids).to(device)
     classifier = Classifier(model.encoder, len(train_set.class_names)).to(device)

@@ -155,6 +155,8 @@ def _user_message(error: Exception) -> str | None:
             f"out of GPU memory ({str(error).splitlines()[0]}) Try a smaller -query, fewer patches, "
             "-checkpoint_activations, or more GPUs with -gpu 0,1"
         )
+    if "WORLD_SIZE" in os.environ and re.search("gloo|NCCL|Connection (closed|reset)", str(error)):
+        return f"another process of the run was lost ({str(error).splitlines()[0]})"
     if not (getattr(error, "is_user_error", False) or isinstance(error, OSError)):
         return None
     # A loader's worker or a replica hands its error on with its traceback in the message; the last line is the error.

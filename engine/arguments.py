@@ -32,14 +32,8 @@ from utils import (
 OF_ONE_STAGE = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_every")
 # Flags that do not decide the result of a run, and may differ when it is taken up again.
 FREE_TO_DIFFER = (
-    "num_workers",
-    "gpu",
-    "data_dir",
-    "save_every",
-    "resume",
-    "extra_dir",
-    "solver_threads",
-    "pretrain_dir",
+    *("num_workers", "gpu", "data_dir", "save_every", "solver_threads"),
+    *("resume", "extra_dir", "json"),  # where it is written
 )
 
 
@@ -96,22 +90,26 @@ def parse_run(
         if args.resume:
             raise InputError(f"-resume {folder}: expected a run with its {LAST_STATE}; there is none")
         return args, folder
-    recorded = json.loads((folder / "run.json").read_text())["flags"]
+    try:
+        recorded = json.loads((folder / "run.json").read_text())["flags"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"-resume: expected the flags of the run in {folder / 'run.json'}; {error!r}") from error
     if args.resume:
         absent = object()
         parser.set_defaults(**dict.fromkeys(vars(args), absent))
         given = vars(parser.parse_args(argv))
         for name, value in recorded.items():
-            if given.get(name, absent) is absent and name not in FREE_TO_DIFFER:
+            if given.get(name, absent) is absent:
                 setattr(args, name, tuple(value) if isinstance(value, list) else value)
     if args.seed == 0:
         args.seed = recorded["seed"]  # the one that was drawn
     now = json.loads(json.dumps(vars(args)))
-    longer = now["max_epoch"] >= recorded["max_epoch"]
+    if now["max_epoch"] > recorded["max_epoch"]:  # a run may be made longer
+        recorded["max_epoch"] = now["max_epoch"]
     different = [
         f"-{name} {now[name]} (there: {value})"
         for name, value in recorded.items()
-        if name in now and now[name] != value and name not in FREE_TO_DIFFER and not (name == "max_epoch" and longer)
+        if name in now and now[name] != value and name not in FREE_TO_DIFFER
     ]
     if different:
         raise InputError(

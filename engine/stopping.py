@@ -2,10 +2,13 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+
+SECONDS_TO_HAND_ON = 5.0
 
 
 class Stopped(Exception):
@@ -22,12 +25,15 @@ class StopRequest:
     """Whether a signal has asked this process to stop, and which."""
 
     signal_number = 0
+    since = 0.0
 
     def note(self, signal_number: int, _frame: object) -> None:
         """The handler of the signals. The second one stops at once."""
-        if self.signal_number:
+        if not self.signal_number:
+            self.signal_number, self.since = signal_number, time.monotonic()
+        # A launcher hands on the signal that a terminal or a scheduler has sent to all: that is no second request.
+        elif "LOCAL_WORLD_SIZE" not in os.environ or time.monotonic() > self.since + SECONDS_TO_HAND_ON:
             os._exit(128 + signal_number)
-        self.signal_number = signal_number
 
 
 @contextmanager

@@ -1,0 +1,396 @@
+"""Runs that are stopped, killed, taken up again, repeated, and spread over processes."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_scripts import ROOT, Outcome, run, succeed
+
+from engine import distributed, stopping
+from engine.distributed import Ranks, Shard
+from utils import InputError
+
+TINY = ["-gpu", "cpu", "-image_size", "16", "-query", "2", "-way", "2", "-dataset", "folder", "-episode_batch", "1"]
+PRETRAIN = ["train_pretrain.py", *TINY, "-max_epoch", "2", "-num_episode", "2", "-bs", "14", "-lr", "0.01"]
+META = [
+    *("train_meta.py", *TINY, "-pretrain_dir", "none", "-max_epoch", "2", "-val_frequency", "2", "-bs", "2"),
+    *("-val_episode", "2", "-test_episode", "3", "-deepemd", "sampling", "-num_patch", "2", "-random_val_task"),
+    *("-shot", "2", "-sfc_update_step", "2"),
+]
+EVAL = ["eval.py", *TINY, "-model_dir", "none", "-test_episode", "5"]
+HERE = ["-num_workers", "0"]
+
+
+class Ended:
+    """What a run left behind, but for times."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        content = torch.load(folder / "last.pth", weights_only=True)
+        self.network = content["state"]["network"]
+        self.momentum = [entry["momentum_buffer"] for entry in content["state"]["optimizer"]["state"].values()]
+        self.best = torch.load(folder / "max_acc.pth", weights_only=True)["params"]
+        self.lines = [re.sub(r"\d+ s", "", line) for line in (folder / "results.txt").read_text().splitlines()]
+        self.curves = json.loads((folder / "trlog.json").read_text())
+        events = EventAccumulator(str(folder / "tf"), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+        events.Reload()
+        names = events.Tags()["scalars"]
+        self.events = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
+        assert not list(folder.glob("*.part"))
+
+    def check(self, other: "Ended") -> None:
+        """Equal to the bit, and no line twice or missing."""
+        for mine, theirs in ((self.network, other.network), (self.best, other.best)):
+            assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
+        assert all(torch.equal(a, b) for a, b in zip(self.momentum, other.momentum, strict=True))
+        assert self.lines == other.lines
+        assert {**self.curves, "args": 0} == {**other.curves, "args": 0}
+        assert self.events == other.events
+
+
+def folder_of(words: list[str], cwd: Path) -> Path:
+    if words[0] == "eval.py":
+        return cwd / "checkpoint/eval"
+    meta = "checkpoint/folder/sampling/2shot-2way"
+    return cwd / (meta if words[0] == "train_meta.py" else "checkpoint/pre_train/folder/14-0.0100-30-0.20")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, folder) -> dict[str, Ended]:
+    """Runs that nobody stopped."""
+    cwd = tmp_path_factory.mktemp("whole")
+    for words in (PRETRAIN, META):
+        succeed(*words, *HERE, "-data_dir", folder, cwd=cwd)
+    return {words[0]: Ended(folder_of(words, cwd)) for words in (PRETRAIN, META)}
+
+
+def stop_at(monkeypatch, count: int) -> None:
+    """SIGTERM arrives before the step, or the group of episodes, of that number."""
+    seen = []
+
+    def signal_number(self):
+        seen.append(1)
+        return signal.SIGTERM if len(seen) == count else 0
+
+    monkeypatch.setattr(stopping.StopRequest, "signal_number", property(signal_number))
+
+
+# Steps: PRETRAIN 3 + 2 validation, twice; META 2 + 2, twice, + 3 of the test.
+@pytest.mark.parametrize(
+    ("words", "stops"),
+    [(PRETRAIN, [1]), (PRETRAIN, [3, 1]), (PRETRAIN, [4]), (PRETRAIN, [5, 2]), (PRETRAIN, [10])]
+    + [(META, [1]), (META, [2]), (META, [3, 3]), (META, [5, 1, 1]), (META, [8]), (META, [9]), (META, [11])],
+)
+def test_a_stopped_run_ends_where_a_whole_one_ends(whole, folder, tmp_path, monkeypatch, words, stops):
+    """To the bit, wherever it was stopped, by the command that it printed."""
+    command = [*words, *HERE, "-data_dir", folder]
+    for count in stops:
+        with monkeypatch.context() as patch:
+            stop_at(patch, count)
+            done = run(*command, cwd=tmp_path)
+        assert done.status == 128 + signal.SIGTERM
+        assert done.err.splitlines()[-1] == "stopped by SIGTERM; the state is saved"
+        command = shlex.split(re.search(r"^continue: python (.*)$", done.out, re.M)[1])
+        assert command[-1] == "-resume" or "-resume" in command
+    done = run(*command, cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert "taken up again" in done.out
+    whole[words[0]].check(Ended(folder_of(words, tmp_path)))
+    again = run(*command, cwd=tmp_path)
+    assert (again.status, "is finished: nothing to do" in again.err) == (0, True)
+    whole[words[0]].check(Ended(folder_of(words, tmp_path)))
+
+
+def test_a_stopped_evaluation_goes_on(folder, tmp_path, monkeypatch):
+    def results(cwd):
+        found = json.loads((cwd / "checkpoint/eval/results.json").read_text())
+        return [*found["accuracies"], found["loss"], found["accuracy"], found["interval"]]
+
+    command = [*EVAL, *HERE, "-data_dir", folder]
+    (tmp_path / "whole").mkdir()
+    succeed(*command, cwd=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        done = run(*command, cwd=tmp_path)
+    assert done.status == 128 + signal.SIGTERM
+    assert not (tmp_path / "checkpoint/eval/results.json").exists()
+    command = shlex.split(re.search(r"^continue: python (.*)$", done.out, re.M)[1])
+    assert len(json.loads((tmp_path / "checkpoint/eval/partial.json").read_text())["scores"]) == 3
+    done = run(*command, "-temperature", 3, cwd=tmp_path)
+    assert (done.status, "belongs to an evaluation with other flags or weights" in done.err) == (1, True)
+    succeed(*command, cwd=tmp_path)
+    assert results(tmp_path) == pytest.approx(results(tmp_path / "whole"))
+    assert not (tmp_path / "checkpoint/eval/partial.json").exists()
+
+
+# --- -resume ---
+
+
+def test_resume_starts_a_run_where_there_is_none(whole, folder, tmp_path):
+    succeed(*PRETRAIN, *HERE, "-data_dir", folder, "-resume", cwd=tmp_path)
+    whole["train_pretrain.py"].check(Ended(folder_of(PRETRAIN, tmp_path)))
+    done = run(*PRETRAIN, *HERE, "-data_dir", folder, "-resume", "nowhere", cwd=tmp_path)
+    assert (done.status, "error: -resume nowhere: expected a run with its last.pth" in done.err) == (1, True)
+
+
+def test_flags_of_a_run_that_is_taken_up(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        assert run(*PRETRAIN, *HERE, "-data_dir", folder, "-seed", 0, "-save_every", 1, cwd=tmp_path).status == 143
+    path = folder_of(PRETRAIN, tmp_path)
+    again = [*PRETRAIN, *HERE, "-data_dir", folder, "-seed", 0, "-resume"]
+    for flags, message in (
+        (["-query", 3], "-query 3 (there: 2)"),
+        (["-max_epoch", 1, "-temperature", 3], "-temperature 3.0 (there: 12.5)"),
+        (["-max_epoch", 1], "-max_epoch 1 (there: 2)"),
+    ):
+        done = run(*again, *flags, cwd=tmp_path)
+        assert (done.status, message in done.err) == (1, True), done.err
+        assert len(done.err.splitlines()) == 1
+    # With the folder, its own flags hold; what does not decide the result may differ, and epochs may be added.
+    out = succeed("train_pretrain.py", "-resume", path, *HERE, "-data_dir", folder, "-max_epoch", 3, cwd=tmp_path)
+    assert "epoch 3/3" in out
+    assert json.loads((path / "run.json").read_text())["flags"]["max_epoch"] == 3
+    assert [line.split(":")[0] for line in (path / "results.txt").read_text().splitlines()] == [
+        f"epoch {k}" for k in ("1/2", "2/3", "3/3")
+    ] or len((path / "results.txt").read_text().splitlines()) == 3
+
+
+def test_a_state_of_another_version_is_refused(folder, tmp_path):
+    path = folder_of(PRETRAIN, tmp_path)
+    path.mkdir(parents=True)
+    (path / "run.json").write_text('{"flags": {"max_epoch": 1, "seed": 1}}')
+    torch.save({"format": 0}, path / "last.pth")
+    done = run(*PRETRAIN, *HERE, "-data_dir", folder, "-resume", cwd=tmp_path)
+    assert (done.status, "expected a state of format 1" in done.err) == (1, True)
+    (path / "last.pth").write_bytes(b"cut off")
+    done = run(*PRETRAIN, *HERE, "-data_dir", folder, "-resume", cwd=tmp_path)
+    assert (done.status, "it is damaged or another format" in done.err) == (1, True)
+
+
+# --- what is written ---
+
+
+def test_results_for_machines(folder, tmp_path):
+    done = run(*EVAL, *HERE, "-data_dir", folder, "-json", "-", "-extra_dir", "mine", cwd=tmp_path)
+    found = json.loads(done.out)  # and nothing else
+    keys = {"accuracy", "interval", "accuracies", "loss", "flags", "versions", "seconds", "weights"}
+    assert set(found) == keys
+    assert found["weights"] == {"path": "none", "sha256": None}
+    assert found["flags"]["test_episode"] == len(found["accuracies"]) == 5
+    assert found["accuracy"] == pytest.approx(sum(found["accuracies"]) / 5)
+    assert json.loads((tmp_path / "checkpoint/eval/mine/results.json").read_text()) == found
+    succeed(*EVAL, *HERE, "-data_dir", folder, "-json", "a/b.json", cwd=tmp_path)
+    assert json.loads((tmp_path / "a/b.json").read_text())["accuracies"] == found["accuracies"]
+
+
+def test_what_was_run_on_what(folder, tmp_path):
+    succeed(*META, *HERE, "-data_dir", folder, "-extra_dir", "first", cwd=tmp_path)
+    path = folder_of(META, tmp_path) / "first"
+    described, found = (json.loads((path / name).read_text()) for name in ("run.json", "results.json"))
+    assert described["flags"]["val_frequency"] == 2
+    assert described["versions"]["torch"] == torch.__version__.split("+")[0] or described["versions"]["torch"]
+    assert described["device"] == "cpu"
+    assert described["data"]["train"]["images"] == 42
+    assert described["data"]["train"]["sha256"] != described["data"]["val"]["sha256"]
+    assert described["weights"] == {"path": "none/folder/resnet12/max_acc.pth", "sha256": None}
+    assert len(found["weights"]["sha256"]) == 64
+    assert len(found["accuracies"]) == 3
+
+
+def test_a_log_has_lines(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.progress.SECONDS_BETWEEN_LINES", 0.0)
+    done = run(*PRETRAIN, *HERE, "-data_dir", folder, cwd=tmp_path)
+    assert "\r" not in done.err + done.out
+    assert re.search(r"^epoch 1: 2/3 \[.*loss \d+\.\d+, acc \d+\.\d+ %\]$", done.err, re.M)
+    monkeypatch.setattr("engine.progress.SECONDS_BETWEEN_LINES", 60.0)
+    done = run(*PRETRAIN, *HERE, "-data_dir", folder, cwd=tmp_path)
+    assert done.err == "device: cpu\n"
+
+
+# --- in processes of their own ---
+
+
+def start(words: list[object], cwd: Path, *launcher: object) -> subprocess.Popen:
+    command = [*map(str, launcher), str(ROOT / words[0]), *map(str, words[1:])]
+    command = command if launcher else [sys.executable, *command]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> Outcome:
+    out, err = process.communicate(timeout=240)
+    return Outcome(process.returncode, out, err)
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def test_kill_9_loses_nothing_that_was_saved(whole, folder, tmp_path):
+    """With workers, at three moments: in the first epoch, about its end, in the final test."""
+    words = [*META, "-num_workers", "1", "-data_dir", folder, "-save_every", "1", "-resume"]
+    path = folder_of(META, tmp_path)
+    for moment in ("last.pth", "max_acc.pth", "results.txt"):
+        process = start(words, tmp_path)
+        wait_for((path / moment).exists, process)
+        process.kill()
+        assert finish(process).status == -signal.SIGKILL
+    done = finish(start(words, tmp_path))
+    assert done.status == 0, done.err
+    whole["train_meta.py"].check(Ended(path))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_signals_end_a_run_in_order(folder, tmp_path, number):
+    words = [*META, "-num_workers", "1", "-data_dir", folder, "-max_epoch", "50"]
+    process = start(words, tmp_path)
+    wait_for((folder_of(META, tmp_path) / "results.txt").exists, process)
+    process.send_signal(number)
+    done = finish(process)
+    assert done.status == 128 + number, done.err
+    assert "Traceback" not in done.err
+    assert done.out.splitlines()[-1].startswith("continue: python train_meta.py ") or "continue: " in done.out
+
+
+def test_two_runs_in_one_folder(folder, tmp_path):
+    words = [*META, *HERE, "-data_dir", folder, "-max_epoch", "50"]
+    path = folder_of(META, tmp_path)
+    first = start(words, tmp_path)
+    wait_for((path / "results.txt").exists, first)
+    second = finish(start(words, tmp_path))
+    assert second.status == 1
+    assert re.search(rf"expected no other run in .*; process {first.pid} on .*, started .* -extra_dir", second.err)
+    assert not (path / "previous-1").exists()
+    first.kill()
+    finish(first)
+    # The lock of a process that is gone is no lock.
+    assert finish(start([*words, "-max_epoch", "1", "-resume"], tmp_path)).err.count("-max_epoch 1 (there: 50)") == 1
+    assert finish(start([*PRETRAIN, *HERE, "-data_dir", folder, "-max_epoch", "1"], tmp_path)).status == 0
+
+
+# --- ranks ---
+
+
+def torchrun(count: int) -> list[object]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+
+
+def test_shards():
+    class Batches:
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, k):
+            return [10 * k + i for i in range(1 if k == 4 else 4)]
+
+        def set_epoch(self, epoch):
+            pass
+
+    def shard(rank, size, by_image, first=0):
+        found = Shard(Batches(), Ranks(rank, size), by_image=by_image)
+        found.set_epoch(1, first)
+        return len(found), list(found)
+
+    assert shard(0, 1, True) == (5, [[0, 1, 2, 3], [10, 11, 12, 13], [20, 21, 22, 23], [30, 31, 32, 33], [40]])
+    assert shard(1, 2, True, 2) == (4, [[21, 23], [31, 33]])  # the last batch has no image for the second rank
+    assert shard(1, 2, False) == (5, [[10, 11, 12, 13], [30, 31, 32, 33]])
+    assert shard(0, 2, False, 2) == (5, [[20, 21, 22, 23], [40]])
+
+
+def test_slurm_speaks_torchruns_words(monkeypatch):
+    environ: dict[str, str] = {}
+    monkeypatch.setattr(distributed.os, "environ", environ)
+    distributed._launched_by_slurm()
+    assert environ == {}
+    slurm = {"STEP_NUM_TASKS": "4", "PROCID": "3", "LOCALID": "1", "STEP_TASKS_PER_NODE": "2(x2)", "JOB_ID": "77"}
+    environ.update({f"SLURM_{name}": value for name, value in {**slurm, "SRUN_COMM_HOST": "10.0.0.1"}.items()})
+    distributed._launched_by_slurm()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [environ[name] for name in names] == ["3", "4", "1", "2", "10.0.0.1", "20077"]
+
+
+def test_too_few_gpus_for_the_processes(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="a GPU for each of the 2 processes on this machine; got 1"):
+        distributed.start(None)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_evaluation_by_several_processes_is_that_of_one(folder, tmp_path, count):
+    flags = [*HERE, "-data_dir", folder, "-json", "-"]
+    alone = json.loads(run(*EVAL, *flags, cwd=tmp_path).out)
+    done = finish(start([*EVAL, *flags], tmp_path, *torchrun(count)))
+    assert done.status == 0, done.err
+    found = json.loads(done.out)
+    assert found["accuracies"] == alone["accuracies"]
+    assert found["accuracy"] == alone["accuracy"]
+    assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+def test_training_by_two_processes(folder, tmp_path):
+    """One step of two tasks: the gradient, which is the momentum, is that of one process."""
+    words = [*META[:-4], "-shot", "1", *HERE, "-data_dir", folder, "-max_epoch", "1", "-val_frequency", "1"]
+    words = [*words, "-val_episode", "2", "-test_episode", "3", "-deepemd", "fcn"]
+    states = []
+    for name, launcher in (("one", []), ("two", torchrun(2))):
+        done = finish(start([*words, "-extra_dir", name], tmp_path, *launcher))
+        assert done.status == 0, done.err
+        assert done.out.count("epoch 1/1") == 1  # the first rank alone prints
+        state = torch.load(tmp_path / "checkpoint/folder/fcn/1shot-2way" / name / "last.pth", weights_only=True)
+        states.append((state["state"], state["points"]))
+    momenta = [[entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()] for state, _ in states]
+    for one, two in zip(*momenta, strict=True):
+        assert (one - two).norm() <= 1e-5 * one.norm()
+    losses = [points["data/loss"][:, 1] for _, points in states]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    # Running statistics are the mean over the ranks, each of which has seen one of the two tasks.
+    key = "encoder.layer1.0.bn1.running_mean"
+    assert states[1][0]["network"][key].isfinite().all()
+    done = finish(start([*words, "-bs", "3"], tmp_path, *torchrun(2)))
+    assert "-bs 3: expected a multiple of the 2 processes" in done.err
+    assert done.status != 0
+
+
+def test_the_launcher_is_stopped_and_the_run_goes_on_alone(folder, tmp_path):
+    words = [*PRETRAIN, *HERE, "-data_dir", folder, "-max_epoch", "30"]
+    path = folder_of(PRETRAIN, tmp_path)
+    process = start(words, tmp_path, *torchrun(2))
+    wait_for((path / "results.txt").exists, process)
+    process.send_signal(signal.SIGTERM)
+    done = finish(process)
+    assert done.status != 0
+    assert "continue: python train_pretrain.py" in done.out
+    lines = len((path / "results.txt").read_text().splitlines())
+    done = run(*words[:-1], lines + 1, "-resume", cwd=tmp_path)
+    assert (done.status, f"-max_epoch {lines + 1} (there: 30)" in done.err) == (1, True)
+    state = torch.load(path / "last.pth", weights_only=True)["state"]
+    assert state["progress"]["epoch"] >= lines
+
+
+def test_a_rank_that_dies_takes_the_run_down(folder, tmp_path):
+    words = [*PRETRAIN, *HERE, "-data_dir", folder, "-max_epoch", "1000"]
+    process = start(words, tmp_path, *torchrun(2))
+    wait_for((folder_of(PRETRAIN, tmp_path) / "results.txt").exists, process)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    began = time.monotonic()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    done = finish(process)
+    assert done.status != 0
+    assert time.monotonic() - began < 60
+    assert "Signal 9 (SIGKILL)" in done.err

@@ -27,7 +27,7 @@ def build_parser() -> ArgumentParser:
     )
     group.add_argument(
         "-model_dir",
-        help='checkpoint, or its folder, or "none" for an encoder that has learned nothing '
+        help='checkpoint, or its folder, or "none" for random weights '
         "(default: deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth)",
     )
     group.add_argument(
@@ -56,15 +56,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     from engine.stopping import stop_request
     from Models.arguments import build_model
     from Models.emd import set_threads
-    from utils import Stopwatch, append_line, choose_seed, load_encoder_weights, say, set_seed, write_json
+    from utils import (
+        append_line,
+        check_writable,
+        choose_seed,
+        duration,
+        load_encoder_weights,
+        say,
+        set_seed,
+        write_json,
+    )
 
     ranks, device, device_ids = distributed.start(args.gpu)
     set_threads(arguments.solver_threads(args, ranks))
     args.seed = ranks.from_first(choose_seed(args.seed))
     set_seed(args.seed, deterministic=args.deterministic)
     folder = Path("checkpoint", "eval", args.extra_dir)
+    results = [folder / "results.json"] + ([Path(args.json)] if args.json not in (None, "-") else [])
     if ranks.is_first:
-        append_line(folder / "results.txt")  # what cannot be written is told before the long work
+        append_line(folder / "results.txt")  # what cannot be written is reported before the long work
+        for path in results:
+            check_writable(path)
 
     model = build_model(args, device_ids=device_ids).to(device)
     weights = args.model_dir or f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
@@ -73,27 +85,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_encoder_weights(model, weights, hint="Name yours with -model_dir, or run: bash download_trained_model.sh")
     dataset = open_dataset(args, args.set, train=False)
     episodes = draw_episodes(args, dataset, args.test_episode, seed=args.seed, name=args.set)
-    identity = {"flags": arguments.deciding(args), "weights": arguments.fingerprint(weights)["sha256"]}
-    recorder = Recorder(folder / "partial.json", identity, resume=args.resume, ranks=ranks)
+    loaded = arguments.fingerprint(weights)
+    identity = {
+        "flags": {**arguments.deciding(args), "model_dir": None},
+        "weights": loaded and loaded["sha256"],
+        "data": dataset.fingerprint(),
+    }
+    recorder = Recorder(folder, identity, resume=args.resume, ranks=ranks)
 
-    watch = Stopwatch()
-    go_on = arguments.same_command("eval.py", parser, args) if ranks.is_first else None
-    with stop_request(None if args.json == "-" else go_on) as stop:
+    go_on = arguments.same_command("eval.py", parser, args) if ranks.is_first and args.json != "-" else None
+    with stop_request(go_on) as stop:
         evaluator = arguments.make_evaluator(args, dataset, device=device, ranks=ranks, stop=stop)
         result = evaluator(model, episodes, title=args.set, known=recorder.scores, after_round=recorder.note)
     if not ranks.is_first:
         return
     line = (
         f"{args.dataset} {args.set}, {args.deepemd}, {args.way}-way {args.shot}-shot, {args.test_episode} episodes: "
-        f"acc {result} ({watch})"
+        f"acc {result} ({duration(recorder.seconds)})"
     )
-    found = arguments.results(args, result, weights, watch.seconds)
-    print(json.dumps(found) if args.json == "-" else line)
-    append_line(folder / "results.txt", f"{line}, {weights}")
-    write_json(folder / "results.json", found)
-    if args.json not in (None, "-"):
-        write_json(Path(args.json), found)
+    found = arguments.results(args, result, weights, recorder.seconds)
+    for path in results:
+        write_json(path, found)
     recorder.remove()
+    append_line(folder / "results.txt", f"{line}, {weights}")
+    print(json.dumps(found) if args.json == "-" else line)
 
 
 if __name__ == "__main__":

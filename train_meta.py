@@ -37,7 +37,7 @@ def build_parser() -> ArgumentParser:
         "-pretrain_dir",
         default="deepemd_pretrain_model/",
         help="encoder to start from: a checkpoint, a run folder of train_pretrain.py, or a folder with "
-        '<dataset>/resnet12/max_acc.pth in it; "none" starts from nothing',
+        '<dataset>/resnet12/max_acc.pth in it; "none" starts from random weights',
     )
     add_data_arguments(parser)
     add_episode_arguments(parser)
@@ -62,6 +62,8 @@ def pretrained_weights(pretrain_dir: str, dataset: str) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
+    import copy
+
     import eval as eval_script
     from dataloader.arguments import draw_episodes, open_dataset
     from dataloader.episodes import episode_labels
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json,
     )
 
-    args, folder = arguments.parse_run(parser, argv, run_folder)
+    args, folder = arguments.parse_run("train_meta.py", parser, argv, run_folder)
     ranks, device, device_ids = distributed.start(args.gpu)
     set_threads(arguments.solver_threads(args, ranks))
     args.seed = ranks.from_first(choose_seed(args.seed))
@@ -101,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     val_episodes = draw_episodes(args, val_set, args.val_episode, seed=args.seed, name=args.set)
     test_episodes = draw_episodes(args, test_set, args.test_episode, seed=args.seed, name="test")
     for dataset in (train_set, val_set, test_set):
-        dataset[0, 0]  # what is wrong with all images is told before the first step
+        dataset[0, 0]  # what is wrong with all images is reported before the first step
 
     model = build_model(args, device_ids=device_ids).to(device)
     weights = pretrained_weights(args.pretrain_dir, args.dataset)
@@ -112,11 +114,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             hint="Name yours with -pretrain_dir, run train_pretrain.py, or: bash download_pretrain_model.sh",
         )
 
-    def facts():
-        data = {"train": train_set.fingerprint(), args.set: val_set.fingerprint(), "test": test_set.fingerprint()}
-        return {"device": str(device), "processes": ranks.size, "data": data, "weights": arguments.fingerprint(weights)}
-
-    run = arguments.open_run(args, folder, ranks, weights=model, facts=facts)
+    run = arguments.open_run(
+        "train_meta.py",
+        args,
+        folder,
+        ranks,
+        weights=model,
+        data={"train": train_set.fingerprint(), args.set: val_set.fingerprint(), "test": test_set.fingerprint()},
+        started_from=None if args.pretrain_dir == "none" else arguments.fingerprint(weights),
+    )
     best = folder / BEST_WEIGHTS
     again = arguments.next_command(
         "eval.py", eval_script.build_parser(), args, model_dir=str(best), solver=args.val_solver, set="test"
@@ -126,13 +132,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     shard = distributed.Shard(train_episodes, ranks, by_image=False)
-    loader = make_loader(train_set, shard, num_workers=args.num_workers, device=device)
+    loader = make_loader(train_set, shard, num_workers=arguments.loader_processes(args, ranks), device=device)
     labels = episode_labels(args.way, args.query).to(device)
-    spread = ranks.spread(model)
 
     def forward(images, _, at):
         order = named_generator(args.seed, "train", "sfc", *at)
-        return spread(train_set.view.normalize(images), way=args.way, shot=args.shot, generator=order), labels
+        return model(train_set.view.normalize(images), way=args.way, shot=args.shot, generator=order), labels
 
     go_on = arguments.same_command("train_meta.py", parser, args)
     with stop_request(go_on if ranks.is_first else None) as stop:
@@ -144,12 +149,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         fit(
             model,
-            spread,
             forward,
             loader,
             validate,
             run,
-            model,
+            weights_of=model,
             device=device,
             accumulate=args.bs,
             skip_on=(SolverError, ProblemError),
@@ -160,11 +164,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         watch = Stopwatch()
         try:
+            tested = copy.deepcopy(model)  # the model itself is part of the state, which may be saved again
             if ranks.is_first:
-                load_encoder_weights(model, best)
-            ranks.copy_from_first(model)
+                load_encoder_weights(tested, best)
+            ranks.copy_from_first(tested)
             evaluator = arguments.make_evaluator(args, test_set, device=device, ranks=ranks, stop=stop)
-            result = evaluator(model, test_episodes, solver=args.val_solver, title="test")
+            result = evaluator(tested, test_episodes, solver=args.val_solver, title="test")
             if ranks.is_first:
                 write_json(folder / "results.json", arguments.results(args, result, best, watch.seconds))
             run.log(

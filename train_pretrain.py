@@ -55,43 +55,46 @@ def main(argv: Sequence[str] | None = None) -> None:
     from Models.emd import set_threads
     from utils import InputError, choose_seed, say, set_seed
 
-    args, folder = arguments.parse_run(parser, argv, run_folder)
+    args, folder = arguments.parse_run("train_pretrain.py", parser, argv, run_folder)
     ranks, device, device_ids = distributed.start(args.gpu)
     set_threads(arguments.solver_threads(args, ranks))
     args.seed = ranks.from_first(choose_seed(args.seed))
     set_seed(args.seed, deterministic=args.deterministic)
     if args.bs < ranks.size:
         raise InputError(f"-bs {args.bs}: expected at least one image for each of the {ranks.size} processes")
-    if args.sync_bn and device.type != "cuda":
-        raise InputError("-sync_bn works on GPUs only; leave it out")
+    if args.sync_bn and (device.type != "cuda" or ranks.size == 1):
+        raise InputError("-sync_bn goes with several processes on GPUs (torchrun); leave it out")
 
     train_set = open_dataset(args, "train", train=True, deepemd="fcn")  # whole images, whatever the variant
     val_set = open_dataset(args, args.set, train=False)
     train_batches = SeededBatches(len(train_set), args.bs, seed=args.seed, name="train")
     val_episodes = draw_episodes(args, val_set, args.num_episode, seed=args.seed, name=args.set)
     for dataset in (train_set, val_set):
-        dataset[0, 0]  # what is wrong with all images is told before the first step
+        dataset[0, 0]  # what is wrong with all images is reported before the first step
 
     model = build_model(args, device_ids=device_ids).to(device)
     classifier = Classifier(model.encoder, len(train_set.class_names)).to(device)
     if args.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(classifier)  # in place, so the model's encoder is converted too
 
-    def facts():
-        data = {"train": train_set.fingerprint(), args.set: val_set.fingerprint()}
-        return {"device": str(device), "processes": ranks.size, "data": data, "weights": None}
-
-    run = arguments.open_run(args, folder, ranks, weights=classifier, facts=facts)
+    run = arguments.open_run(
+        "train_pretrain.py",
+        args,
+        folder,
+        ranks,
+        weights=classifier,
+        data={"train": train_set.fingerprint(), args.set: val_set.fingerprint()},
+    )
     if arguments.is_finished(args, run):
         say(f"the run in {folder} is finished: nothing to do")
         return
 
     shard = distributed.Shard(train_batches, ranks, by_image=True)
-    loader = make_loader(train_set, shard, num_workers=args.num_workers, device=device)
-    spread = nn.DataParallel(classifier, device_ids) if len(device_ids) > 1 else ranks.spread(classifier)
+    loader = make_loader(train_set, shard, num_workers=arguments.loader_processes(args, ranks), device=device)
+    network = nn.DataParallel(classifier, device_ids) if len(device_ids) > 1 else classifier
 
     def forward(images, labels, _):
-        return spread(train_set.view.normalize(images)), labels
+        return network(train_set.view.normalize(images)), labels
 
     go_on = arguments.same_command("train_pretrain.py", parser, args)
     with stop_request(go_on if ranks.is_first else None) as stop:
@@ -103,12 +106,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         fit(
             classifier,
-            spread,
             forward,
             loader,
             validate,
             run,
-            model.encoder,
+            weights_of=model.encoder,
             device=device,
             ranks=ranks,
             stop=stop,

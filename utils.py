@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -143,8 +144,11 @@ def run_script(main: Callable[[], None]) -> None:
         message = _user_message(error)
         if message is None:
             raise
-        status = getattr(error, "exit_status", None)  # of an end that is no error
-        print(message if status else f"error: {message}", file=sys.stderr)
+        status = getattr(error, "exit_status", None)  # set by exceptions that are not errors
+        if status:
+            say(message)
+        else:
+            print(f"error: {message}", file=sys.stderr)
         sys.exit(status or 1)
 
 
@@ -212,8 +216,8 @@ def named_generator(seed: int, *name: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def choose_device(gpu: str | None) -> tuple[torch.device, list[int]]:
-    """``-gpu`` to the main device and the CUDA ids to spread over; none on the CPU. Says which device is used.
+def gpu_numbers(gpu: str | None) -> list[int]:
+    """The CUDA ids that ``-gpu`` names, or all there are; none for the CPU.
 
     Raises:
         InputError: an id that this machine does not have.
@@ -222,24 +226,33 @@ def choose_device(gpu: str | None) -> tuple[torch.device, list[int]]:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu is None:
-        ids = [0] if count else []
-    elif gpu.strip().lower() == "cpu":
-        ids = []
-    elif re.fullmatch(r"\d{1,4}(,\d{1,4})*", gpu.strip()):
-        ids = list(dict.fromkeys(int(part) for part in gpu.split(",")))
-        missing = [number for number in ids if number >= count]
-        if missing:
-            there = f"0 to {count - 1}" if count > 1 else "only 0" if count else "none"
-            raise InputError(
-                f"-gpu {gpu}: there is no GPU {missing[0]}; CUDA devices here: {there}. Leave -gpu out, or give -gpu cpu"
-            )
-    else:
+        return list(range(count))
+    if gpu.strip().lower() == "cpu":
+        return []
+    if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", gpu.strip()):
         raise InputError(f'-gpu {gpu}: expected GPU numbers joined by commas, as in 0,1, or "cpu"')
+    ids = list(dict.fromkeys(int(part) for part in gpu.split(",")))
+    missing = [number for number in ids if number >= count]
+    if missing:
+        there = f"0 to {count - 1}" if count > 1 else "only 0" if count else "none"
+        raise InputError(
+            f"-gpu {gpu}: there is no GPU {missing[0]}; CUDA devices here: {there}. Leave -gpu out, or give -gpu cpu"
+        )
+    return ids
+
+
+def choose_device(gpu: str | None) -> tuple[torch.device, list[int]]:
+    """``-gpu`` to the main device and the CUDA ids to spread over; none on the CPU. Says which device is used."""
+    import torch
+
+    ids = gpu_numbers(gpu)
     if not ids:
         say("device: cpu" + ("" if gpu else " (no CUDA device found)"))
         return torch.device("cpu"), []
+    more = ""
+    if gpu is None and len(ids) > 1:
+        more, ids = f" ({len(ids)} found; -gpu 0,1 spreads over two)", ids[:1]
     torch.cuda.set_device(ids[0])
-    more = f" ({count} found; -gpu 0,1 spreads over two)" if gpu is None and count > 1 else ""
     say(f"device: cuda {','.join(map(str, ids))}, {torch.cuda.get_device_name(ids[0])}{more}")
     return torch.device("cuda", ids[0]), ids
 
@@ -256,18 +269,18 @@ class RunFolder:
     """The folder of a run, which one process at a time may write to.
 
     ``results.txt`` (lines), ``trlog.json`` (curves), ``tf/`` (TensorBoard), ``run.json`` (what was run on what),
-    weights, and ``last.pth``: all that it takes to go on. A run that is taken up again has its log put back to where its
-    state was saved, so that no line is there twice. What an earlier run left in the folder is moved to ``previous-<n>/``.
+    weights, and ``last.pth``: all that it takes to go on. The log of a run that is resumed is put back to where its state was
+    saved, so that no line is there twice. What an earlier run left in the folder is moved to ``previous-<n>/``.
 
     Args:
         path: made where it is not there.
         flags: of the run.
-        resume: take up the run that is there, if there is one.
-        weights: the module whose weights the run is going to save; too little space for them is told now.
+        resume: go on with the run that is there, if there is one.
+        weights: the module whose weights the run is going to save; too little space for them is an error now.
         kept: how often they are saved beside the best ones.
 
     Attributes:
-        state: what :meth:`save_state` was given last, where a run is taken up; None for a new one.
+        state: what :meth:`save_state` was given last, where a run is resumed; None for a new one.
 
     Raises:
         InputError: the folder cannot be written, has no room, or is in use.
@@ -292,8 +305,10 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path / "run.lock")
+            for partial in self.path.glob("*.part"):  # of a process that was killed while it wrote
+                partial.unlink()
             if resume and (self.path / LAST_STATE).is_file():
-                self._take_up()
+                self._restore()
             else:
                 self._check_room(weights, kept)
                 self._move_earlier_run()
@@ -303,7 +318,7 @@ class RunFolder:
         for name, points in self.points.items():
             for step, value, when in points:
                 self.writer.add_scalar(name, value, step, walltime=when)
-        print(f"run folder: {self.path}" + (", taken up again" if self.state else ""), flush=True)
+        print(f"run folder: {self.path}" + (", resumed" if self.state else ""), flush=True)
 
     def _check_room(self, weights: nn.Module | None, kept: int) -> None:
         if weights is not None:
@@ -315,7 +330,7 @@ class RunFolder:
                     f"expected {room / 1e6:.0f} MB of free space for the run in {self.path}; there are {free / 1e6:.0f}"
                 )
 
-    def _take_up(self) -> None:
+    def _restore(self) -> None:
         content = _load_plain(self.path / LAST_STATE, "state of a run")
         if not isinstance(content, dict) or content.get("format") != STATE_FORMAT:
             raise InputError(
@@ -432,6 +447,17 @@ def append_line(path: Path, line: str | None = None) -> None:
                 file.write(line + "\n")
     except OSError as error:
         raise InputError(f"expected to write to {path}; it cannot be written ({error.strerror})") from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError unless a file can be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    except OSError as error:
+        raise InputError(f"expected to write {path}; it cannot be written ({error.strerror})") from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -623,7 +649,11 @@ class Stopwatch:
         return time.monotonic() - self.start
 
     def __str__(self) -> str:
-        seconds = self.seconds
-        if seconds < 120:
-            return f"{seconds:.0f} s"
-        return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+        return duration(self.seconds)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -94,7 +94,7 @@ def build_model(args: argparse.Namespace, *, device_ids: Sequence[int] = ()) -> 
 
 
 def check_solver(solver: str) -> None:
-    """Solve one small problem, so that a library that is missing or broken is told before the run.
+    """Solve one small problem, so that a missing or broken library is reported before the run.
 
     Raises:
         EmdError: the solver cannot be used here.

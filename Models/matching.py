@@ -64,7 +64,8 @@ def cosine_similarity_map(query: Tensor, proto: Tensor, *, norm: str = "center")
     _check_choice("norm", norm, NORMS)
     if norm == "center":
         query, proto = query - query.mean(-2, keepdim=True), proto - proto.mean(-2, keepdim=True)
-    # One matrix product per episode, (Q*N, C) x (C, W*M). Its few entries are divided by the lengths, not the many of nodes.
+    # One matrix product per episode, (Q*N, C) x (C, W*M). Dividing it by the lengths touches fewer numbers than normalising
+    # the nodes.
     left = query.transpose(-2, -1).flatten(-3, -2)  # (..., Q*N, C)
     right = proto.transpose(-3, -2).flatten(-2)  # (..., C, W*M)
     lengths = (

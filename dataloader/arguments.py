@@ -6,7 +6,7 @@ from dataloader.catalog import CATALOG
 from dataloader.dataset import ImageDataset
 from dataloader.episodes import EpisodeSampler, SeededEpisodes
 from dataloader.views import CROP_TO, VIEWS, make_view
-from utils import InputError, available_cores, number_at_least, number_between, whole_numbers
+from utils import InputError, number_at_least, number_between, whole_numbers
 
 # Four halvings lie between an image and its feature map. The largest one is a guard against a slip of the keyboard.
 SMALLEST_IMAGE, LARGEST_IMAGE = 16, 1024
@@ -23,8 +23,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "-num_workers",
         type=number_at_least(0, int),
-        default=min(8, available_cores()),
-        help="processes that load images; results do not depend on it",
+        help="processes that load images; results do not depend on it (default: the cores that this process may use, at most "
+        "8, divided by the processes of the run on this machine)",
     )
 
     views = parser.add_argument_group("views of an image")

@@ -1,6 +1,7 @@
 """The flags of training and evaluation, and the command line of the next stage."""
 
 import argparse
+import copy
 import json
 import shlex
 from collections.abc import Callable, Sequence
@@ -30,9 +31,10 @@ from utils import (
 
 # Flags that belong to one stage of training and say nothing about the next.
 OF_ONE_STAGE = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_every")
-# Flags that do not decide the result of a run, and may differ when it is taken up again.
+# Flags that do not decide the result of a run, and may differ when it is resumed.
 FREE_TO_DIFFER = (
-    *("num_workers", "gpu", "data_dir", "save_every", "solver_threads"),
+    *("num_workers", "gpu", "data_dir", "save_every", "save_all", "solver_threads"),
+    *("feature_cache", "episode_batch", "checkpoint_activations"),  # the same but for float rounding
     *("resume", "extra_dir", "json"),  # where it is written
 )
 
@@ -70,13 +72,17 @@ def add_training_arguments(
 
 
 def parse_run(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, folder_of: Callable[[argparse.Namespace], Path]
+    script: str,
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    folder_of: Callable[[argparse.Namespace], Path],
 ) -> tuple[argparse.Namespace, Path]:
     """The flags of a training script, and the folder of its run.
 
     With ``-resume FOLDER``, flags that are not given are those of the run in there.
 
     Args:
+        script: its file name.
         folder_of: the folder that the flags name.
 
     Raises:
@@ -91,25 +97,29 @@ def parse_run(
             raise InputError(f"-resume {folder}: expected a run with its {LAST_STATE}; there is none")
         return args, folder
     try:
-        recorded = json.loads((folder / "run.json").read_text())["flags"]
+        content = json.loads((folder / "run.json").read_text())
+        recorded, by = content["flags"], content["script"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"-resume: expected the flags of the run in {folder / 'run.json'}; {error!r}") from error
+    if by != script:
+        raise InputError(f"-resume: expected a run of {script} in {folder}; it is one of {by}")
     if args.resume:
         absent = object()
-        parser.set_defaults(**dict.fromkeys(vars(args), absent))
-        given = vars(parser.parse_args(argv))
+        blank = copy.deepcopy(parser)
+        blank.set_defaults(**dict.fromkeys(vars(args), absent))
+        given = vars(blank.parse_args(argv))
         for name, value in recorded.items():
             if given.get(name, absent) is absent:
                 setattr(args, name, tuple(value) if isinstance(value, list) else value)
     if args.seed == 0:
         args.seed = recorded["seed"]  # the one that was drawn
-    now = json.loads(json.dumps(vars(args)))
+    now = json.loads(json.dumps(deciding(args)))
     if now["max_epoch"] > recorded["max_epoch"]:  # a run may be made longer
         recorded["max_epoch"] = now["max_epoch"]
     different = [
-        f"-{name} {now[name]} (there: {value})"
-        for name, value in recorded.items()
-        if name in now and now[name] != value and name not in FREE_TO_DIFFER
+        f"-{name} {value} (there: {recorded[name]})"
+        for name, value in now.items()
+        if name in recorded and value != recorded[name]
     ]
     if different:
         raise InputError(
@@ -120,27 +130,49 @@ def parse_run(
 
 
 def open_run(
-    args: argparse.Namespace, folder: Path, ranks: Ranks, *, weights: nn.Module, facts: Callable[[], dict[str, Any]]
+    script: str,
+    args: argparse.Namespace,
+    folder: Path,
+    ranks: Ranks,
+    *,
+    weights: nn.Module,
+    data: dict[str, Any],
+    started_from: dict[str, str | None] | None = None,
 ) -> RunFolder | OtherRank:
-    """The folder of the run, new or taken up; the first rank alone writes to it.
+    """The folder of the run, new or resumed; the first rank alone writes to it, and to ``run.json`` in it.
 
     Args:
         weights: the module whose weights the run is going to save.
-        facts: what ``run.json`` says of a new run beside its flags and the versions in use.
+        data: fingerprints of the data; those of a run that is resumed have to be the same.
+        started_from: path and hash of the weights that a new run starts from.
+
+    Raises:
+        InputError: as :class:`utils.RunFolder`, or other data than that of the run.
     """
+    ranks.gather([0])  # no rank is still reading what an earlier run left in the folder
     run = None
     if ranks.is_first:
         kept = args.max_epoch if args.save_all else 0
         run = RunFolder(folder, vars(args), resume=args.resume is not None, weights=weights, kept=kept)
         path = folder / "run.json"
-        known = json.loads(path.read_text()) if run.state else {"versions": environment(), **facts()}
+        start = {"versions": environment(), "device": str(ranks.device), "processes": ranks.size}
+        if run.state:
+            known = json.loads(path.read_text())
+            different = [split for split in data if known["data"].get(split, data[split]) != data[split]]
+            if different:
+                raise InputError(
+                    f"-resume: expected the data of the run in {folder}; its {different[0]} images have other names or sizes"
+                )
+            known["resumed"] = [*known.get("resumed", []), start]
+        else:
+            known = {"script": script, **start, "data": data, "weights": started_from}
         write_json(path, {**known, "flags": vars(args)})
     state = ranks.from_first(run.state if run else None)
     return run or OtherRank(folder, state)
 
 
 def is_finished(args: argparse.Namespace, run: RunFolder | OtherRank) -> bool:
-    """Whether the run that was taken up has nothing left to do."""
+    """Whether the run that was resumed has nothing left to do."""
     return bool(run.state and run.state.get("finished") and run.state["progress"]["epoch"] > args.max_epoch)
 
 
@@ -163,8 +195,10 @@ def results(args: argparse.Namespace, evaluation: Evaluation, weights: str | Pat
     }
 
 
-def fingerprint(weights: str | Path) -> dict[str, str | None]:
-    """Path and hash of a checkpoint; no hash for "none"."""
+def fingerprint(weights: str | Path) -> dict[str, str | None] | None:
+    """Path and hash of a checkpoint; None for "none"."""
+    if str(weights) == "none":
+        return None
     path = Path(weights) / BEST_WEIGHTS if Path(weights).is_dir() else Path(weights)
     return {"path": str(path), "sha256": file_hash(path) if path.is_file() else None}
 
@@ -206,6 +240,11 @@ def add_rank_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     return group
 
 
+def loader_processes(args: argparse.Namespace, ranks: Ranks) -> int:
+    """Processes that load images for this one."""
+    return max(1, min(8, available_cores() // ranks.local_size)) if args.num_workers is None else args.num_workers
+
+
 def solver_threads(args: argparse.Namespace, ranks: Ranks) -> int:
     """Threads for the solvers on the CPU; torchrun leaves torch itself only one."""
     return args.solver_threads or max(1, available_cores() // ranks.local_size)
@@ -221,13 +260,14 @@ def make_evaluator(
     stop: StopRequest | None = None,
 ) -> Evaluator:
     """An evaluator of episodes of the shape that the flags give them."""
+    ranks = ranks or Ranks()
     return Evaluator(
         dataset,
         way=args.way,
         shot=args.shot,
         device=device,
         seed=args.seed,
-        num_workers=args.num_workers,
+        num_workers=loader_processes(args, ranks),
         feature_cache=args.feature_cache,
         episode_batch=args.episode_batch,
         keep_pixels=keep_pixels,

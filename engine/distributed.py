@@ -2,19 +2,19 @@
 
 import atexit
 import os
+import subprocess
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 
-from utils import InputError, choose_device
+from utils import InputError, choose_device, gpu_numbers
 
 # How long a process waits for the others, who may be in the middle of a long validation group.
-PATIENCE = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 class Ranks:
@@ -61,7 +61,11 @@ class Ranks:
 
     @torch.no_grad()
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace floating-point tensors by their mean over the ranks."""
+        """Replace floating-point tensors by their mean over the ranks: gradients, running statistics.
+
+        Not by DistributedDataParallel, which exchanges gradients during the backward pass: a step that one rank gives up
+        would leave the others waiting for it.
+        """
         tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
         if self.size == 1 or not tensors:
             return
@@ -69,14 +73,6 @@ class Ranks:
         distributed.all_reduce(flat)
         for tensor, mean in zip(tensors, flat.div_(self.size).split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
-
-    def spread(self, network: nn.Module) -> nn.Module:
-        """The network as it is called in training: with gradients that are means over the ranks."""
-        if self.size == 1:
-            return network
-        # Buffers are averaged after each step instead of being copied from the first rank before each forward.
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
 
 
 def start(gpu: str | None) -> tuple[Ranks, torch.device, list[int]]:
@@ -95,17 +91,19 @@ def start(gpu: str | None) -> tuple[Ranks, torch.device, list[int]]:
     rank, size, local_rank, local_size = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
-    count = torch.cuda.device_count() if torch.cuda.is_available() and gpu != "cpu" else 0
-    if count:
-        ids = gpu.split(",") if gpu else [str(number) for number in range(count)]
-        if len(ids) < local_size:
+    ids = gpu_numbers(gpu)
+    if ids:
+        is_bound = (
+            gpu is None and len(ids) == 1 and "SLURM_STEP_NUM_TASKS" in os.environ
+        )  # srun shows each task its own
+        if len(ids) < local_size and not is_bound:
             raise InputError(
                 f"expected a GPU for each of the {local_size} processes on this machine; got {len(ids)}. Start fewer "
                 "(torchrun --nproc_per_node), name more with -gpu, or give -gpu cpu"
             )
-        gpu = ids[local_rank]
-    device, _ = choose_device(gpu)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        ids = [ids[0 if is_bound else local_rank]]
+    device, _ = choose_device(",".join(map(str, ids)) or "cpu")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     atexit.register(distributed.destroy_process_group)
     return Ranks(rank, size, local_size, device), device, []
 
@@ -117,11 +115,18 @@ def _launched_by_slurm() -> None:
         return
     environ["RANK"], environ["LOCAL_RANK"] = environ["SLURM_PROCID"], environ["SLURM_LOCALID"]
     environ["WORLD_SIZE"] = environ["SLURM_STEP_NUM_TASKS"]
-    # As in "4(x2),3": four tasks on each of two nodes, three on the last.
-    environ["LOCAL_WORLD_SIZE"] = (
-        environ.get("SLURM_STEP_TASKS_PER_NODE", environ["WORLD_SIZE"]).split("(")[0].split(",")[0]
-    )
-    environ.setdefault("MASTER_ADDR", environ.get("SLURM_SRUN_COMM_HOST", "127.0.0.1"))
+    counts = [  # "4(x2),3" is four tasks on each of two nodes and three on the last
+        count
+        for part in environ["SLURM_STEP_TASKS_PER_NODE"].split(",")
+        for count in [part.split("(x")[0]] * int(part.partition("(x")[2].rstrip(")") or 1)
+    ]
+    environ["LOCAL_WORLD_SIZE"] = counts[int(environ["SLURM_NODEID"])]
+    if "MASTER_ADDR" not in environ:  # the host of rank 0
+        hosts = ["127.0.0.1"]
+        if len(counts) > 1:
+            command = ["scontrol", "show", "hostnames", environ["SLURM_STEP_NODELIST"]]
+            hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        environ["MASTER_ADDR"] = hosts[0]
     environ.setdefault("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000))
 
 

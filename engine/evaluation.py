@@ -1,9 +1,9 @@
 """Evaluation: encode each image once, match episodes in batches."""
 
+import hashlib
 import itertools
 import json
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from engine.distributed import Ranks
 from engine.loading import make_loader, stream
 from engine.progress import progress_bar
 from engine.stopping import Stopped, StopRequest
-from utils import InputError, mean_confidence_interval, named_generator, write_json
+from utils import Stopwatch, mean_confidence_interval, named_generator, write_json
 
 # An image as a data set is asked for it: its index, or its index and the seed of its random view.
 Item = int | tuple[int, int]
@@ -100,7 +100,7 @@ class Evaluator:
         self.dataset, self.way, self.shot, self.device, self.seed = dataset, way, shot, device, seed
         self.feature_cache, self.episode_batch = feature_cache, episode_batch
         self.ranks, self.stop = ranks or Ranks(), stop or StopRequest()
-        self.pixels = _PixelCache(CACHE_SHARE * free_memory(torch.device("cpu")) if keep_pixels else 0)
+        self.pixels = _PixelCache(self._share() * free_memory(torch.device("cpu")) if keep_pixels else 0)
         self.queue = _Queue()
         self.loader = make_loader(dataset, self.queue, num_workers=num_workers, device=device)
 
@@ -135,7 +135,8 @@ class Evaluator:
         model = model.folded()
         ranks, size = self.ranks, self.episode_batch
         repeats = not self.dataset.view.is_random or getattr(episodes, "fixed_seeds", None) is not None
-        table = _NodeTable(self.device, most=len(self.dataset) if repeats and self.feature_cache == "auto" else 0)
+        most = len(self.dataset) if repeats and self.feature_cache == "auto" else 0
+        table = _NodeTable(self.device, most=most, share=self._share())
         scores = list(known)
         ready = self._ready(model, episodes, len(known), table)
         with progress_bar(title, total=len(episodes), initial=len(known), disable=not ranks.is_first) as bar:
@@ -166,6 +167,10 @@ class Evaluator:
         accuracy = 100 * sum(score.hits for score in scores) / sum(score.queries for score in scores)
         loss = sum(score.loss for score in scores) / len(scores)
         return Evaluation(loss, accuracy, mean_confidence_interval(accuracies)[1], accuracies)
+
+    def _share(self) -> float:
+        """The part of the free memory of this machine that one cache of this process may take."""
+        return CACHE_SHARE / self.ranks.local_size
 
     def _ready(
         self, model: nn.Module, episodes: Sequence, start: int, table: "_NodeTable"
@@ -221,39 +226,36 @@ def _score(logits: Tensor) -> list[Score]:
 
 
 class Recorder:
-    """Keeps the scores of an evaluation under way in a file, so that it can be taken up again.
+    """Keeps the scores of an evaluation under way in a file of its own, so that it can be resumed.
 
     Args:
-        path: of the file.
-        identity: what decides the scores, as plain values; the file of another evaluation is refused.
-        resume: take up what is there.
+        folder: of the file.
+        identity: what decides the scores, as plain values; evaluations of another identity have another file.
+        resume: start from what is there.
         ranks: the first writes, and tells the others what there is.
-
-    Raises:
-        InputError: what is there belongs to another evaluation.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any], *, resume: bool, ranks: Ranks) -> None:
-        self.path, self.ranks = path, ranks
-        self.identity = json.loads(json.dumps(identity))
-        self.scores: list[Score] = []
-        self.next_write = time.monotonic() + SECONDS_BETWEEN_RECORDS
+    def __init__(self, folder: Path, identity: dict[str, Any], *, resume: bool, ranks: Ranks) -> None:
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.path, self.ranks = folder / f"partial-{digest[:12]}.json", ranks
+        self.watch, self.earlier = Stopwatch(), 0.0
+        self.next_write = SECONDS_BETWEEN_RECORDS
         content = None
-        if resume and ranks.is_first and path.is_file():
-            content = json.loads(path.read_text())
-            if content["identity"] != self.identity:
-                raise InputError(
-                    f"-resume: {path} belongs to an evaluation with other flags or weights. Give those, or another -extra_dir"
-                )
-        content = ranks.from_first(content)
-        if content:
-            self.scores = [Score(*row) for row in content["scores"]]
+        if resume and ranks.is_first and self.path.is_file():
+            content = json.loads(self.path.read_text())
+        content = ranks.from_first(content) or {"scores": [], "seconds": 0.0}
+        self.scores, self.earlier = [Score(*row) for row in content["scores"]], content["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """Spent on the evaluation, before it was stopped and since."""
+        return self.earlier + self.watch.seconds
 
     def note(self, scores: list[Score], is_stopping: bool) -> None:
         """Write the scores so far, now and then, and when the evaluation stops."""
-        if self.ranks.is_first and (is_stopping or time.monotonic() >= self.next_write):
-            write_json(self.path, {"identity": self.identity, "scores": scores})
-            self.next_write = time.monotonic() + SECONDS_BETWEEN_RECORDS
+        if self.ranks.is_first and (is_stopping or self.watch.seconds >= self.next_write):
+            write_json(self.path, {"scores": scores, "seconds": self.seconds})
+            self.next_write = self.watch.seconds + SECONDS_BETWEEN_RECORDS
 
     def remove(self) -> None:
         """The evaluation is over."""
@@ -304,10 +306,11 @@ class _NodeTable:
 
     Args:
         most: images worth keeping; 0 keeps none beyond its group.
+        share: of free memory, that it may take.
     """
 
-    def __init__(self, device: torch.device, *, most: int) -> None:
-        self.device, self.most = device, most
+    def __init__(self, device: torch.device, *, most: int, share: float = CACHE_SHARE) -> None:
+        self.device, self.most, self.share = device, most, share
         self.capacity = math.inf  # known with the first nodes
         self.place: dict[Item, int] = {}
         self.nodes: Tensor | None = None  # (capacity, C, N)
@@ -328,7 +331,7 @@ class _NodeTable:
         """Write ``(B, C, N)`` from that row on. The first call makes the table, of ``least`` rows at least."""
         if self.nodes is None:
             size = nodes[0].numel() * nodes.element_size()
-            here, host = (int(CACHE_SHARE * free_memory(place)) // size for place in (self.device, torch.device("cpu")))
+            here, host = (int(self.share * free_memory(place)) // size for place in (self.device, torch.device("cpu")))
             wanted = max(least, self.most)
             on_host = self.device.type == "cuda" and here < wanted and here < host
             self.capacity = max(least, min(wanted, host if on_host else here))

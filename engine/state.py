@@ -1,7 +1,7 @@
-"""What a run of training is made of, saved and taken up again.
+"""What a run of training is made of, saved and restored.
 
-Every random draw is a function of (seed, name, epoch, index), so there is no state of a generator to keep: weights,
-optimiser, schedule, the scale of the loss, where in which epoch, and what has been logged are all of it.
+Every random draw is a function of (seed, name, epoch, index), so no generator's state has to be kept. What remains are the
+weights, the optimiser, the schedule, the scale of the loss, the position in the epoch, and the log.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ class Progress:
 
     epoch: int = 1
     batch: int = 0  # batches of the epoch that are done; all of them when only validation is left
-    losses: list[float] = field(default_factory=list)  # of those batches, but for the skipped ones
+    losses: list[float] = field(default_factory=list)  # of those batches whose step was taken
     accuracies: list[float] = field(default_factory=list)
     best: float = -1.0  # validation accuracy of the best weights
     skipped: int = 0  # steps, over the whole run

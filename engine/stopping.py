@@ -38,7 +38,7 @@ class StopRequest:
 
 @contextmanager
 def stop_request(continue_with: str | None = None) -> Iterator[StopRequest]:
-    """Take note of signals instead of being ended by them, as long as the context lasts.
+    """Note signals instead of being ended by them, as long as the context lasts.
 
     Args:
         continue_with: the command line that goes on with the run, printed when it is stopped.

@@ -1,8 +1,8 @@
 """A training run, and one epoch of it."""
 
 import math
+import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from engine.stopping import Stopped, StopRequest
 from utils import BEST_WEIGHTS, RunFolder, Stopwatch
 
 # After this many skipped steps in a row the run stops.
-PATIENCE = 10
+MAX_SKIPPED_IN_A_ROW = 10
 
 # What a script does with a batch: (images, labels, (epoch, number of the batch)) to (logits, labels). The pair names what
 # is drawn on the way.
@@ -61,15 +61,15 @@ class StepGuard:
         self.before = [buffer.clone() for buffer in self.buffers]
 
     @torch.no_grad()
-    def step(self, where: str, failure: str | None = None) -> None:
-        """Step or skip, and clear the gradients.
+    def step(self, where: str, failure: str | None = None) -> bool:
+        """Step or skip, and clear the gradients. Returns whether the step was taken.
 
         Args:
             where: names the step in messages.
             failure: what went wrong on the way to it, if anything did.
 
         Raises:
-            DivergenceError: after :data:`PATIENCE` skipped steps in a row.
+            DivergenceError: after :data:`MAX_SKIPPED_IN_A_ROW` skipped steps in a row.
         """
         if failure is None:
             self.scaler.unscale_(self.optimizer)
@@ -85,17 +85,18 @@ class StepGuard:
             progress.in_a_row.clear()
             self.ranks.average(self.buffers)
             _copy(self.buffers, to=self.before)
-            return
+            return True
         _copy(self.before, to=self.buffers)
         progress.skipped += 1
         progress.in_a_row.append(where)
         if self.ranks.is_first:
             tqdm.write(f"{where}: step skipped ({progress.skipped} so far): {failure}")
-        if len(progress.in_a_row) >= PATIENCE:
+        if len(progress.in_a_row) >= MAX_SKIPPED_IN_A_ROW:
             raise DivergenceError(
                 f"{len(progress.in_a_row)} steps in a row were skipped since {progress.in_a_row[0]}, the last because "
                 f"{failure}. Lower -lr, or try another -solver"
             )
+        return False
 
 
 def _copy(tensors: list[Tensor], *, to: list[Tensor]) -> None:
@@ -119,7 +120,7 @@ def train_epoch(
     """The rest of an epoch, from where ``guard.progress`` says it is.
 
     Args:
-        network: what ``forward`` calls, spread over the ranks if there are several.
+        network: what is trained; ``forward`` calls it. Its gradients are averaged over the ranks.
         loader: of this rank's batches; its ``batch_sampler`` is a :class:`engine.distributed.Shard`.
         accumulate: batches per optimiser step over all ranks, which takes their mean gradient. The last step of an epoch
             may have fewer.
@@ -142,19 +143,17 @@ def train_epoch(
                     if failure:
                         raise FloatingPointError(failure)
                     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                    is_last = number == numbers[-1]
-                    with nullcontext() if ranks.size == 1 or is_last else network.no_sync():
-                        logits, labels = forward(images, labels, (progress.epoch, progress.batch + number))
-                        loss = F.cross_entropy(logits, labels)
-                        hits = (logits.argmax(1) == labels).sum()
-                        rows.append([*torch.stack([loss.detach(), hits]).tolist(), len(labels)])
-                        if not math.isfinite(rows[-1][0]):
-                            raise FloatingPointError("the loss is not finite")
-                        if not is_last:
-                            guard.scaler.scale(loss / len(numbers)).backward()
+                    logits, labels = forward(images, labels, (progress.epoch, progress.batch + number))
+                    loss = F.cross_entropy(logits, labels)
+                    hits = (logits.argmax(1) == labels).sum()
+                    rows.append([*torch.stack([loss.detach(), hits]).tolist(), len(labels)])
+                    if not math.isfinite(rows[-1][0]):
+                        raise FloatingPointError("the loss is not finite")
+                    if number != numbers[-1]:
+                        guard.scaler.scale(loss / len(numbers)).backward()
                 except (FloatingPointError, *skip_on) as error:
                     failure = str(error)
-            # Before the last backward pass, which waits for all ranks: does any of them have nothing to give to it?
+            # Agree first: has a batch of any rank failed, has any rank been asked to stop, what came of all batches?
             rows = rows if failure is None else [[0.0, 0, 1]] * len(numbers)
             signal_number = stop.signal_number if stop else 0
             table = ranks.gather([failure is not None, signal_number, *(value for row in rows for value in row)])
@@ -166,16 +165,16 @@ def train_epoch(
                 queries = sum(score[2] for score in scores)
                 share = rows[-1][2] * ranks.size / queries if shard.by_image else 1 / len(numbers)
                 guard.scaler.scale(loss * share).backward()
+                ranks.average([parameter.grad for parameter in network.parameters() if parameter.grad is not None])
                 if shard.by_image:  # the ranks have parts of one batch
                     scores = [[sum(s[0] * s[2] for s in scores) / queries, sum(s[1] for s in scores), queries]]
-                for number, (value, hits, count) in enumerate(scores, start=progress.batch + 1):
+            first, progress.batch = progress.batch, progress.batch + window
+            if guard.step(f"epoch {progress.epoch}, batch {progress.batch}", failure):
+                for number, (value, hits, count) in enumerate(scores, start=first + 1):
                     progress.losses.append(value)
                     progress.accuracies.append(100 * hits / count)
-                    step = (progress.epoch - 1) * len(shard) + number
+                    step = (progress.epoch - 1) * len(shard.batches) + number
                     run.scalars(step, loss=value, acc=progress.accuracies[-1], total_loss=value / window)
-            where = f"epoch {progress.epoch}, batch {progress.batch + window}"
-            progress.batch += window
-            guard.step(where, failure)
             bar.set_postfix_str(
                 f"loss {_mean(progress.losses):.4f}, acc {_mean(progress.accuracies):.2f} %", refresh=False
             )
@@ -189,13 +188,12 @@ def _mean(values: list[float]) -> float:
 
 def fit(
     network: nn.Module,
-    spread: nn.Module,
     forward: Forward,
     loader: DataLoader,
     validate: Callable[[int], Evaluation],
     run: RunFolder,
-    weights_of: nn.Module,
     *,
+    weights_of: nn.Module,
     device: torch.device,
     max_epoch: int,
     lr: float,
@@ -211,11 +209,10 @@ def fit(
 ) -> None:
     """Train until ``max_epoch`` epochs are done; after each, validate, write the log, and keep the best weights.
 
-    A run that its folder has taken up goes on where it was.
+    A resumed run goes on from the state in its folder.
 
     Args:
         network: what is trained; in training mode during an epoch.
-        spread: what ``forward`` calls: the network, or its copy that is spread over the ranks.
         loader: of the training batches; see :func:`train_epoch`.
         validate: evaluates the network as it is after an epoch. Of equal accuracies the later epoch wins.
         weights_of: the module whose state dict is the checkpoint.
@@ -255,7 +252,7 @@ def fit(
             network.train()
             loader.batch_sampler.set_epoch(epoch, progress.batch)
             train_epoch(
-                spread,
+                network,
                 forward,
                 loader,
                 guard,
@@ -272,7 +269,11 @@ def fit(
         except DivergenceError as error:
             since = f"; steps were skipped since {progress.in_a_row[0]}" if progress.in_a_row else ""
             raise DivergenceError(f"validation after epoch {epoch}: {error}{since}. Lower -lr, now {rate:g}") from error
-        scheduler.step()
+        with (
+            warnings.catch_warnings()
+        ):  # torch misses the optimiser's steps where all were skipped, or taken before a stop
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+            scheduler.step()
         is_best = result.accuracy >= progress.best
         if is_best:
             progress.best = result.accuracy

@@ -27,7 +27,7 @@ from dataloader import (
 )
 from dataloader import dataset as dataset_module
 from dataloader.views import Box, GridView, grid_boxes
-from utils import InputError, available_cores, make_parser, named_generator
+from utils import InputError, make_parser, named_generator
 
 ROOT = Path(__file__).parents[1]
 
@@ -698,7 +698,7 @@ def test_defaults_of_the_flags():
         "patch_list": (2, 3),
         "patch_ratio": 2.0,
         "image_size": 84,
-        "num_workers": min(8, available_cores()),
+        "num_workers": None,
         "verify_images": False,
         "way": 5,
         "shot": 1,

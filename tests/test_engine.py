@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from engine import evaluation
+from engine import arguments, evaluation
 from engine.arguments import folder_number, next_command
 from engine.distributed import Ranks, Shard
 from engine.evaluation import DivergenceError, Evaluation, Evaluator
 from engine.loading import LoaderError, make_loader, stream
-from engine.training import PATIENCE, StepGuard, fit, make_optimizer, train_epoch
+from engine.training import MAX_SKIPPED_IN_A_ROW, StepGuard, fit, make_optimizer, train_epoch
 from utils import RunFolder, make_parser, named_generator, whole_numbers
 
 CPU = torch.device("cpu")
@@ -294,7 +294,7 @@ def test_fit_keeps_the_best_and_the_later_of_equals(run, accuracies, kept):
         return Evaluation(1.0, next(results), 1.0, [])
 
     loader = loader_of([[0, 1]])
-    fit(network, network, forward, loader, validate, run, network, device=CPU, max_epoch=3, save_all=True, **RATES)
+    fit(network, forward, loader, validate, run, weights_of=network, device=CPU, max_epoch=3, save_all=True, **RATES)
     best, same = (
         torch.load(run.path / name, weights_only=True)["params"] for name in ("max_acc.pth", f"epoch-{kept}.pth")
     )
@@ -318,15 +318,15 @@ def test_gradients_that_are_not_finite_skip_the_step_then_stop(capsys):
         network.weight.grad = torch.full((1, 1), gradient)
         guard.step(f"batch {number}")
 
-    for number in range(PATIENCE - 1):
+    for number in range(MAX_SKIPPED_IN_A_ROW - 1):
         step(math.nan, number)
     assert network.weight.item() == 1
-    assert guard.progress.skipped == PATIENCE - 1
+    assert guard.progress.skipped == MAX_SKIPPED_IN_A_ROW - 1
     step(1.0, 20)
     assert network.weight.item() == 0
-    for number in range(30, 29 + PATIENCE):
+    for number in range(30, 29 + MAX_SKIPPED_IN_A_ROW):
         step(math.inf, number)
-    with pytest.raises(DivergenceError, match=f"{PATIENCE} steps in a row were skipped since batch 30"):
+    with pytest.raises(DivergenceError, match=f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped since batch 30"):
         step(math.inf, 50)
     assert "batch 0: step skipped (1 so far): the gradient is not finite" in capsys.readouterr().out
 
@@ -349,9 +349,10 @@ def test_a_batch_that_overflows_leaves_no_trace(run):
     real = guard.step
 
     def step(where, failure=None):
-        real(where, failure)
+        taken = real(where, failure)
         if "batch 2" in where:
             assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+        return taken
 
     guard.step = step
     train_epoch(network, forward, loader, guard, run, device=CPU)
@@ -421,6 +422,25 @@ def test_float16_scales_the_loss_and_backs_off(run, scale, skipped):
     torch.testing.assert_close(network.weight.detach(), start["weight"] if skipped else plain.weight.detach())
 
 
+def test_losses_of_skipped_steps_are_not_logged(run):
+    network = nn.Linear(2, 2)
+    network.weight.register_hook(lambda gradient: gradient * math.nan)  # a finite loss, and no finite gradient
+    guard = guard_of(network)
+    train_epoch(network, classify(network), loader_of([[0, 1]]), guard, run, device=CPU)
+    assert (guard.progress.skipped, guard.progress.losses, run.points) == (1, [], {})
+
+
+def test_threads_and_processes_are_shared_by_the_ranks(monkeypatch):
+    monkeypatch.setattr(arguments, "available_cores", lambda: 24)
+    args = argparse.Namespace(num_workers=None, solver_threads=None)
+    for local_size, workers, threads in ((1, 8, 24), (4, 6, 6), (48, 1, 1)):
+        ranks = Ranks(0, local_size, local_size)
+        assert arguments.loader_processes(args, ranks) == workers
+        assert arguments.solver_threads(args, ranks) == threads
+    args = argparse.Namespace(num_workers=0, solver_threads=3)
+    assert (arguments.loader_processes(args, ranks), arguments.solver_threads(args, ranks)) == (0, 3)
+
+
 def test_divergence_in_validation_names_the_steps(run):
     network = nn.Linear(2, 2)
 
@@ -432,7 +452,7 @@ def test_divergence_in_validation_names_the_steps(run):
 
     loader = loader_of([[0, 1], [2, 3], [4, 5]])
     with pytest.raises(DivergenceError, match="after epoch 1: .* skipped since epoch 1, batch 2. Lower -lr, now 0.1"):
-        fit(network, network, forward, loader, validate, run, network, device=CPU, max_epoch=1, **RATES)
+        fit(network, forward, loader, validate, run, weights_of=network, device=CPU, max_epoch=1, **RATES)
 
 
 # --- flags ---

@@ -399,6 +399,11 @@ def test_a_failing_final_test_costs_nothing_but_itself(folder, tmp_path):
     assert "this tests them: python eval.py " in done.err
 
 
+def test_sync_bn_needs_processes_on_gpus(data, tmp_path):
+    done = run("train_pretrain.py", *data, *SMALL, "-sync_bn", cwd=tmp_path)
+    assert (done.status, "-sync_bn goes with several processes on GPUs" in done.err) == (1, True)
+
+
 def test_divergence_says_so(data, tmp_path):
     flags = ["-max_epoch", 1, "-num_episode", 1, "-bs", 200, "-lr", "1e9", "-way", 2]
     done = run("train_pretrain.py", *data, *SMALL, *flags, cwd=tmp_path)

@@ -309,6 +309,7 @@ class RunFolder:
                 partial.unlink()
             if resume and (self.path / LAST_STATE).is_file():
                 self._restore()
+                self.curves["args"] = flags
             else:
                 self._check_room(weights, kept)
                 self._move_earlier_run()

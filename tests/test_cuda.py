@@ -1,5 +1,6 @@
 """What only a GPU can show. Skipped where there is none; where two are needed and one is there, it is named twice."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import formula_weights, normal_images, relative
+from test_runs import finish, start, torchrun
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,14 +25,20 @@ if not torch.cuda.is_available():
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 TWO = [0, 1] if torch.cuda.device_count() > 1 else [0, 0]
+TINY = ["-image_size", "16", "-query", "2", "-way", "2", "-dataset", "folder", "-num_workers", "0"]
 LABELS = torch.tensor([0, 1, 0, 1])
 
 
 @pytest.fixture(autouse=True)
-def full_precision(monkeypatch):
+def full_precision():
     """TF32 has ten bits, too few to compare with the CPU."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield
+    for switch, value in zip(switches, before, strict=True):
+        switch.allow_tf32 = value
 
 
 def network(**settings) -> DeepEMD:
@@ -124,9 +132,9 @@ def test_half_precision_training_step(amp):
     guard = StepGuard(model, optimizer, torch.amp.GradScaler("cuda", enabled=amp == "float16"))
     images = normal_images(5, 6, 3, 32, 32).to(GPU)
     for number in range(8):  # the scale may have to fall first
-        guard.backward(F.cross_entropy(model(images, way=2, shot=1), LABELS.to(GPU)))
+        guard.scaler.scale(F.cross_entropy(model(images, way=2, shot=1), LABELS.to(GPU))).backward()
         guard.step(f"step {number}")
-    assert guard.skipped < 8
+    assert guard.progress.skipped < 8
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert not any(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
@@ -169,6 +177,32 @@ def test_uneven_cuts_of_data_parallel(solver, queries):
             network(device_ids=ids, solver=solver).to(GPU).eval()(images, way=2, shot=1) for ids in (TWO, [0])
         )
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@two_gpus
+def test_evaluation_by_two_processes_on_gpus(folder, tmp_path):
+    words = ["eval.py", *TINY, "-model_dir", "none", "-test_episode", "8", "-data_dir", folder, "-json", "-"]
+    alone, both = (json.loads(finish(start(words, tmp_path, *launcher)).out) for launcher in ([], torchrun(2)))
+    assert both["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+    assert both["accuracy"] == pytest.approx(alone["accuracy"], abs=1)
+
+
+@two_gpus
+def test_synchronised_batch_norm_is_that_of_one_process(folder, tmp_path):
+    """The gradient of a batch divided between two GPUs, which is the momentum after one step."""
+    words = ["train_pretrain.py", *TINY, "-max_epoch", "1", "-num_episode", "2", "-bs", "42", "-data_dir", folder]
+    momenta = []
+    for name, launcher, flags in (("one", [], []), ("two", torchrun(2), ["-sync_bn"])):
+        done = finish(start([*words, "-extra_dir", name, *flags], tmp_path, *launcher))
+        assert done.status == 0, done.err
+        path = tmp_path / "checkpoint/pre_train/folder/42-0.1000-30-0.20" / name / "last.pth"
+        state = torch.load(path, weights_only=True)["state"]["optimizer"]["state"]
+        momenta.append([entry["momentum_buffer"] for entry in state.values()])
+    for one, two in zip(*momenta, strict=True):
+        assert relative(two, one) < 1e-2
 
 
 def test_deterministic_steps_repeat_to_the_bit():

@@ -86,13 +86,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     args, folder = arguments.parse_run("train_meta.py", parser, argv, run_folder)
     ranks, device, device_ids = distributed.start(args.gpu)
-    set_threads(arguments.solver_threads(args, ranks))
-    args.seed = ranks.from_first(choose_seed(args.seed))
-    set_seed(args.seed, deterministic=args.deterministic)
     if args.bs % ranks.size:
         raise InputError(
             f"-bs {args.bs}: expected a multiple of the {ranks.size} processes, which share the tasks of a step"
         )
+    set_threads(arguments.solver_threads(args, ranks))
+    args.seed = ranks.from_first(choose_seed(args.seed))
+    set_seed(args.seed, deterministic=args.deterministic)
 
     train_set = open_dataset(args, "train", train=True)
     val_set = open_dataset(args, args.set, train=False)

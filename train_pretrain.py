@@ -57,13 +57,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     args, folder = arguments.parse_run("train_pretrain.py", parser, argv, run_folder)
     ranks, device, device_ids = distributed.start(args.gpu)
-    set_threads(arguments.solver_threads(args, ranks))
-    args.seed = ranks.from_first(choose_seed(args.seed))
-    set_seed(args.seed, deterministic=args.deterministic)
     if args.bs < ranks.size:
         raise InputError(f"-bs {args.bs}: expected at least one image for each of the {ranks.size} processes")
     if args.sync_bn and (device.type != "cuda" or ranks.size == 1):
         raise InputError("-sync_bn goes with several processes on GPUs (torchrun); leave it out")
+    set_threads(arguments.solver_threads(args, ranks))
+    args.seed = ranks.from_first(choose_seed(args.seed))
+    set_seed(args.seed, deterministic=args.deterministic)
 
     train_set = open_dataset(args, "train", train=True, deepemd="fcn")  # whole images, whatever the variant
     val_set = open_dataset(args, args.set, train=False)

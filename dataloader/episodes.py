@@ -8,6 +8,7 @@ An episode of W ways with P images per class (P = shot + queries) is a list of W
 every draw a function of (seed, name, epoch, index), so any part of a run can be repeated without what came before it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -80,7 +81,7 @@ def _choose(members: Tensor, count: int, generator: torch.Generator | None) -> T
     return members[torch.randperm(len(members), generator=generator)[:count]]
 
 
-class _Seeded(Sampler[list[tuple[int, int]]]):
+class _Seeded(Sampler[list[tuple[int, int]]], ABC):
     """Lists of (index, view seed), as :class:`ImageDataset` takes them; list k is a function of (seed, name, epoch, k)."""
 
     def __init__(self, seed: int, name: str) -> None:
@@ -91,11 +92,11 @@ class _Seeded(Sampler[list[tuple[int, int]]]):
         """Choose the epoch whose draws are given from now on."""
         self.epoch = epoch
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
-    def _draw(self, k: int) -> list[tuple[int, int]]:
-        raise NotImplementedError
+    @abstractmethod
+    def _draw(self, k: int) -> list[tuple[int, int]]: ...
 
     def __getitem__(self, k: int) -> list[tuple[int, int]]:
         if not 0 <= k < len(self):

@@ -226,6 +226,34 @@ def test_what_validation_and_final_test_are_given(trained, data, tmp_path, monke
     assert not all(torch.equal(value, last[key]) for key, value in tested.items())
 
 
+@pytest.mark.parametrize("random_val_task", [False, True])
+def test_validation_episodes_of_pretraining(folder, tmp_path, monkeypatch, random_val_task):
+    calls = []
+
+    def evaluate(self, model, episodes, *, title=""):
+        calls.append(list(episodes))
+        return Evaluation(1.0, 50.0, 1.0, [])
+
+    monkeypatch.setattr(Evaluator, "__call__", evaluate)
+    flags = [
+        "-dataset",
+        "folder",
+        "-data_dir",
+        folder,
+        *SMALL,
+        "-max_epoch",
+        2,
+        "-bs",
+        42,
+        "-num_episode",
+        2,
+        "-way",
+        2,
+    ]
+    succeed("train_pretrain.py", *flags, *(["-random_val_task"] if random_val_task else []), cwd=tmp_path)
+    assert (calls[0] != calls[1]) == random_val_task
+
+
 def test_repeatable_to_the_bit_with_any_number_of_workers(data, tmp_path):
     found = []
     flags = [*data, *SMALL, "-deepemd", "sampling", "-num_patch", 2, "-way", 3, "-pretrain_dir", "none"]

@@ -93,9 +93,8 @@ def start(gpu: str | None) -> tuple[Ranks, torch.device, list[int]]:
     )
     ids = gpu_numbers(gpu)
     if ids:
-        is_bound = (
-            gpu is None and len(ids) == 1 and "SLURM_STEP_NUM_TASKS" in os.environ
-        )  # srun shows each task its own
+        # srun can show each task a GPU of its own, which is then the only one that it sees.
+        is_bound = gpu is None and len(ids) == 1 and "SLURM_STEP_NUM_TASKS" in os.environ
         if len(ids) < local_size and not is_bound:
             raise InputError(
                 f"expected a GPU for each of the {local_size} processes on this machine; got {len(ids)}. Start fewer "

@@ -30,5 +30,5 @@ class _Lines(tqdm):
 
 def progress_bar(desc: str, *, total: int, initial: int = 0, disable: bool = False) -> tqdm:
     """A progress bar on standard error, or lines where that is a file."""
-    kind = tqdm if sys.stderr.isatty() else _Lines
-    return kind(desc=desc, total=total, initial=initial, disable=disable, leave=False, dynamic_ncols=kind is tqdm)
+    settings = {"desc": desc, "total": total, "initial": initial, "disable": disable, "leave": False}
+    return tqdm(dynamic_ncols=True, **settings) if sys.stderr.isatty() else _Lines(**settings)

@@ -90,7 +90,7 @@ def stop_at(monkeypatch, count: int) -> None:
 # Steps: PRETRAIN 3 + 2 validation, twice; META 2 + 2, twice, + 3 of the test.
 @pytest.mark.parametrize(
     ("words", "stops"),
-    [(PRETRAIN, [3, 1]), (PRETRAIN, [5, 2]), (PRETRAIN, [10]), (META, [1]), (META, [3, 3]), (META, [8]), (META, [11])],
+    [(PRETRAIN, [2, 1]), (PRETRAIN, [5, 2]), (PRETRAIN, [10]), (META, [1]), (META, [3, 3]), (META, [8]), (META, [11])],
 )
 def test_a_stopped_run_ends_where_a_whole_one_ends(whole, folder, tmp_path, monkeypatch, words, stops):
     """To the bit, wherever it was stopped, by the command that it printed."""
@@ -439,7 +439,7 @@ def test_the_launcher_is_stopped_and_the_run_goes_on_alone(folder, tmp_path):
 
 
 def fails_once(rank: int) -> None:
-    """A rank of a run in which the first task of the second rank cannot be solved, in the first of two steps."""
+    """A rank of a run of two steps. In the first, a task of the second rank cannot be solved; it alone is asked to stop."""
     from test_engine import Batches, Samples
     from torch import nn
 
@@ -462,14 +462,27 @@ def fails_once(rank: int) -> None:
             raise ArithmeticError("no solution")
         return network(images), labels
 
-    run = OtherRank(Path(), None)
-    train_epoch(network, forward, loader, guard, run, device=device, accumulate=4, skip_on=(ArithmeticError,))
+    stop, noted = stopping.StopRequest(), []
+    stop.signal_number = signal.SIGTERM if rank == 1 else 0
+    train_epoch(
+        network,
+        forward,
+        loader,
+        guard,
+        OtherRank(Path(), None),
+        device=device,
+        accumulate=4,
+        skip_on=(ArithmeticError,),
+        stop=stop,
+        after_step=noted.append,
+    )
+    assert noted == [signal.SIGTERM] * 2
     assert (guard.progress.skipped, len(guard.progress.losses)) == (1, 4)
     weights = ranks.gather(network.weight.flatten().tolist())
     assert weights[0] == weights[1]
 
 
-def test_a_step_that_one_rank_gives_up_holds_up_no_other():
+def test_what_one_rank_meets_all_act_on():
     code = "import sys; sys.path[:0] = sys.argv[2:]; import test_runs; test_runs.fails_once(int(sys.argv[1]))"
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29431"}
     processes = [

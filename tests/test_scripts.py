@@ -20,6 +20,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import write_images
+from tqdm import tqdm
 
 import utils
 from engine.evaluation import Evaluation, Evaluator
@@ -370,16 +371,16 @@ def test_bad_input(bad_place, flags, status, message):
 
 
 def test_an_error_has_a_line_of_its_own(bad_place, monkeypatch):
-    """Not glued to the progress bar."""
-    real = Evaluator._match
+    """Not glued to the progress bar of a terminal."""
+    monkeypatch.setattr("engine.progress._Lines", tqdm)
 
     def fails(self, *args, **settings):
         raise utils.InputError("it broke")
 
     monkeypatch.setattr(Evaluator, "_match", fails)
     done = run("eval.py", *GOOD, cwd=bad_place)
+    assert "test:   0%" in done.err
     assert done.err.replace("\r", "\n").splitlines()[-1] == "error: it broke"
-    assert real is not Evaluator._match
 
 
 def test_compile_on_several_gpus_is_refused(bad_place, monkeypatch):

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -268,9 +269,10 @@ def available_cores() -> int:
 class RunFolder:
     """The folder of a run, which one process at a time may write to.
 
-    ``results.txt`` (lines), ``trlog.json`` (curves), ``tf/`` (TensorBoard), ``run.json`` (what was run on what),
-    weights, and ``last.pth``: all that it takes to go on. The log of a run that is resumed is put back to where its state was
-    saved, so that no line is there twice. What an earlier run left in the folder is moved to ``previous-<n>/``.
+    ``results.txt`` (lines), ``trlog.json`` (curves), ``tf/`` (TensorBoard), ``images/`` (pictures in it), ``run.json`` (what
+    was run on what), weights, and ``last.pth``: all that it takes to go on. The log of a run that is resumed is put back to
+    where its state was saved, so that no line is there twice. What an earlier run left in the folder is moved to
+    ``previous-<n>/``.
 
     Args:
         path: made where it is not there.
@@ -304,7 +306,7 @@ class RunFolder:
         self.points: dict[str, list[tuple[int, float, float]]] = {}  # step, value, time of each TensorBoard scalar
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path / "run.lock")
+            self._lock = hold_lock(self.path / "run.lock", "Wait for it to end, or keep the runs apart with -extra_dir")
             for partial in self.path.glob("*.part"):  # of a process that was killed while it wrote
                 partial.unlink()
             if resume and (self.path / LAST_STATE).is_file():
@@ -319,6 +321,7 @@ class RunFolder:
         for name, points in self.points.items():
             for step, value, when in points:
                 self.writer.add_scalar(name, value, step, walltime=when)
+        self._restore_images()
         print(f"run folder: {self.path}" + (", resumed" if self.state else ""), flush=True)
 
     def _check_room(self, weights: nn.Module | None, kept: int) -> None:
@@ -344,7 +347,7 @@ class RunFolder:
         shutil.rmtree(self.path / "tf", ignore_errors=True)
 
     def _move_earlier_run(self) -> None:
-        names = ("results.txt", "trlog.json", "tf", BEST_WEIGHTS, LAST_STATE, "run.json", "results.json")
+        names = ("results.txt", "trlog.json", "tf", "images", BEST_WEIGHTS, LAST_STATE, "run.json", "results.json")
         mine = [self.path / name for name in names]
         earlier = [path for path in (*mine, *self.path.glob("epoch-*.pth")) if path.exists()]
         if not earlier:
@@ -370,6 +373,32 @@ class RunFolder:
             when = time.time()
             self.points.setdefault(f"data/{name}", []).append((step, value, when))
             self.writer.add_scalar(f"data/{name}", value, step, walltime=when)
+
+    def image(self, name: str, pixels: np.ndarray, epoch: int) -> None:
+        """Send a picture ``(height, width, 3)``, uint8, to TensorBoard, and keep it in ``images/``."""
+        from PIL import Image
+
+        content = io.BytesIO()
+        Image.fromarray(pixels).save(content, "png")
+        folder = self.path / "images" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_atomically(folder / f"epoch-{epoch}.png", content.getbuffer())
+        self.writer.add_image(f"images/{name}", pixels, epoch, dataformats="HWC")
+
+    def _restore_images(self) -> None:
+        # The pictures themselves are too large for the state: those of finished epochs come from their files.
+        import numpy as np
+        from PIL import Image
+
+        files = [(int(file.stem.removeprefix("epoch-")), file) for file in self.path.glob("images/*/epoch-*.png")]
+        for epoch, file in sorted(files):
+            if epoch > len(self.curves["epochs"]):
+                file.unlink()
+                continue
+            with Image.open(file) as image:
+                pixels, when = np.asarray(image.convert("RGB")), file.stat().st_mtime
+            tag = f"images/{file.parent.name}"
+            self.writer.add_image(tag, pixels, epoch, walltime=when, dataformats="HWC")
 
     def record(self, **values: Any) -> None:
         """Add one epoch to ``trlog.json``."""
@@ -410,13 +439,17 @@ class OtherRank:
         self.path, self.state = path, state
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        if name not in ("log", "scalars", "record", "finish", "save_weights", "save_state"):
+        if name not in ("log", "scalars", "image", "record", "finish", "save_weights", "save_state"):
             raise AttributeError(name)
         return lambda *values, **named: None
 
 
-def _lock(path: Path) -> Any:
-    """Hold a file locked for as long as this process lives; the system lets go of it however the process ends."""
+def hold_lock(path: Path, advice: str) -> Any:
+    """Hold a file locked while the value returned lives; the system lets go of it however the process ends.
+
+    Raises:
+        InputError: another process holds it; the message ends with ``advice``.
+    """
     try:
         import fcntl
     except ImportError:  # not a system with such locks
@@ -428,8 +461,7 @@ def _lock(path: Path) -> Any:
     except (BlockingIOError, PermissionError):
         file.seek(0)
         raise InputError(
-            f"expected no other run in {path.parent}; {file.read().strip() or 'another process'} is writing to it. "
-            "Wait for it to end, or keep the runs apart with -extra_dir"
+            f"expected no other run in {path.parent}; {file.read().strip() or 'another process'} is writing to it. {advice}"
         ) from None
     except OSError:  # a file system without locks
         return None

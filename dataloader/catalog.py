@@ -22,6 +22,7 @@ class DatasetSpec:
         classes: published number of classes per split; empty where any number is fine.
         mean, std: of the three channels, for pixels in [0, 1].
         large_images: the published images are larger than 84 pixels; smaller ones cost accuracy, so they bring a warning.
+        pixels: along either edge of every published image; None where they vary.
         obtain: how to get it, for messages.
     """
 
@@ -33,6 +34,7 @@ class DatasetSpec:
     mean: tuple[float, float, float] = _IMAGENET_MEAN
     std: tuple[float, float, float] = _IMAGENET_STD
     large_images: bool = False
+    pixels: int | None = None
     obtain: str = ""
 
 
@@ -47,7 +49,7 @@ CATALOG: dict[str, DatasetSpec] = {
         image_folders=("images",),
         classes=_counts(64, 16, 20),
         large_images=True,
-        obtain="python datasets/fetch.py miniimagenet",
+        obtain="python datasets/prepare.py miniimagenet",
     ),
     "cub": DatasetSpec(
         layout="csv_by_class",
@@ -55,20 +57,21 @@ CATALOG: dict[str, DatasetSpec] = {
         image_folders=(".", "images"),
         classes=_counts(100, 50, 50),
         large_images=True,
-        obtain="python datasets/fetch.py cub",
+        obtain="python datasets/prepare.py cub",
     ),
     "tieredimagenet": DatasetSpec(
         layout="folders",
         folders=("tiered_imagenet", "tieredimagenet"),
         classes=_counts(351, 97, 160),
         large_images=True,
-        obtain="python datasets/fetch.py tieredimagenet",
+        obtain="python datasets/prepare.py tieredimagenet -source ILSVRC2012_img_train.tar",
     ),
     "fc100": DatasetSpec(
         layout="folders",
         folders=("FC100", "fc100"),
         classes=_counts(60, 20, 20),
-        obtain="python datasets/fetch.py fc100",
+        pixels=32,
+        obtain="python datasets/prepare.py fc100",
     ),
     "cifar_fs": DatasetSpec(
         layout="folders",
@@ -77,7 +80,8 @@ CATALOG: dict[str, DatasetSpec] = {
         classes=_counts(64, 16, 20),
         mean=_CIFAR_MEAN,
         std=_CIFAR_STD,
-        obtain="python datasets/fetch.py cifar_fs",
+        pixels=32,
+        obtain="python datasets/prepare.py cifar_fs",
     ),
     "folder": DatasetSpec(
         layout="folders", folders=(".",), obtain="put your images in <data_dir>/{train,val,test}/<class>/"

@@ -26,9 +26,8 @@ from typing import IO, NamedTuple
 PROJECT = Path(__file__).resolve().parents[1]
 
 
-IMAGENET = "It was reported gone in 2023, and can be rebuilt from ImageNet's training images at their original size."
-CIFAR = "It can be rebuilt from CIFAR-100, which torchvision downloads."
-CUB = "It can be rebuilt from CUB_200_2011, cropped to the bounding boxes."
+GONE = "It was reported gone in 2023. "
+PREPARE = "Or build it from a source that exists: python datasets/prepare.py {}"
 TRAIN = "Such models can be trained with train_pretrain.py and train_meta.py."
 
 
@@ -43,13 +42,23 @@ class Download(NamedTuple):
 
 
 DOWNLOADS = {
-    "miniimagenet": Download("191cFzwwNTzG_mHUDABF0Nh77cI6pa-qq", "miniimagenet.tar", ("miniimagenet",), IMAGENET),
-    "tieredimagenet": Download(
-        "1ANczVwnI1BDHIF65TgulaGALFnXBvRfs", "tieredimagenet.tar", ("tiered_imagenet", "tieredimagenet"), IMAGENET
+    "miniimagenet": Download(
+        "191cFzwwNTzG_mHUDABF0Nh77cI6pa-qq",
+        "miniimagenet.tar",
+        ("miniimagenet",),
+        GONE + PREPARE.format("miniimagenet"),
     ),
-    "cub": Download("1B8jmZin9teye7Lte9ZKsQ3lyMASbxune", "cub.tar", ("cub",), CUB),
-    "fc100": Download("1nEh3O2RJ5zTbWj7luyQCNcklpX0_5KlS", "FC100.tar", ("FC100", "fc100"), CIFAR),
-    "cifar_fs": Download("1Lq2USoQmbFgCFJlGx3huFSfjqwtxMCL8", "cifar_fs.tar", ("cifar_fs",), CIFAR),
+    "tieredimagenet": Download(
+        "1ANczVwnI1BDHIF65TgulaGALFnXBvRfs",
+        "tieredimagenet.tar",
+        ("tiered_imagenet", "tieredimagenet"),
+        GONE + PREPARE.format("tieredimagenet -source ILSVRC2012_img_train.tar"),
+    ),
+    "cub": Download("1B8jmZin9teye7Lte9ZKsQ3lyMASbxune", "cub.tar", ("cub",), PREPARE.format("cub")),
+    "fc100": Download("1nEh3O2RJ5zTbWj7luyQCNcklpX0_5KlS", "FC100.tar", ("FC100", "fc100"), PREPARE.format("fc100")),
+    "cifar_fs": Download(
+        "1Lq2USoQmbFgCFJlGx3huFSfjqwtxMCL8", "cifar_fs.tar", ("cifar_fs",), PREPARE.format("cifar_fs")
+    ),
     "pretrain_model": Download(
         "1Prn7_41NVrZbnePAlSiKjD21Jlz0LKJM", "deepemd_pretrain_model.tar", ("deepemd_pretrain_model",), TRAIN, "."
     ),

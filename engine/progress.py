@@ -28,7 +28,10 @@ class _Lines(tqdm):
         pass
 
 
-def progress_bar(desc: str, *, total: int, initial: int = 0, disable: bool = False) -> tqdm:
-    """A progress bar on standard error, or lines where that is a file."""
+def progress_bar(
+    desc: str, *, total: int | None, initial: int = 0, disable: bool = False, unit_scale: bool = False
+) -> tqdm:
+    """A progress bar on standard error, or lines where that is a file; ``unit_scale`` counts in thousands or millions."""
     settings = {"desc": desc, "total": total, "initial": initial, "disable": disable, "leave": False}
+    settings["unit_scale"] = unit_scale
     return tqdm(dynamic_ncols=True, **settings) if sys.stderr.isatty() else _Lines(**settings)

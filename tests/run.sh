@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ./install.sh
-install requirements.txt tests/requirements.txt
+install requirements.txt requirements-data.txt tests/requirements.txt
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
 for script in *.sh tests/*.sh .ci/run; do bash -n "$script"; done

@@ -382,7 +382,7 @@ def test_who_is_to_blame(tmp_path, monkeypatch, stderr, blamed, reason):
     assert ("quota" in said) == (blamed == DRIVE)
     assert "\n" not in said
     assert "fetch.py miniimagenet path/to/miniimagenet.tar" in said
-    assert "rebuilt" in said
+    assert "datasets/prepare.py miniimagenet" in said
     assert list((tmp_path / "datasets").iterdir()) == []
 
 

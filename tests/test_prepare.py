@@ -1,0 +1,824 @@
+"""Building data sets from small sources in the official formats; downloads from a server on the loopback."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import signal
+import tarfile
+import threading
+import time
+import zipfile
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import download as downloads
+import manifest
+import numpy as np
+import prepare as module
+import pytest
+import sources
+from download import Remote, download
+from PIL import Image
+from prepare import main, prepare
+
+from dataloader.catalog import CATALOG
+from dataloader.readers import read_split
+from utils import InputError
+
+
+def picture(seed: int, size: tuple[int, int] = (32, 32), kind: str = "PNG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def tar_bytes(files: dict[str, bytes], mode: str = "w") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def save(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def unpack(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        save(folder / name, content)
+    return folder
+
+
+def zipped(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder but the manifest."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found.pop(manifest.NAME, None)
+    return found
+
+
+def refused(*arguments: str | Path) -> str:
+    with pytest.raises(InputError) as caught:
+        main([str(argument) for argument in arguments])
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def publish(monkeypatch, classes: dict[str, dict[str, int | None]], **more) -> None:
+    monkeypatch.setattr(module, "published_classes", lambda name: classes)
+    monkeypatch.setattr(
+        module, "published_images", lambda name, split: sum(n or 0 for n in classes.get(split, {}).values()) or None
+    )
+    for name, value in more.items():
+        monkeypatch.setattr(module, name, value)
+
+
+# --- CIFAR-100 --------------------------------------------------------------------------------------------------------
+
+CIFAR = {
+    f"{part}/{label}/{label}_s_{number:06d}.png": picture(1000 * number + len(label) + (part == "test"))
+    for label in ("apple", "bear", "castle")
+    for part, numbers in (("train", range(3)), ("test", range(3, 5)))
+    for number in numbers
+}
+
+
+def cifar_pickles(images: dict[str, bytes] = CIFAR) -> dict[str, bytes]:
+    names = sorted({name.split("/")[1] for name in images})
+    found = {"meta": pickle.dumps({"fine_label_names": names}, protocol=2)}
+    for part in ("train", "test"):
+        of_part = sorted((name for name in images if name.startswith(part)), key=hash)
+        pixels = [np.asarray(Image.open(io.BytesIO(images[name]))).transpose(2, 0, 1).ravel() for name in of_part]
+        table = {
+            "filenames": [name.split("/")[2] for name in of_part],
+            "fine_labels": [names.index(name.split("/")[1]) for name in of_part],
+            "data": np.stack(pixels),
+        }
+        found[part] = pickle.dumps(table, protocol=2)
+    return {f"cifar-100-python/{name}": content for name, content in found.items()}
+
+
+@pytest.fixture
+def cifar(monkeypatch):
+    publish(monkeypatch, {"train": {"apple": 5}, "val": {"bear": 5}, "test": {"castle": 5}})
+
+
+def cifar_sources(folder: Path) -> dict[str, Path]:
+    archive = tar_bytes(cifar_pickles(), "w:gz")
+    return {
+        "zip": zipped(folder / "cifar100.zip", {f"cifar100/{name}": content for name, content in CIFAR.items()}),
+        "tree": unpack(folder / "tree", {**CIFAR, "train/apple/._x.png": b"", "train/unknown/a.png": b"x"}),
+        "archive": save(folder / "cifar-100-python.tar.gz", archive),
+        "pickles": unpack(folder / "unpacked", cifar_pickles()),
+        "root of torchvision": save(folder / "root" / "cifar-100-python.tar.gz", archive).parent,
+    }
+
+
+@pytest.mark.parametrize("name", ["fc100", "cifar_fs"])
+def test_cifar_is_the_same_from_every_source(tmp_path, cifar, name):
+    folders = {"train": "train", "val": "val", "test": "test"} | CATALOG[name].split_folders
+    label = {"train": "apple", "val": "bear", "test": "castle"}
+    for kind, source in cifar_sources(tmp_path / "from").items() if (tmp_path / "from").mkdir() is None else ():
+        out = tmp_path / kind
+        main([name, "-source", str(source), "-out", str(out)])
+        built = tree(out / CATALOG[name].folders[0])
+        assert built == {
+            f"{folders[split]}/{label[split]}/{path.split('/')[2]}": content
+            for split in folders
+            for path, content in CIFAR.items()
+            if path.split("/")[1] == label[split]
+        }, kind
+        for split in folders:
+            paths, _, names = read_split(CATALOG[name], str(out), split)
+            assert len(paths) == 5
+            assert names == [label[split]]
+
+
+def test_manifest(tmp_path, cifar):
+    (tmp_path / "from").mkdir()
+    main(["fc100", "-source", str(cifar_sources(tmp_path / "from")["zip"]), "-out", str(tmp_path)])
+    record = json.loads((tmp_path / "FC100" / manifest.NAME).read_text())
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in tree(tmp_path / "FC100").items()}
+    assert record["sha256"] == manifest.tree_hash(digests)
+    assert record["splits"]["val"] == {"classes": 1, "images": 5, "per_class": {"bear": 5}}
+    assert (record["dataset"], record["source"], record["recipe"]) == ("fc100", "cifar100.zip", manifest.RECIPE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["FC100", "from"]
+
+
+def test_tree_hash_sees_names_and_bytes():
+    hashes = {manifest.tree_hash(tree) for tree in ({"a": "1", "b": "2"}, {"a": "2", "b": "1"}, {"a": "1", "c": "2"})}
+    assert len(hashes) == 3
+
+
+def test_second_run_and_other_options(tmp_path, cifar, capsys):
+    source = zipped(tmp_path / "cifar.zip", CIFAR)
+    main(["fc100", "-source", str(source), "-out", str(tmp_path)])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "FC100").rglob("*")}
+    main(["fc100", "-source", str(source), "-out", str(tmp_path)])
+    assert "complete already, built from cifar.zip: nothing to do" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "FC100").rglob("*")}
+    assert "built with other options" in refused("fc100", "-source", source, "-out", tmp_path, "-allow_missing")
+    save(tmp_path / "other" / "fc100" / "x.png", b"x")
+    assert "this script built; remove it" in refused("fc100", "-source", source, "-out", tmp_path / "other")
+    assert (tmp_path / "other" / "fc100" / "x.png").read_bytes() == b"x"
+
+
+def test_dry_run_writes_nothing(tmp_path, cifar, capsys):
+    source = zipped(tmp_path / "cifar.zip", CIFAR)
+    main(["fc100", "-source", str(source), "-out", str(tmp_path / "out"), "-dry_run"])
+    assert "1/1/1 classes, 5/5/5 images" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    main(["cub", "-out", str(tmp_path / "out"), "-dry_run"])
+    assert "would download https://data.caltech.edu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["interrupt", "kill"])
+def test_stopped_run_continues(tmp_path, cifar, monkeypatch, how):
+    source = zipped(tmp_path / "cifar.zip", CIFAR)
+    make, made = module._make, []
+
+    def interrupted(name, *rest):
+        if len(made) == 7:
+            if how == "kill":
+                save(rest[2].with_name(rest[2].name + ".part"), b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyboardInterrupt
+        made.append(name)
+        return make(name, *rest)
+
+    monkeypatch.setattr(module, "_make", interrupted)
+    monkeypatch.setattr(module, "available_cores", lambda: 1)
+    arguments = ["fc100", "-source", str(source), "-out", str(tmp_path)]
+    if how == "kill":
+        child = os.fork()
+        if not child:
+            main(arguments)
+            os._exit(0)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    assert not (tmp_path / "FC100").exists()
+    with pytest.raises(InputError, match="no such folder"):
+        read_split(CATALOG["fc100"], str(tmp_path), "train")
+    again = []
+    monkeypatch.setattr(module, "_make", lambda name, *rest: again.append(name) or make(name, *rest))
+    main(arguments)
+    assert len(again) == len(CIFAR) - 7
+    assert len(tree(tmp_path / "FC100")) == len(CIFAR)
+    assert not list(tmp_path.glob(".FC100*"))
+
+
+def test_unfinished_work_of_another_source_is_not_used(tmp_path, cifar):
+    save(tmp_path / ".FC100.part" / "train" / "apple" / "apple_s_000000.png", b"of something else")
+    save(tmp_path / ".FC100.part" / module.STATE, b'{"source": "else"}')
+    main(["fc100", "-source", str(zipped(tmp_path / "cifar.zip", CIFAR)), "-out", str(tmp_path)])
+    assert tree(tmp_path / "FC100")["train/apple/apple_s_000000.png"] == CIFAR["train/apple/apple_s_000000.png"]
+
+
+def test_one_build_at_a_time(tmp_path, cifar, monkeypatch):
+    source = zipped(tmp_path / "cifar.zip", CIFAR)
+    (tmp_path / "out").mkdir()
+    child = os.fork()
+    if not child:
+        lock = module.hold_lock(tmp_path / "out" / ".FC100.lock", "")
+        save(tmp_path / "held", b"")
+        time.sleep(60)
+        os._exit(bool(lock))
+    try:
+        while not (tmp_path / "held").exists():
+            time.sleep(0.01)
+        assert "Wait for it to end" in refused("fc100", "-source", source, "-out", tmp_path / "out")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+# --- Sources that are not as they should be ---------------------------------------------------------------------------
+
+
+def without(*names: str) -> dict[str, bytes]:
+    return {name: content for name, content in CIFAR.items() if not name.startswith(names)}
+
+
+def test_incomplete_source(tmp_path, cifar, capsys):
+    lacking = zipped(tmp_path / "a.zip", without("test/bear/bear_s_000003.png", "train/castle", "test/castle"))
+    message = refused("fc100", "-source", lacking, "-out", tmp_path)
+    assert "no image of the test class castle; 4 of 5 images of the val class bear" in message
+    assert "-allow_missing" in message
+    assert not (tmp_path / "FC100").exists()
+    main(["fc100", "-source", str(lacking), "-out", str(tmp_path), "-allow_missing"])
+    assert "will be incomplete" in capsys.readouterr().err
+    assert len(tree(tmp_path / "FC100")) == 9
+    assert json.loads((tmp_path / "FC100" / manifest.NAME).read_text())["lacks"][0].startswith("no image")
+
+
+def test_broken_sources(tmp_path, cifar):
+    good = tar_bytes({f"cifar/{name}": content for name, content in CIFAR.items()})
+    packed = zipped(tmp_path / "good.zip", CIFAR).read_bytes()
+    spoilt = bytearray(packed)
+    spoilt[200] ^= 1
+    boxes = {"train/apple/apple_s_000000.png": b"no image", "test/bear/bear_s_000003.png": b""}
+    run = {"cifar-100-python/train": pickle.dumps(os.getcwd)}
+    for content, expected in (
+        (good[: len(good) // 2], "unexpected end of data|cut off|no image"),
+        (packed[: len(packed) // 2], "expected a tar, zip or parquet file"),
+        (bytes(spoilt), "Bad CRC-32|cut off"),
+        (
+            tar_bytes({f"{top}/{name}": content for name, content in CIFAR.items() for top in "xy"}),
+            "15 are there twice",
+        ),
+        (
+            tar_bytes({f"x/{name}": boxes.get(name, content) for name, content in CIFAR.items()}),
+            r"apple_s_000000.png; it cannot be read \(cannot identify image file\) \(and 1 more like it",
+        ),
+        (tar_bytes(cifar_pickles() | run), "asks to run posix.getcwd, which is refused"),
+        (tar_bytes(cifar_pickles() | {"cifar-100-python/test": b"\x80\x02"}), "cannot be read"),
+        (tar_bytes({"a/b/c.png": b""}), "found none that belong to it"),
+        (b"no archive at all", "it is none, or it is cut off"),
+    ):
+        out = tmp_path / hashlib.sha256(content).hexdigest()
+        message = refused("fc100", "-source", save(out / "source", content), "-out", out)
+        assert re.search(expected, message), (message, expected)
+        assert not (out / "FC100").exists()
+    assert "there is none" in refused("fc100", "-source", tmp_path / "nowhere", "-out", tmp_path)
+    assert "ILSVRC2012_img_train.tar from image-net.org" in refused("tieredimagenet", "-out", tmp_path)
+
+
+def test_flags_that_do_not_go_together(tmp_path, capsys):
+    for arguments, expected in (
+        (["fc100", "-size", "20"], "-size goes with miniimagenet, tieredimagenet, cub"),
+        (["fc100", "-no_crop"], "-no_crop goes with cub"),
+        (["imagenet"], "invalid choice"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert expected in capsys.readouterr().err
+
+
+# --- ImageNet ---------------------------------------------------------------------------------------------------------
+
+# As in ImageNet, numbers are neither consecutive nor in the order of their names: 7 comes before 10.
+NUMBERS = {"n01532829": (2, 7, 10, 18, 103), "n01558993": (1, 5, 60, 61, 700), "n01704323": (3, 4, 5, 6, 8)}
+PLACES = {"n01532829": (1, 3, 5), "n01558993": (2, 3, 4), "n01704323": (1, 2, 5)}
+IMAGENET = {
+    (wnid, number): picture(number, (60 + number % 7, 50), "JPEG")
+    for wnid, numbers in NUMBERS.items()
+    for number in numbers
+}
+OTHER_CLASS = {("n09999999", 1): picture(1, kind="JPEG")}
+MINI = {
+    f"images/{wnid}{place:08d}.jpg": IMAGENET[wnid, NUMBERS[wnid][place - 1]]
+    for wnid in PLACES
+    for place in PLACES[wnid]
+}
+
+
+@pytest.fixture
+def imagenet(monkeypatch):
+    classes = {split: {wnid: 3} for split, wnid in zip(("train", "val", "test"), NUMBERS, strict=True)}
+    names = {wnid: wnid for wnid in NUMBERS} | {
+        "house finch": "n01532829",
+        "robin": "n01558993",
+        "triceratops": "n01704323",
+    }
+    publish(
+        monkeypatch,
+        classes,
+        miniimagenet_numbers=lambda: PLACES,
+        wnids=lambda name: names,
+        PER_CLASS=3,
+        MOST_PER_CLASS=5,
+    )
+
+
+def imagenet_files(pattern: str) -> dict[str, bytes]:
+    return {pattern.format(wnid, number): content for (wnid, number), content in (IMAGENET | OTHER_CLASS).items()}
+
+
+def tar_of_tars() -> bytes:
+    inner = {}
+    for wnid in (*NUMBERS, "n09999999"):
+        images = {
+            f"{w}_{number}.JPEG": content for (w, number), content in (IMAGENET | OTHER_CLASS).items() if w == wnid
+        }
+        inner[f"{wnid}.tar"] = tar_bytes(images)
+    return tar_bytes(inner)
+
+
+def parquet(
+    path: Path, rows: list[tuple[bytes, str | None, int | str]], names: list[str] | None = None, boxes=None
+) -> Path:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    columns = {
+        "image": pa.array([{"bytes": content, "path": name} for content, name, _ in rows]),
+        "label": pa.array([label for _, _, label in rows]),
+    }
+    if boxes:
+        columns["bbox"] = pa.array(boxes)
+    table = pa.table(columns)
+    if names:
+        facts = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(facts)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=4)
+    return path
+
+
+def imagenet_parquet(folder: Path) -> Path:
+    """Shuffled rows in two shards, names with the class doubled."""
+    rows = [
+        (content, f"{w}_{n}_{w}.JPEG", sorted(NUMBERS).index(w) if w in NUMBERS else 3)
+        for (w, n), content in sorted((IMAGENET | OTHER_CLASS).items(), key=lambda item: hash(item[1]))
+    ]
+    names = ["house finch, linnet", "robin", "triceratops", "other"]
+    validation = (picture(99, kind="JPEG"), "ILSVRC2012_val_00000001_n01532829.JPEG", 0)
+    parquet(folder / "data" / "train-00000-of-00002.parquet", rows[:7], names)
+    parquet(folder / "data" / "train-00001-of-00002.parquet", rows[7:], names)
+    parquet(folder / "data" / "validation-00000-of-00001.parquet", [validation], names)
+    return folder
+
+
+def imagenet_sources(folder: Path) -> dict[str, Path]:
+    folder.mkdir()
+    kaggle = imagenet_files("ILSVRC/Data/CLS-LOC/train/{0}/{0}_{1}.JPEG")
+    other = {"ILSVRC/Annotations/n01532829_2.xml": b"", "ILSVRC/Data/CLS-LOC/val/ILSVRC2012_val_00000001.JPEG": b""}
+    class_tars = {
+        f"{wnid}.tar": tar_bytes({f"{wnid}_{n}.JPEG": IMAGENET[wnid, n] for n in NUMBERS[wnid]}) for wnid in NUMBERS
+    }
+    return {
+        "tar of tars": save(folder / "ILSVRC2012_img_train.tar", tar_of_tars()),
+        "kaggle": zipped(folder / "kaggle.zip", kaggle | other),
+        "tar": save(folder / "train.tar", tar_bytes(kaggle)),
+        "tgz": save(folder / "train.tgz", tar_bytes(kaggle, "w:gz")),
+        "folder": unpack(folder / "tree", kaggle | other),
+        "class tars": unpack(folder / "tars", class_tars),
+        "parquet": imagenet_parquet(folder / "hub"),
+    }
+
+
+def test_miniimagenet_is_the_same_from_every_source(tmp_path, imagenet):
+    for kind, source in imagenet_sources(tmp_path / "from").items():
+        main(["miniimagenet", "-source", str(source), "-out", str(tmp_path / kind)])
+        built = tree(tmp_path / kind / "miniimagenet")
+        tables = {name: built.pop(name).decode() for name in list(built) if name.endswith(".csv")}
+        assert built == MINI, kind
+        assert tables["split/val.csv"].splitlines() == [
+            "filename,label",
+            *(f"n01558993{place:08d}.jpg,n01558993" for place in PLACES["n01558993"]),
+        ]
+        paths, _, names = read_split(CATALOG["miniimagenet"], str(tmp_path / kind), "train")
+        assert (len(paths), names) == (3, ["n01532829"])
+
+
+def test_miniimagenet_notices_lost_files(tmp_path, imagenet, capsys):
+    files = imagenet_files("{0}/{0}_{1}.JPEG")
+    del files["n01532829/n01532829_7.JPEG"]
+    message = refused("miniimagenet", "-source", unpack(tmp_path / "from", files), "-out", tmp_path)
+    assert "2 of 3 images of the train class n01532829" in message
+
+
+CHOSEN = [(content, *key) for key, content in IMAGENET.items() if NUMBERS[key[0]].index(key[1]) + 1 in PLACES[key[0]]]
+
+
+@pytest.mark.parametrize(
+    ("naming", "note"),
+    [("imagenet", None), ("published", None), ("none", "could not be verified"), ("other", "another one")],
+)
+def test_miniimagenet_of_the_hub(tmp_path, imagenet, capsys, naming, note):
+    """600 images a class, chosen by somebody else; its test split is not part of miniImageNet."""
+    name = {
+        "imagenet": lambda wnid, number: f"{wnid}_{number}.JPEG",
+        "published": lambda wnid, number: f"{wnid}{NUMBERS[wnid].index(number) + 1:08d}.jpg",
+        "none": lambda wnid, number: None,
+        "other": lambda wnid, number: f"{wnid}_{NUMBERS[wnid].index(number) * 2}.JPEG",
+    }[naming]
+    rows = [(content, name(wnid, number), list(NUMBERS).index(wnid)) for content, wnid, number in CHOSEN]
+    names = ["house finch", "n01558993", "Triceratops"]
+    parquet(tmp_path / "hub" / "train-00000-of-00001.parquet", rows[:5], names)
+    parquet(tmp_path / "hub" / "validation-00000-of-00001.parquet", rows[5:], names)
+    parquet(tmp_path / "hub" / "test-00000-of-00001.parquet", [(picture(5), None, 0)], names)
+    main(["miniimagenet", "-source", str(tmp_path / "hub"), "-out", str(tmp_path)])
+    built = {path: content for path, content in tree(tmp_path / "miniimagenet").items() if "split" not in path}
+    assert sorted(built.values()) == sorted(MINI.values())
+    assert len(read_split(CATALOG["miniimagenet"], str(tmp_path), "test")[0]) == 3
+    assert (built == MINI) == (note is None)
+    printed = capsys.readouterr().err
+    assert note in printed if note else "note:" not in printed
+
+
+def test_tieredimagenet(tmp_path, imagenet, monkeypatch):
+    publish(monkeypatch, {split: {wnid: None} for split, wnid in zip(("train", "val", "test"), NUMBERS, strict=True)})
+    monkeypatch.setattr(module, "published_images", lambda name, split: 5)
+    for kind, source in imagenet_sources(tmp_path / "from").items():
+        main(["tieredimagenet", "-source", str(source), "-out", str(tmp_path / kind), "-size", "40"])
+        root = tmp_path / kind / "tiered_imagenet"
+        assert sorted(tree(root)) == sorted(
+            f"{split}/{wnid}/{wnid}_{number}.JPEG"
+            for split, wnid in zip(("train", "val", "test"), NUMBERS, strict=True)
+            for number in NUMBERS[wnid]
+        ), kind
+        with Image.open(root / "train" / "n01532829" / "n01532829_10.JPEG") as image:
+            assert image.size == (round(63 * 40 / 50), 40)
+    source = tmp_path / "from" / "ILSVRC2012_img_train.tar"
+    for size, same in ((["-size", "0"], True), ([], True), (["-size", "49"], False)):
+        out = tmp_path / "".join(("size", *size))
+        main(["tieredimagenet", "-source", str(source), "-out", str(out), *size])
+        content = (out / "tiered_imagenet/val/n01558993/n01558993_60.JPEG").read_bytes()
+        assert (content == IMAGENET["n01558993", 60]) is same
+
+
+# --- CUB --------------------------------------------------------------------------------------------------------------
+
+BIRDS = {
+    f"{label}/{label[4:]}_{n:04d}_{n}.jpg": picture(n, (90, 70), "JPEG")
+    for label in ("001.Auk", "002.Wren", "003.Gull")
+    for n in (1, 2)
+}
+BOX = (10.0, 20.0, 30.0, 40.0)  # x, y, width, height
+
+
+def cub_files(**changed: str) -> dict[str, bytes]:
+    images = list(enumerate(BIRDS, 1))
+    tables = {
+        "images.txt": "".join(f"{n} {name}\n" for n, name in images),
+        "bounding_boxes.txt": "".join(f"{n} {' '.join(map(str, BOX))}\n" for n, _ in images),
+        "image_class_labels.txt": "".join(f"{n} {int(name[:3])}\n" for n, name in images),
+    } | changed
+    files = {f"CUB_200_2011/images/{name}": content for name, content in BIRDS.items()}
+    return files | {f"CUB_200_2011/{name}": text.encode() for name, text in tables.items() if text}
+
+
+@pytest.fixture
+def cub(monkeypatch):
+    publish(monkeypatch, {"train": {"002.Wren": 2}, "val": {"001.Auk": 2}, "test": {"003.Gull": 2}})
+
+
+def test_cub_cropped_or_not(tmp_path, cub):
+    files = cub_files()
+    for kind, source in {
+        "tgz": save(tmp_path / "CUB_200_2011.tgz", tar_bytes(files, "w:gz")),
+        "folder": unpack(tmp_path / "from", files),
+    }.items():
+        main(["cub", "-source", str(source), "-out", str(tmp_path / kind)])
+        built = tree(tmp_path / kind / "cub")
+        assert {name for name in built if name.endswith(".jpg")} == {f"images/{name}" for name in BIRDS}
+        with Image.open(tmp_path / kind / "cub" / "images/002.Wren/Wren_0001_1.jpg") as image:
+            assert image.size == (30, 40)
+            whole = np.asarray(Image.open(io.BytesIO(BIRDS["002.Wren/Wren_0001_1.jpg"])), dtype=float)
+            assert abs(np.asarray(image, dtype=float) - whole[20:60, 10:40]).mean() < 4  # JPEG of noise, twice
+        assert read_split(CATALOG["cub"], str(tmp_path / kind), "train")[2] == ["002.Wren"]
+        main(["cub", "-source", str(source), "-out", str(tmp_path / kind / "whole"), "-no_crop"])
+        built = tree(tmp_path / kind / "whole" / "cub")
+        assert all(built[f"images/{name}"] == content for name, content in BIRDS.items())
+
+
+def test_cub_tables_that_are_missing_or_wrong(tmp_path, cub):
+    for number, (changed, expected) in enumerate(
+        (
+            ({"bounding_boxes.txt": ""}, "expected bounding_boxes.txt"),
+            ({"images.txt": ""}, "expected images.txt"),
+            ({"bounding_boxes.txt": "1 2 3\n"}, "'id x y width height'"),
+            ({"bounding_boxes.txt": "1 10 20 30 40\n"}, "expected a bounding box for"),
+            ({"bounding_boxes.txt": "".join(f"{n} 80 20 30 40\n" for n in range(1, 7))}, "within 90 x 70 pixels"),
+        )
+    ):
+        source = save(tmp_path / f"{number}.tar", tar_bytes(cub_files(**changed)))
+        assert expected in refused("cub", "-source", source, "-out", tmp_path)
+    assert not (tmp_path / "cub").exists()
+
+
+def test_cub_of_the_hub(tmp_path, cub):
+    """Boxes as left, upper, right, lower; classes by number or name; no file names."""
+    corners = [10, 20, 40, 60]
+    names = sorted({name.split("/")[0] for name in BIRDS})
+    rows = [(content, None, names.index(name.split("/")[0])) for name, content in BIRDS.items()]
+    parquet(tmp_path / "hub" / "train-0.parquet", rows[:3], names, [corners] * 3)
+    parquet(tmp_path / "hub" / "test-0.parquet", rows[3:], names, [corners] * 3)
+    main(["cub", "-source", str(tmp_path / "hub"), "-out", str(tmp_path)])
+    with Image.open(tmp_path / "cub/images/001.Auk/train-0_00001.jpg") as image:
+        assert image.size == (30, 40)
+    assert len(read_split(CATALOG["cub"], str(tmp_path), "test")[0]) == 2
+    parquet(tmp_path / "hub" / "test-0.parquet", rows[3:], None, [[60, 20, 30, 40]] * 3)  # x, y, width, height
+    assert "left, upper, right, lower" in refused("cub", "-source", tmp_path / "hub", "-out", tmp_path / "wrong")
+
+
+def test_omniglot(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "DRAWINGS", 2)
+    monkeypatch.setattr(module, "CHARACTERS", {"train": 3, "val": 2, "test": 3})
+    files = [
+        {f"images_background_small{n}/{script}/character01/{k}.png": picture(k) for script in scripts for k in (1, 2)}
+        for n, scripts in (
+            (1, ("Balinese", "Early_Aramaic", "Greek", "Korean", "Latin")),
+            (2, ("Greek", "Japanese_(katakana)", "Latin", "Sanskrit", "Tagalog")),
+        )
+    ]
+    zips = [zipped(tmp_path / f"small{n}.zip", content) for n, content in enumerate(files)]
+    main(["omniglot", "-source", *map(str, zips), "-out", str(tmp_path / "a")])
+    main(["omniglot", "-source", str(tmp_path), "-out", str(tmp_path / "b")])
+    assert tree(tmp_path / "a" / "omniglot") == tree(tmp_path / "b" / "omniglot")
+    for split, scripts in (("train", "JST"), ("val", "BE"), ("test", "GKL")):
+        names = read_split(CATALOG["folder"], str(tmp_path / "a" / "omniglot"), split)[2]
+        assert "".join(name[0] for name in names) == scripts
+    assert "0 of 3 train characters" in refused("omniglot", "-source", zips[0], "-out", tmp_path / "c")
+
+
+# --- Downloads --------------------------------------------------------------------------------------------------------
+
+CONTENT = np.random.default_rng(0).bytes(300_000)
+
+
+class Server(ThreadingHTTPServer):
+    """Serves ``files`` with ranges. ``drop`` cuts answers off after so many bytes, as often as it says."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.status: dict[str, int] = {}
+        self.redirect: dict[str, str] = {}
+        self.headers: dict[str, dict[str, str]] = {}
+        self.drop, self.drops, self.ranges = 0, 0, True
+        self.seen: list[tuple[str, str, dict[str, str]]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:  # noqa: N802 - the library's name
+        server, path = self.server, self.path
+        server.seen.append((self.command, path, dict(self.headers)))
+        if path in server.status:
+            return self.send_error(server.status[path])
+        if path in server.redirect:
+            self.send_response(302)
+            self.send_header("Location", server.redirect[path])
+            for name, value in server.headers.get(path, {}).items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return None
+        if path not in server.files:
+            return self.send_error(404)
+        content, asked = server.files[path], self.headers.get("Range")
+        first, last = 0, len(content) - 1
+        if asked and server.ranges:
+            start, _, end = asked.removeprefix("bytes=").partition("-")
+            first, last = int(start), min(int(end or last), last)
+            if first > last:
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return None
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        else:
+            self.send_response(200)
+        for name, value in server.headers.get(path, {}).items():
+            self.send_header(name, value)
+        body = content[first : last + 1]
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            if server.drops:
+                server.drops -= 1
+                body = body[: server.drop]
+            self.wfile.write(body)
+        return None
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(downloads, "FIRST_PAUSE", 0.001)
+    for name in ("HF_TOKEN", "HF_ENDPOINT", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server = Server()
+    thread = threading.Thread(target=partial(server.serve_forever, poll_interval=0.01), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def digest(content: bytes, kind: str = "sha256") -> str:
+    return f"{kind}:{hashlib.new(kind, content).hexdigest()}"
+
+
+def test_download_survives_lost_connections(tmp_path, server):
+    server.files["/a"] = CONTENT
+    server.drop, server.drops = 100_000, 2
+    path = download(Remote(server.url + "/a", len(CONTENT), digest(CONTENT, "md5")), tmp_path / "a")
+    assert path.read_bytes() == CONTENT
+    assert [seen[2].get("Range") for seen in server.seen] == [None, "bytes=100000-", "bytes=200000-"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_download_continues_what_a_killed_process_left(tmp_path, server, ranges):
+    server.files["/a"], server.ranges = CONTENT, ranges
+    save(tmp_path / "a.part", CONTENT[:123_456])
+    assert download(Remote(server.url + "/a", digest=digest(CONTENT)), tmp_path / "a").read_bytes() == CONTENT
+    assert server.seen[0][2]["Range"] == "bytes=123456-"
+
+
+def test_download_that_is_complete_or_of_another_file(tmp_path, server):
+    server.files["/a"] = CONTENT
+    remote = Remote(server.url + "/a", digest=digest(CONTENT))
+    save(tmp_path / "a.part", CONTENT)
+    assert download(remote, tmp_path / "a").read_bytes() == CONTENT
+    save(tmp_path / "b.part", CONTENT + b"longer")
+    assert download(remote, tmp_path / "b").read_bytes() == CONTENT
+
+
+def test_download_of_something_else(tmp_path, server):
+    server.files["/a"] = b"<html>quota exceeded</html>"
+    for remote, expected in (
+        (Remote(server.url + "/a", digest=digest(CONTENT)), "the sha256 .* instead of"),
+        (Remote(server.url + "/a", size=len(CONTENT)), "27 bytes instead of 300000"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            download(remote, tmp_path / "a")
+        assert not list(tmp_path.iterdir())
+
+
+def test_download_refused_or_unreachable(tmp_path, server):
+    server.status |= {"/terms": 403, "/broken": 503}
+    for path, expected in (
+        ("/terms", r"HTTP 403 Forbidden\). Accept the terms"),
+        ("/none", "HTTP 404"),
+        ("/broken", "attempts failed .HTTP 503"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            download(Remote(server.url + path, refused="Accept the terms"), tmp_path / "a")
+    assert len([seen for seen in server.seen if seen[1] == "/broken"]) == downloads.ATTEMPTS
+    with pytest.raises(InputError, match="attempts failed .*refused"):
+        download(Remote("http://127.0.0.1:9/a"), tmp_path / "a")
+
+
+def hub(server: Server, monkeypatch, repository: str, revision: str, folder: Path) -> None:
+    """Serve a folder as Hugging Face serves a data set: facts on the first answer, content behind a redirection."""
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    listing = {"sha": revision, "siblings": [{"rfilename": name} for name in files]}
+    server.files[f"/api/datasets/{repository}/revision/{revision}"] = json.dumps(listing).encode()
+    for name, content in files.items():
+        path = f"/datasets/{repository}/resolve/{revision}/{name}"
+        server.redirect[path] = f"http://localhost:{server.server_port}/cdn/{name}"
+        server.headers[path] = {
+            "X-Linked-Size": str(len(content)),
+            "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
+        }
+        server.files[f"/cdn/{name}"] = content
+
+
+def test_miniimagenet_downloads_from_the_hub(tmp_path, imagenet, server, monkeypatch):
+    rows = [(content, f"{wnid}_{number}.JPEG", wnid) for content, wnid, number in CHOSEN]
+    for number in range(3):
+        parquet(tmp_path / "hub" / "data" / f"train-{number:05d}.parquet", rows[3 * number : 3 * number + 3])
+    parquet(tmp_path / "hub" / "data" / "test-00000.parquet", [(picture(5), None, "n01532829")])
+    repository, revision = module.RECIPES["miniimagenet"].hub
+    hub(server, monkeypatch, repository, revision, tmp_path / "hub")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    kept = []
+    whole = sources._HubFile.whole
+    monkeypatch.setattr(
+        sources._HubFile, "whole", lambda self: kept.append(len(list((self.scratch).glob("*")))) or whole(self)
+    )
+    server.drop, server.drops = 2000, 1
+    main(["miniimagenet", "-out", str(tmp_path / "out")])
+    assert {path: content for path, content in tree(tmp_path / "out" / "miniimagenet").items() if "jpg" in path} == MINI
+    assert kept == [0, 0, 0]  # one file at a time
+    assert not any("test-" in path for _, path, _ in server.seen)
+    tokens = {path.startswith("/cdn"): headers.get("Authorization") for _, path, headers in server.seen}
+    assert tokens == {False: "Bearer secret", True: None}
+    record = json.loads((tmp_path / "out" / "miniimagenet" / manifest.NAME).read_text())
+    assert revision in record["source"]
+
+
+def test_hub_refusals(tmp_path, imagenet, server, monkeypatch):
+    parquet(tmp_path / "hub" / "train-0.parquet", [(picture(5), None, "n01532829")])
+    hub(server, monkeypatch, "ILSVRC/imagenet-1k", "main", tmp_path / "hub")
+    path = "/datasets/ILSVRC/imagenet-1k/resolve/main/train-0.parquet"
+    arguments = ("tieredimagenet", "-source", "hf://datasets/ILSVRC/imagenet-1k", "-out", tmp_path)
+    server.headers[path]["X-Linked-Etag"] = '"of another kind"'
+    assert "X-Linked-Etag" in refused(*arguments)
+    for status in (401, 403):
+        server.status[path] = status
+        message = refused(*arguments)
+        assert f"{server.url}/datasets/ILSVRC/imagenet-1k" in message
+        assert "HF_TOKEN" in message
+    server.files["/api/datasets/ILSVRC/imagenet-1k/revision/main"] = b"<html>"
+    assert "expected a list of files" in refused(*arguments)
+
+
+def test_cub_downloads_and_checks(tmp_path, cub, server, monkeypatch):
+    server.files["/CUB.tgz"] = content = tar_bytes(cub_files(), "w:gz")
+    for wanted in ("md5:0", digest(content, "md5")):
+        remote = Remote(server.url + "/CUB.tgz", size=len(content), digest=wanted)
+        recipe = module.RECIPES["cub"]._replace(downloads={"CUB_200_2011.tgz": remote})
+        monkeypatch.setitem(module.RECIPES, "cub", recipe)
+        if wanted == "md5:0":
+            assert "instead of 0" in refused("cub", "-out", tmp_path)
+            assert not (tmp_path / "cub").exists()
+        else:
+            prepare("cub", [], tmp_path)
+    assert len(tree(tmp_path / "cub")) == len(BIRDS) + 3
+    assert not list(tmp_path.glob(".cub*"))
+
+
+def test_killed_download_continues(tmp_path, cub, server, monkeypatch):
+    server.files["/CUB.tgz"] = content = tar_bytes(cub_files(), "w:gz")
+    remote = Remote(server.url + "/CUB.tgz", digest=digest(content))
+    monkeypatch.setitem(module.RECIPES, "cub", module.RECIPES["cub"]._replace(downloads={"CUB_200_2011.tgz": remote}))
+    save(tmp_path / ".cub.part" / module.DOWNLOADS / "CUB_200_2011.tgz.part", content[:500])
+    prepare("cub", [], tmp_path)
+    assert server.seen[0][2]["Range"] == "bytes=500-"
+    assert len(tree(tmp_path / "cub")) == len(BIRDS) + 3
+
+
+def test_parquet_without_its_library(tmp_path, imagenet, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    save(tmp_path / "hub" / "a.parquet", b"PAR1")
+    assert "pip install -r requirements-data.txt" in refused(
+        "miniimagenet", "-source", tmp_path / "hub", "-out", tmp_path
+    )
+
+
+def test_broken_parquet(tmp_path, imagenet):
+    good = parquet(tmp_path / "good" / "train-0.parquet", [(picture(5), None, "n01532829")] * 9).read_bytes()
+    for content, expected in ((good[: len(good) // 2], "cannot be read"), (b"PAR1" * 9, "cannot be read")):
+        source = save(tmp_path / "broken" / "train-0.parquet", content)
+        assert expected in refused("miniimagenet", "-source", source, "-out", tmp_path)
+    other = tmp_path / "other.parquet"
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": ["a"]}), other)
+    assert "expected the columns image and label" in refused("miniimagenet", "-source", other, "-out", tmp_path)

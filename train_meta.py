@@ -32,6 +32,12 @@ def build_parser() -> ArgumentParser:
     group.add_argument("-val_frequency", type=count, default=50, help="training steps per epoch")
     group.add_argument("-val_episode", type=count, default=1000, help="validation episodes per epoch")
     group.add_argument("-test_episode", type=count, default=5000, help="episodes of the final test")
+    group.add_argument(
+        "-log_images",
+        type=number_at_least(0, int),
+        default=0,
+        help="validation episodes of which one match is drawn every epoch, for TensorBoard",
+    )
     group.add_argument("-val_solver", choices=SOLVERS, default="opencv", help="solver of validation and final test")
     group.add_argument(
         "-pretrain_dir",
@@ -65,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import copy
 
     import eval as eval_script
+    import visualize
     from dataloader.arguments import draw_episodes, open_dataset
     from dataloader.episodes import episode_labels
     from engine import arguments, distributed
@@ -85,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     args, folder = arguments.parse_run("train_meta.py", parser, argv, run_folder)
+    if args.log_images:
+        visualize.check_head(args.head)
     ranks, device, device_ids = distributed.start(args.gpu)
     if args.bs % ranks.size:
         raise InputError(
@@ -114,13 +123,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             hint="Name yours with -pretrain_dir, run train_pretrain.py, or: bash download_pretrain_model.sh",
         )
 
+    test_data = test_set.fingerprint()
     run = arguments.open_run(
         "train_meta.py",
         args,
         folder,
         ranks,
         weights=model,
-        data={"train": train_set.fingerprint(), args.set: val_set.fingerprint(), "test": test_set.fingerprint()},
+        data={"train": train_set.fingerprint(), args.set: val_set.fingerprint(), "test": test_data},
         started_from=None if args.pretrain_dir == "none" else arguments.fingerprint(weights),
     )
     best = folder / BEST_WEIGHTS
@@ -143,9 +153,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     with stop_request(go_on if ranks.is_first else None) as stop:
         evaluator = arguments.make_evaluator(args, val_set, device=device, keep_pixels=True, ranks=ranks, stop=stop)
 
+        drawn = draw_episodes(args, val_set, args.log_images if ranks.is_first else 0, seed=args.seed, name=args.set)
+        matches = visualize.FixedMatches(
+            val_set, list(drawn), way=args.way, shot=args.shot, seed=args.seed, device=device, solver=args.val_solver
+        )
+
         def validate(epoch):
             val_episodes.set_epoch(epoch if args.random_val_task else 0)
-            return evaluator(model, val_episodes, solver=args.val_solver, title=args.set)
+            result = evaluator(model, val_episodes, solver=args.val_solver, title=args.set)
+            for name, pixels in matches.draw(model):
+                run.image(name, pixels, epoch)
+            return result
 
         fit(
             model,
@@ -171,7 +189,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             evaluator = arguments.make_evaluator(args, test_set, device=device, ranks=ranks, stop=stop)
             result = evaluator(tested, test_episodes, solver=args.val_solver, title="test")
             if ranks.is_first:
-                write_json(folder / "results.json", arguments.results(args, result, best, watch.seconds))
+                write_json(
+                    folder / "results.json", arguments.results(args, result, best, watch.seconds, data=test_data)
+                )
             run.log(
                 f"test, best model, {args.way}-way {args.shot}-shot, {args.test_episode} episodes: acc {result} ({watch})"
             )

@@ -62,8 +62,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return _Parser(description=description, allow_abbrev=False, formatter_class=_Formatter)
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that :func:`choose_device`, :func:`choose_seed`, :func:`set_seed` and :class:`RunFolder` read."""
+def add_run_arguments(parser: argparse.ArgumentParser, *, has_folder: bool = True) -> None:
+    """The flags that :func:`choose_device`, :func:`choose_seed` and :func:`set_seed` read, and :class:`RunFolder` perhaps."""
     group = parser.add_argument_group("run")
     group.add_argument("-gpu", help='GPUs to use, as in 0 or 0,1,2,3, or "cpu" (default: one GPU, else the CPU)')
     group.add_argument(
@@ -72,13 +72,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-deterministic", action="store_true", help="on a GPU, use deterministic kernels: repeatable, and slower"
     )
-    group.add_argument(
-        "-extra_dir",
-        type=folder_name,
-        default="",
-        help="a folder below the run folder, to keep runs apart; eval.py adds its result to "
-        "checkpoint/eval/<extra_dir>/results.txt",
-    )
+    if has_folder:
+        group.add_argument(
+            "-extra_dir",
+            type=folder_name,
+            default="",
+            help="a folder below the run folder, to keep runs apart; eval.py adds its result to "
+            "checkpoint/eval/<extra_dir>/results.txt",
+        )
 
 
 def number_at_least(minimum: float, kind: type) -> Callable[[str], Any]:
@@ -335,7 +336,7 @@ class RunFolder:
                 )
 
     def _restore(self) -> None:
-        content = _load_plain(self.path / LAST_STATE, "state of a run")
+        content = load_plain(self.path / LAST_STATE, "state of a run")
         if not isinstance(content, dict) or content.get("format") != STATE_FORMAT:
             raise InputError(
                 f"expected a state of format {STATE_FORMAT} in {self.path / LAST_STATE}; another version wrote it"
@@ -419,7 +420,7 @@ class RunFolder:
     def save_weights(self, name: str, state: dict[str, Tensor]) -> Path:
         """Write ``{"params": state}``, as the published checkpoints have it."""
         params = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        _save_plain(self.path / name, {"params": params})
+        save_plain(self.path / name, {"params": params})
         return self.path / name
 
     def save_state(self, state: dict[str, Any]) -> None:
@@ -429,7 +430,7 @@ class RunFolder:
         self.state = state
         points = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in self.points.items()}
         log = {"lines": self.lines, "curves": json.loads(json.dumps(self.curves)), "points": points}
-        _save_plain(self.path / LAST_STATE, {"format": STATE_FORMAT, "state": state, **log})
+        save_plain(self.path / LAST_STATE, {"format": STATE_FORMAT, "state": state, **log})
 
 
 class OtherRank:
@@ -499,7 +500,8 @@ def write_json(path: Path, content: Any) -> None:
     _write_atomically(path, json.dumps(content, indent=1).encode())
 
 
-def _save_plain(path: Path, content: Any) -> None:
+def save_plain(path: Path, content: Any) -> None:
+    """Write tensors and plain values with torch.save, atomically."""
     import torch
 
     buffer = io.BytesIO()  # torch's own file writer leaves a full disk to a long RuntimeError
@@ -586,7 +588,7 @@ def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") 
     encoder.load_state_dict(given)
 
 
-def _load_plain(path: Path, what: str) -> Any:
+def load_plain(path: Path, what: str) -> Any:
     """The content of a file of tensors and plain values; nothing in it is executed."""
     import torch
 
@@ -606,7 +608,7 @@ def _read_params(path: Path) -> dict[str, Tensor]:
     """The state dict in a checkpoint file."""
     import torch
 
-    content = _load_plain(path, "checkpoint")
+    content = load_plain(path, "checkpoint")
     if not isinstance(content, dict) or not isinstance(content.get("params"), dict):
         raise InputError(f'expected {{"params": state_dict}} in {path}; got {_describe(content)}')
     for key, value in content["params"].items():

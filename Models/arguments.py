@@ -10,8 +10,9 @@ from Models.emd import SOLVERS, EmdError, emd
 from Models.emd.forms import FORMS
 from Models.emd.simplex import GRADIENTS
 from Models.encoder import AMP
-from Models.heads import HEADS
+from Models.heads import HEADS, takes_solver
 from Models.matching import METRICS, NORMS
+from Models.sfc import KSHOT
 from utils import InputError, number_above_zero, number_at_least, whole_numbers
 
 
@@ -21,9 +22,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
 
     group = parser.add_argument_group("head")
     group.add_argument("-head", choices=HEADS, default="deepemd", help="how queries are compared with prototypes")
-    group.add_argument("-temperature", type=rate, default=12.5, help="scale of the logits")
-    group.add_argument("-metric", choices=METRICS, default="cosine", help="similarity of two nodes")
-    group.add_argument("-norm", choices=NORMS, default="center", help="what is done to nodes before they are compared")
+    group.add_argument("-temperature", type=rate, default=12.5, help="scale of the logits; proto has none")
+    group.add_argument("-metric", choices=METRICS, default="cosine", help="deepemd: similarity of two nodes")
+    norms = "deepemd: what is done to nodes before they are compared; other heads take them as they are"
+    group.add_argument("-norm", choices=NORMS, default="center", help=norms)
     group.add_argument(
         "-feature_pyramid",
         type=whole_numbers,
@@ -31,7 +33,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
         help="fcn only: sizes of further maps that the feature map is pooled to, as in 2,1 (default: none)",
     )
 
-    group = parser.add_argument_group("solver of the optimal transport")
+    group = parser.add_argument_group("solver of the optimal transport, for -head deepemd; other heads ignore it")
     summaries = "; ".join(f"{name}: {solver.summary}" for name, solver in SOLVERS.items())
     group.add_argument("-solver", choices=SOLVERS, default="opencv", help=summaries)
     group.add_argument("-form", choices=FORMS, default="L2", help="form of the quadratic program of qpth and ipm")
@@ -39,11 +41,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
     gradients = "; ".join(f"{name}: {what}" for name, what in GRADIENTS.items())
     group.add_argument("-emd_gradient", choices=GRADIENTS, default="full", help=f"gradient of simplex: {gradients}")
 
-    group = parser.add_argument_group("structured fully connected layer, for -shot above 1")
-    group.add_argument("-sfc_lr", type=rate, default=sfc_lr, help="learning rate")
-    group.add_argument("-sfc_wd", type=number_at_least(0, float), default=0.0, help="weight decay")
-    group.add_argument("-sfc_update_step", type=count, default=100, help="passes over the support images")
-    group.add_argument("-sfc_bs", type=count, default=4, help="support images per step")
+    group = parser.add_argument_group("prototypes, for -shot above 1")
+    kshots = "; ".join(f"{name}: {what}" for name, what in KSHOT.items())
+    group.add_argument("-kshot", choices=KSHOT, default="sfc", help=kshots)
+    group.add_argument("-sfc_lr", type=rate, default=sfc_lr, help="sfc: learning rate")
+    group.add_argument("-sfc_wd", type=number_at_least(0, float), default=0.0, help="sfc: weight decay")
+    group.add_argument("-sfc_update_step", type=count, default=100, help="sfc: passes over the support images")
+    group.add_argument("-sfc_bs", type=count, default=4, help="sfc: support images per step")
 
     group = parser.add_argument_group("encoder")
     group.add_argument("-amp", choices=AMP, default="off", help="number format of the convolutions")
@@ -70,8 +74,9 @@ def build_model(args: argparse.Namespace, *, device_ids: Sequence[int] = ()) -> 
         raise InputError("-compile and -checkpoint_activations do not go together; leave one out")
     if args.compile and len(device_ids) > 1:
         raise InputError(f"-compile works on one GPU; got -gpu {args.gpu}. Name one GPU, or leave -compile out")
-    for solver in {args.solver, vars(args).get("val_solver", args.solver)}:
-        check_solver(solver)
+    if takes_solver(args.head):
+        for solver in {args.solver, vars(args).get("val_solver", args.solver)}:
+            check_solver(solver)
     return DeepEMD(
         feature_pyramid=args.feature_pyramid,
         head=args.head,
@@ -82,6 +87,7 @@ def build_model(args: argparse.Namespace, *, device_ids: Sequence[int] = ()) -> 
         form=args.form,
         l2_strength=args.l2_strength,
         emd_gradient=args.emd_gradient,
+        kshot=args.kshot,
         sfc_lr=args.sfc_lr,
         sfc_wd=args.sfc_wd,
         sfc_update_step=args.sfc_update_step,

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import data_parallel
 
 from Models.emd import SOLVERS
-from Models.heads import head_logits
+from Models.heads import find_head, head_logits, takes_solver
+from Models.matching import Matching, match_nodes
 from Models.resnet import ResNet12
-from Models.sfc import fit_prototypes
+from Models.sfc import KSHOT, fit_prototypes, mean_prototypes
 
 
 class DeepEMD(nn.Module):
@@ -23,11 +24,13 @@ class DeepEMD(nn.Module):
 
     Args:
         feature_pyramid: sizes of further maps that the feature map is pooled to, as in ``(2, 1)``; whole images only.
-        head: a key of :data:`Models.heads.HEADS`.
+        head: a key of :data:`Models.heads.HEADS`. A head ignores the settings that it has no use for.
         temperature, metric, norm: see :func:`Models.matching.match_nodes`.
-        solver, form, l2_strength, emd_gradient: see :mod:`Models.emd`. Solvers without such an option are not given it.
+        solver, form, l2_strength, emd_gradient: see :mod:`Models.emd`. Solvers without such an option are not given it, and
+            heads without a solver none of them.
+        kshot: a key of :data:`Models.sfc.KSHOT`: where prototypes come from, for ``shot > 1``.
         sfc_lr, sfc_wd, sfc_update_step, sfc_bs: learning rate, weight decay, passes and batch size of
-            :func:`Models.sfc.fit_prototypes`, for ``shot > 1``.
+            :func:`Models.sfc.fit_prototypes`, for ``shot > 1`` and ``kshot`` ``sfc``.
         amp: a key of :data:`Models.encoder.AMP`: the number format of the encoder's convolutions. The head stays in float32
             and float64.
         compiled: run the encoder through ``torch.compile``.
@@ -51,6 +54,7 @@ class DeepEMD(nn.Module):
         form: str = "L2",
         l2_strength: float = 1e-6,
         emd_gradient: str = "full",
+        kshot: str = "sfc",
         sfc_lr: float = 0.1,
         sfc_wd: float = 0.0,
         sfc_update_step: int = 100,
@@ -68,6 +72,9 @@ class DeepEMD(nn.Module):
                 f"compiled and {len(device_ids)} devices do not go together: DataParallel's replicas cannot be compiled; "
                 "name one device, or leave compiled out"
             )
+        find_head(head)  # raises for an unknown one
+        if kshot not in KSHOT:
+            raise ValueError(f"expected kshot to be one of {', '.join(KSHOT)}; got {kshot!r}")
         self.encoder = ResNet12(amp=amp, checkpoint_activations=checkpoint_activations)
         self.compiled = compiled
         if compiled:
@@ -76,6 +83,7 @@ class DeepEMD(nn.Module):
         self.head = {"head": head, "temperature": temperature, "metric": metric, "norm": norm}
         self.solver = solver
         self.solver_options = {"form": form, "l2_strength": l2_strength, "gradient": emd_gradient}
+        self.kshot = kshot
         self.sfc = {"lr": sfc_lr, "weight_decay": sfc_wd, "steps": sfc_update_step, "batch_size": sfc_bs}
         self.device_ids = list(device_ids)
 
@@ -94,7 +102,7 @@ class DeepEMD(nn.Module):
             images: ``(W*K + W*Q, 3, H, W)``, or ``(W*K + W*Q, P, 3, H, W)`` as patches; support first, and both
                 parts class-interleaved: ``c0 c1 .. c0 c1 ..``.
             way, shot: W and K.
-            solver: overrides the one given to the constructor.
+            solver: overrides the one given to the constructor; ignored by heads without a solver.
             generator: draws the order of the support images in the structured fully connected layer.
 
         Returns:
@@ -131,18 +139,48 @@ class DeepEMD(nn.Module):
 
         Arguments as for :meth:`forward`; ``generator`` may be one per episode.
         """
-        solver = solver or self.solver
-        settings = self._head_settings(solver)
-        proto = support
-        if shot > 1:  # section 3.5: the structured fully connected layer
-            proto = fit_prototypes(support, way=way, shot=shot, generator=generator, **self.sfc, **settings)
-        if len(self.device_ids) < 2 or SOLVERS[solver].device == "cpu":
+        settings = self._head_settings(solver or self.solver)
+        proto = self.prototypes(support, way=way, shot=shot, solver=solver, generator=generator)
+        if len(self.device_ids) < 2 or "solver" not in settings or SOLVERS[settings["solver"]].device == "cpu":
             return head_logits(proto, query, **settings)
         # DataParallel cuts dimension 0 of its inputs: the queries there, and one copy of the prototypes per device.
         # Inputs are zipped, so that with fewer cuts than devices the copies left over are dropped.
         query = query.movedim(-3, 0)
         copies = proto.expand(len(self.device_ids), *proto.shape)
         return data_parallel(_Head(settings), (query, copies), self.device_ids).movedim(0, -2)
+
+    def prototypes(
+        self,
+        support: Tensor,
+        *,
+        way: int,
+        shot: int | None = None,
+        labels: Tensor | None = None,
+        solver: str | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
+        """The sets of nodes that stand for the classes: ``(..., K*W, C, N)`` to ``(..., W, C, N)``.
+
+        Where classes have different numbers of images, ``labels (S,)`` says which of ``support (..., S, C, N)`` are whose.
+        """
+        if shot == 1:
+            return support
+        if self.kshot == "mean" or support.shape[-3] == way:
+            return mean_prototypes(support, way=way, shot=shot, labels=labels)
+        # Section 3.5: the structured fully connected layer.
+        settings = self._head_settings(solver or self.solver)
+        return fit_prototypes(support, way=way, shot=shot, labels=labels, generator=generator, **self.sfc, **settings)
+
+    def matching(self, proto: Tensor, query: Tensor, *, solver: str | None = None) -> Matching:
+        """How the head ``deepemd`` matches queries ``(..., Q, C, M)`` with prototypes ``(..., W, C, N)``: the flow too.
+
+        Raises:
+            ValueError: another head, which has no flow.
+        """
+        if self.head["head"] != "deepemd":
+            raise ValueError(f"expected the head deepemd; got {self.head['head']}, which has no flow")
+        settings = self._head_settings(solver or self.solver)
+        return match_nodes(proto, query, **{key: value for key, value in settings.items() if key != "head"})
 
     def _run_encoder(self, images: Tensor) -> Tensor:
         return (
@@ -158,6 +196,8 @@ class DeepEMD(nn.Module):
         return model
 
     def _head_settings(self, solver: str) -> dict[str, Any]:
+        if not takes_solver(self.head["head"]):
+            return self.head
         if solver not in SOLVERS:
             raise ValueError(f"expected solver to be one of {', '.join(SOLVERS)}; got {solver!r}")
         taken = {key: value for key, value in self.solver_options.items() if key in SOLVERS[solver].options}

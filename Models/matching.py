@@ -117,11 +117,7 @@ def match_nodes(
         ValueError: shapes that do not fit, or an unknown choice.
         EmdError: see :func:`Models.emd.emd`.
     """
-    if proto.shape[:-3] != query.shape[:-3] or proto.shape[-2] != query.shape[-2]:
-        raise ValueError(
-            "expected proto (..., W, C, N) and query (..., Q, C, M) with the same leading axes and C; "
-            f"got {tuple(proto.shape)} and {tuple(query.shape)}"
-        )
+    check_nodes(proto, query)
     _check_choice("metric", metric, METRICS)
     similarity = cosine_similarity_map(query, proto, norm=norm)  # (..., Q, W, M, N)
     supply = cross_reference_weights(query, proto)  # (..., Q, W, M)
@@ -137,9 +133,18 @@ def match_nodes(
     return Matching(logits, flow, similarity, supply, demand)
 
 
-def emd_logits(proto: Tensor, query: Tensor, **settings: Any) -> Tensor:
+def emd_logits(proto: Tensor, query: Tensor, *, solver: str = "opencv", **settings: Any) -> Tensor:
     """The logits of :func:`match_nodes`: ``(..., W, C, N)`` and ``(..., Q, C, M)`` to ``(..., Q, W)``."""
-    return match_nodes(proto, query, **settings).logits
+    return match_nodes(proto, query, solver=solver, **settings).logits
+
+
+def check_nodes(proto: Tensor, query: Tensor) -> None:
+    """Raise ValueError unless ``proto (..., W, C, N)`` and ``query (..., Q, C, M)`` go together."""
+    if min(proto.dim(), query.dim()) < 3 or proto.shape[:-3] != query.shape[:-3] or proto.shape[-2] != query.shape[-2]:
+        raise ValueError(
+            "expected proto (..., W, C, N) and query (..., Q, C, M) with the same leading axes and C; "
+            f"got {tuple(proto.shape)} and {tuple(query.shape)}"
+        )
 
 
 def _check_choice(name: str, value: str, known: dict[str, str]) -> None:

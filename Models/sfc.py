@@ -13,17 +13,52 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from Models.heads import head_logits
+from utils import InputError
+
+KSHOT = {
+    "sfc": "prototypes fitted to the support images through the head, from their mean on",
+    "mean": "the mean of the support images of a class, node by node",
+}
 
 # The published settings. The dampening scales every step but the first to a tenth, which is why the learning rates in
 # use look large.
 MOMENTUM, DAMPENING = 0.9, 0.9
 
 
+class FitError(InputError):
+    """The fit of the prototypes ran away. The message says what to change."""
+
+
+def mean_prototypes(support: Tensor, *, way: int, shot: int | None = None, labels: Tensor | None = None) -> Tensor:
+    """The mean of each class's support nodes, node i with node i of each image: where the fit starts.
+
+    ``(..., K*W, C, N)``, class-interleaved, or ``(..., S, C, N)`` with ``labels`` to ``(..., W, C, N)``; the gradient reaches
+    the support. Arguments as for :func:`fit_prototypes`.
+
+    Raises:
+        ValueError: another number of support images, or a class without any.
+    """
+    if labels is not None:
+        counts = labels.bincount(minlength=way)
+        if labels.shape != support.shape[-3:-2] or len(counts) != way or not bool((counts > 0).all()):
+            raise ValueError(
+                f"expected labels ({support.shape[-3]},) from 0 to {way - 1}, each at least once; got {labels.tolist()}"
+            )
+        return torch.stack([support[..., labels == number, :, :].mean(-3) for number in range(way)], dim=-3)
+    shot = support.shape[-3] // way if shot is None else shot
+    if support.dim() < 3 or support.shape[-3] != way * shot:
+        raise ValueError(
+            f"expected support (..., {way * shot}, C, N) for {way} way {shot} shot; got {tuple(support.shape)}"
+        )
+    return support.unflatten(-3, (shot, way)).mean(-4)
+
+
 def fit_prototypes(
     support: Tensor,
     *,
     way: int,
-    shot: int,
+    shot: int | None = None,
+    labels: Tensor | None = None,
     lr: float,
     steps: int,
     batch_size: int,
@@ -41,6 +76,8 @@ def fit_prototypes(
     Args:
         support: ``(..., K*W, C, N)``, class-interleaved: image i is of class ``i % W``. Leading axes are episodes.
         way, shot: W and K.
+        labels: ``(S,)``, instead of ``shot``: the classes of ``support (..., S, C, N)`` where they have different numbers of
+            images.
         lr, weight_decay: of SGD with momentum 0.9 and dampening 0.9.
         steps: passes over the support.
         batch_size: images per SGD step; the last batch of a pass may be smaller.
@@ -54,12 +91,12 @@ def fit_prototypes(
 
     Raises:
         ValueError: shapes or numbers that do not fit together.
+        FitError: the prototypes are not finite in the end, though the support is.
     """
-    images = way * shot
-    if support.dim() < 3 or support.shape[-3] != images:
-        raise ValueError(
-            f"expected support (..., {images}, C, N) for {way} way {shot} shot; got {tuple(support.shape)}"
-        )
+    start = mean_prototypes(support.detach(), way=way, shot=shot, labels=labels)
+    images = support.shape[-3]
+    labels = torch.arange(images) % way if labels is None else labels
+    labels = labels.to(support.device)
     if steps < 0 or batch_size < 1:
         raise ValueError(f"expected steps >= 0 and batch_size >= 1; got {steps} and {batch_size}")
     episode_shape, node_shape = support.shape[:-3], support.shape[-2:]
@@ -67,7 +104,7 @@ def fit_prototypes(
     order = _orders(permutations, len(support), steps, images, generator).to(support.device)
     rows = torch.arange(len(support), device=support.device).unsqueeze(1)
 
-    proto = support.unflatten(1, (shot, way)).mean(1).requires_grad_()  # (E, W, C, N)
+    proto = start.reshape(-1, way, *node_shape).requires_grad_()  # (E, W, C, N)
     optimizer = torch.optim.SGD([proto], lr, MOMENTUM, DAMPENING, weight_decay)
     for step in range(steps):
         for chosen in order[:, step].split(batch_size, dim=1):  # (E, b)
@@ -75,10 +112,15 @@ def fit_prototypes(
                 logits = head_logits(proto, support[rows, chosen], **head)  # (E, b, W)
                 # The mean over an episode's images and the sum over episodes: each episode gets the gradient it has alone.
                 loss = (
-                    F.cross_entropy(logits.flatten(0, 1), (chosen % way).flatten(), reduction="sum") / chosen.shape[1]
+                    F.cross_entropy(logits.flatten(0, 1), labels[chosen].flatten(), reduction="sum") / chosen.shape[1]
                 )
                 proto.grad = torch.autograd.grad(loss, proto)[0]
             optimizer.step()
+    if not bool(proto.isfinite().all()) and bool(support.isfinite().all()):
+        raise FitError(
+            f"expected a learning rate at which the prototypes stay finite; they diverged with {lr:g}. Lower -sfc_lr "
+            "(squared distances, as in -head proto, need about 0.1), or take -kshot mean"
+        )
     return proto.detach().reshape(*episode_shape, way, *node_shape)
 
 

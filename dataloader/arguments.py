@@ -5,27 +5,31 @@ import argparse
 from dataloader.catalog import CATALOG
 from dataloader.dataset import ImageDataset
 from dataloader.episodes import EpisodeSampler, SeededEpisodes
-from dataloader.views import CROP_TO, VIEWS, make_view
+from dataloader.views import CROP_TO, VIEWS, View, make_view
 from utils import InputError, number_at_least, number_between, whole_numbers
 
 # Four halvings lie between an image and its feature map. The largest one is a guard against a slip of the keyboard.
 SMALLEST_IMAGE, LARGEST_IMAGE = 16, 1024
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that :func:`open_dataset` reads, and ``-fixed_patches`` and ``-num_workers``."""
+def add_data_arguments(parser: argparse.ArgumentParser, *, has_splits: bool = True) -> None:
+    """The flags that :func:`view_of` reads, and where splits are read those of :func:`open_dataset` and the loader."""
     data = parser.add_argument_group("data")
-    data.add_argument("-dataset", choices=CATALOG, default="miniimagenet", help="data set to read")
-    data.add_argument("-data_dir", default="datasets", help="folder that holds the data sets")
-    data.add_argument(
-        "-verify_images", action="store_true", help="decode every image first, and skip those that cannot be read"
+    what = (
+        "data set to read" if has_splits else "data set that the model was trained on, whose pixel statistics are used"
     )
-    data.add_argument(
-        "-num_workers",
-        type=number_at_least(0, int),
-        help="processes that load images; results do not depend on it (default: the cores that this process may use, at most "
-        "8, divided by the processes of the run on this machine)",
-    )
+    data.add_argument("-dataset", choices=CATALOG, default="miniimagenet", help=what)
+    if has_splits:
+        data.add_argument("-data_dir", default="datasets", help="folder that holds the data sets")
+        data.add_argument(
+            "-verify_images", action="store_true", help="decode every image first, and skip those that cannot be read"
+        )
+        data.add_argument(
+            "-num_workers",
+            type=number_at_least(0, int),
+            help="processes that load images; results do not depend on it (default: the cores that this process may use, at "
+            "most 8, divided by the processes of the run on this machine)",
+        )
 
     views = parser.add_argument_group("views of an image")
     views.add_argument("-deepemd", choices=VIEWS, default="fcn", help="what becomes a node")
@@ -36,11 +40,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"pixels along an edge of what the encoder sees, {SMALLEST_IMAGE} to {LARGEST_IMAGE}; less for quick runs",
     )
     views.add_argument("-num_patch", type=number_at_least(1, int), default=9, help="sampling: patches per image")
-    views.add_argument(
-        "-fixed_patches",
-        action="store_true",
-        help="sampling: draw the patches of an image once in validation and test, not anew for each use",
-    )
+    if has_splits:
+        views.add_argument(
+            "-fixed_patches",
+            action="store_true",
+            help="sampling: draw the patches of an image once in validation and test, not anew for each use",
+        )
     views.add_argument(
         "-patch_list",
         type=whole_numbers,
@@ -66,8 +71,14 @@ def add_episode_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_dataset(args: argparse.Namespace, split: str, *, train: bool, deepemd: str | None = None) -> ImageDataset:
     """One split as the flags say; ``deepemd`` overrides the flag of that name."""
+    view = view_of(args, train=train, deepemd=deepemd)
+    return ImageDataset(args.dataset, split, data_dir=args.data_dir, view=view, verify=args.verify_images)
+
+
+def view_of(args: argparse.Namespace, *, train: bool, deepemd: str | None = None) -> View:
+    """The view that the flags ask for; ``deepemd`` overrides the flag of that name."""
     spec = CATALOG[args.dataset]
-    view = make_view(
+    return make_view(
         deepemd or args.deepemd,
         train=train,
         mean=spec.mean,
@@ -77,7 +88,6 @@ def open_dataset(args: argparse.Namespace, split: str, *, train: bool, deepemd: 
         patch_ratio=args.patch_ratio,
         num_patch=args.num_patch,
     )
-    return ImageDataset(args.dataset, split, data_dir=args.data_dir, view=view, verify=args.verify_images)
 
 
 def draw_episodes(

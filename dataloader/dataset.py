@@ -3,8 +3,9 @@
 import hashlib
 import os
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dataloader import checks
 from dataloader.catalog import CATALOG, SPLITS
 from dataloader.readers import read_split
-from dataloader.views import CROP_TO, Box, View
+from dataloader.views import Box, View
 from utils import InputError, available_cores, warn
 
 # Pillow's own warnings would appear in the middle of a progress bar. What matters in them is checked here.
@@ -58,21 +60,18 @@ class ImageDataset(Dataset):
         self.paths, self.labels, self.class_names = read_split(spec, data_dir, split)
         if verify:
             self._leave_out_unreadable()
-        published = spec.classes.get(split, len(self.class_names))
-        if published != len(self.class_names):
-            warn(f"{name} {split} has {len(self.class_names)} classes here; the published split has {published}")
-        if spec.large_images and max(_size(self.paths[0])) <= CROP_TO:
-            warn(
-                f"the images of {name} are {CROP_TO} pixels or less ({self.paths[0]}); the published results need them at "
-                "their original size, and shrunk ones cost 8-10 points of accuracy"
-            )
+        counts = Counter(self.class_names[label] for label in self.labels)
+        looked_at = checks.sample(self.paths) if spec.large_images or spec.pixels else []
+        sizes = {path: _size(path) for path in looked_at}
+        for message in checks.opening_warnings(name, spec, split, counts, sizes):
+            warn(message)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor, int]:
         index, seed = item if isinstance(item, tuple) else (item, None)
-        image = _read(self.paths[index])
+        image = read_image(self.paths[index])
         try:
             boxes = self._boxes(image.size, seed)
         except InputError as error:
@@ -100,7 +99,7 @@ class ImageDataset(Dataset):
     def _leave_out_unreadable(self) -> None:
         def fault(path: str) -> str | None:
             try:
-                _read(path, advice="")
+                read_image(path, advice="")
             except InputError as error:
                 return str(error)
             return None
@@ -127,10 +126,14 @@ def _size(path: str) -> tuple[int, int]:
         raise _unreadable(path, error, _ADVICE) from error
 
 
-def _read(path: str, *, advice: str = _ADVICE) -> Image.Image:
-    """Decode an image to RGB, 8 bits per channel."""
+def read_image(path: str, *, content: IO[bytes] | None = None, advice: str = _ADVICE) -> Image.Image:
+    """Decode an image to RGB, 8 bits per channel, from its file or from the content of it.
+
+    Raises:
+        InputError: it cannot be read; ``advice`` ends the message.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(content or path) as image:
             _warn_if_huge(path, image.size)
             if image.mode not in _DEEP_MODES:
                 return image.convert("RGB")

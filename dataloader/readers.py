@@ -7,7 +7,7 @@ decoded here, but every file named is known to exist when a reader returns.
 import codecs
 import csv
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dataloader.catalog import DatasetSpec
@@ -50,11 +50,11 @@ def _how_to_get(spec: DatasetSpec) -> str:
     return f"Give -data_dir the folder that holds the data, or get it: {spec.obtain}"
 
 
-def _names_image(path: Path) -> bool:
+def names_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def _is_hidden(path: Path) -> bool:
+def is_hidden(path: Path) -> bool:
     # macOS leaves a "._name.jpg" beside each "name.jpg" it copies.
     return path.name.startswith(".")
 
@@ -68,8 +68,8 @@ def _read_folders(spec: DatasetSpec, root: Path, split: str) -> list[tuple[Path,
     if not folder.is_dir():
         raise InputError(f"expected the {split} classes in {folder}; there is no such folder. {_how_to_get(spec)}")
     pairs = []
-    for class_folder in sorted(path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path)):
-        images = sorted(path for path in class_folder.iterdir() if _names_image(path) and not _is_hidden(path))
+    for class_folder in sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path)):
+        images = sorted(path for path in class_folder.iterdir() if names_image(path) and not is_hidden(path))
         if not images:
             raise InputError(
                 f"expected images in {class_folder}; found none ({', '.join(sorted(IMAGE_SUFFIXES))}). "
@@ -84,19 +84,17 @@ def _read_folders(spec: DatasetSpec, root: Path, split: str) -> list[tuple[Path,
 # --- A table of files -------------------------------------------------------------------------------------------------
 
 
+def row_paths(spec: DatasetSpec, file: str, name: str) -> list[Path]:
+    """Where the image of a row may lie below the folder of the data set, the usual place first."""
+    by_class = [Path(name, file)] if spec.layout == "csv_by_class" else []
+    return [Path(folder) / path for folder in spec.image_folders for path in (*by_class, Path(file))]
+
+
 def _read_csv(spec: DatasetSpec, root: Path, split: str) -> list[tuple[Path, str]]:
-    """``split/<split>.csv`` with rows ``file,class``, with or without a header; the files lie in an image folder."""
-    return _find(spec, root, split, lambda file, name: (Path(file),))
+    """``split/<split>.csv`` with rows ``file,class``, with or without a header; the files lie in an image folder.
 
-
-def _read_csv_by_class(spec: DatasetSpec, root: Path, split: str) -> list[tuple[Path, str]]:
-    """The same, but the files lie in one folder per class, which ``file`` may or may not name."""
-    return _find(spec, root, split, lambda file, name: (Path(name, file), Path(file)))
-
-
-def _find(
-    spec: DatasetSpec, root: Path, split: str, spellings: Callable[[str, str], Iterable[Path]]
-) -> list[tuple[Path, str]]:
+    For ``csv_by_class`` they lie in one folder per class, which ``file`` may or may not name.
+    """
     table = root / "split" / f"{split}.csv"
     if not table.is_file():
         raise InputError(f"expected the list of {split} images in {table}; there is no such file. {_how_to_get(spec)}")
@@ -109,11 +107,11 @@ def _find(
 
     class_of: dict[Path, str] = {}
     repeated = 0
-    for place, file, name in _rows(table):
-        relative = list(spellings(file, name))
+    for place, file, name in table_rows(table):
+        relative = row_paths(spec, file, name)
         if any(path.is_absolute() or ".." in path.parts for path in relative):
             raise InputError(f"{place}: expected a file below {root}; got {_quoted(file)} of class {_quoted(name)}")
-        candidates = [root / folder / path for folder in spec.image_folders for path in relative]
+        candidates = [root / path for path in relative]
         path = next((path for path in candidates if exists(path)), None)
         if path is None:
             raise InputError(
@@ -137,7 +135,7 @@ def _find(
     return sorted(class_of.items(), key=lambda pair: pair[1])  # stable: within a class the order of the table
 
 
-def _rows(table: Path) -> Iterator[tuple[str, str, str]]:
+def table_rows(table: Path) -> Iterator[tuple[str, str, str]]:
     """The rows of a table as (where it stands, file, class), without the header, blank lines and hidden files."""
     rows = csv.reader(io.StringIO(_text(table), newline=""))
     is_first = True
@@ -145,13 +143,13 @@ def _rows(table: Path) -> Iterator[tuple[str, str, str]]:
         for row in rows:
             place = f"{table}, line {rows.line_num}"
             file, name = [field.strip() for field in (*row, "", "")[:2]]
-            is_header = is_first and not _names_image(Path(file))
+            is_header = is_first and not names_image(Path(file))
             is_first = is_first and not row
-            if not row or is_header or _is_hidden(Path(file)):
+            if not row or is_header or is_hidden(Path(file)):
                 continue
             if not file or not name:
                 raise InputError(f"{place}: expected file,class; got {_quoted(','.join(row))}")
-            if not _names_image(Path(file)):
+            if not names_image(Path(file)):
                 raise InputError(
                     f"{place}: expected the name of an image ({', '.join(sorted(IMAGE_SUFFIXES))}); got {_quoted(file)}"
                 )
@@ -182,5 +180,5 @@ def _quoted(text: str) -> str:
 READERS: dict[str, Callable[[DatasetSpec, Path, str], list[tuple[Path, str]]]] = {
     "folders": _read_folders,
     "csv": _read_csv,
-    "csv_by_class": _read_csv_by_class,
+    "csv_by_class": _read_csv,
 }

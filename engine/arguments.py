@@ -35,7 +35,7 @@ OF_ONE_STAGE = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_e
 FREE_TO_DIFFER = (
     *("num_workers", "gpu", "data_dir", "save_every", "save_all", "solver_threads"),
     *("feature_cache", "episode_batch", "checkpoint_activations"),  # the same but for float rounding
-    *("resume", "extra_dir", "json"),  # where it is written
+    *("resume", "extra_dir", "json", "log_images"),  # where it is written, and what beside it
 )
 
 
@@ -181,8 +181,15 @@ def deciding(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in FREE_TO_DIFFER}
 
 
-def results(args: argparse.Namespace, evaluation: Evaluation, weights: str | Path, seconds: float) -> dict[str, Any]:
-    """What ``results.json`` says of an evaluation."""
+def results(
+    args: argparse.Namespace,
+    evaluation: Evaluation,
+    weights: str | Path,
+    seconds: float,
+    *,
+    data: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What ``results.json`` says of an evaluation; ``data`` is the fingerprint of its images."""
     return {
         "accuracy": evaluation.accuracy,
         "interval": evaluation.interval,
@@ -192,6 +199,7 @@ def results(args: argparse.Namespace, evaluation: Evaluation, weights: str | Pat
         "versions": environment(),
         "seconds": seconds,
         "weights": fingerprint(weights),
+        "data": data,
     }
 
 

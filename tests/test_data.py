@@ -78,6 +78,62 @@ def test_miniimagenet_layout(tmp_path, capsys):
     assert "original size" in warnings
 
 
+def opening_warnings(capsys, name: str, data_dir, split: str) -> list[str]:
+    open_split(name, data_dir, split)
+    lines = capsys.readouterr().err.splitlines()
+    more = f". For all that can be said: python datasets/verify.py {name}"
+    assert all(line.startswith("warning: ") and line.endswith(more) for line in lines)
+    return [line.removeprefix("warning: ").removesuffix(more) for line in lines]
+
+
+def test_opening_a_set_compares_it_with_the_published_one(tmp_path, capsys, monkeypatch):
+    rows = [{"split": "val", "class": name, "images": "3"} for name in "abcd"]
+    monkeypatch.setattr("dataloader.published._rows", lambda table: rows)
+    root = tmp_path / "FC100" / "val"
+    for name in "abcd":
+        write_images(root / name, 3, size=32)
+    assert opening_warnings(capsys, "fc100", tmp_path, "val") == []
+    (root / "b" / "0000.png").unlink()
+    (root / "c" / "0000.png").unlink()
+    assert opening_warnings(capsys, "fc100", tmp_path, "val") == [
+        "fc100 val: 2 classes lack images or have too many, first b: 2 of 3"
+    ]
+    (root / "b").rename(root / "e")
+    write_images(root / "c", 3, size=20)
+    assert opening_warnings(capsys, "fc100", tmp_path, "val") == [
+        "fc100 val has 4 classes here; the published split has 4 (missing: b; unknown: e)",
+        f"3 of 11 images looked at in fc100 val are not 32x32 as published, first {root}/c/0000.png: 20x20",
+    ]
+
+
+def test_opening_tieredimagenet_compares_the_total(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dataloader.published._rows", lambda table: [{"split": "val", "class": "a"}])
+    monkeypatch.setattr("dataloader.published._IMAGES", {"tieredimagenet": {"val": 4}})
+    root = tmp_path / "tiered_imagenet" / "val" / "a"
+    write_images(root, 4, size=85)
+    assert opening_warnings(capsys, "tieredimagenet", tmp_path, "val") == []
+    (root / "0000.png").unlink()
+    assert opening_warnings(capsys, "tieredimagenet", tmp_path, "val") == [
+        "tieredimagenet val has 3 images here; the published split has 4"
+    ]
+
+
+def test_a_few_small_images_are_natural(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dataloader.published._rows", lambda table: [])
+    monkeypatch.setattr("dataloader.published._IMAGES", {})
+    root = tmp_path / "tiered_imagenet" / "val" / "a"
+    write_images(root, 32, size=85)
+    for small, number in enumerate((0, 2, 30), start=1):  # every other image is looked at, the first among them
+        write_images(root / "new", 1, size=84)
+        (root / "new" / "0000.png").replace(root / f"{number:04d}.png")
+        (root / "new").rmdir()
+        warnings = opening_warnings(capsys, "tieredimagenet", tmp_path, "val")
+        assert len(warnings) == (small > 2)
+    assert warnings[0].startswith(
+        f"3 of 16 images looked at in tieredimagenet val are 84 pixels or less (first {root}/0000"
+    )
+
+
 @pytest.mark.parametrize("below", ["", "images"])
 def test_cub_layouts(tmp_path, below):
     root = tmp_path / "cub"
@@ -139,7 +195,7 @@ def test_constants():
         (
             "cub",
             lambda root: None,
-            "expected the data set in .*cub; there is no.*get it: python datasets/fetch.py cub$",
+            "expected the data set in .*cub; there is no.*get it: python datasets/prepare.py cub$",
         ),
         ("folder", lambda root: shutil.rmtree(root / "test"), "expected the test classes in"),
         ("folder", lambda root: (root / "test" / "empty").mkdir(), "expected images in .*empty; found none"),
@@ -533,8 +589,10 @@ def test_grid_ratio_in_training_is_drawn_per_level():
 
 def test_one_decode_per_image(folder, monkeypatch):
     calls = []
-    real = dataset_module._read
-    monkeypatch.setattr(dataset_module, "_read", lambda path, **settings: calls.append(path) or real(path, **settings))
+    real = dataset_module.read_image
+    monkeypatch.setattr(
+        dataset_module, "read_image", lambda path, **settings: calls.append(path) or real(path, **settings)
+    )
     open_split("folder", folder, view=make_view("sampling", train=False, image_size=16, **STATS))[0]
     assert len(calls) == 1
 

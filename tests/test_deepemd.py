@@ -89,6 +89,14 @@ def test_data_parallel_cuts_add_up(model, monkeypatch, solver):
     assert used == (["ResNet12"] * 3 if SOLVERS[solver].device == "cpu" else ["ResNet12", "_Head"] * 3)
 
 
+def test_heads_without_a_solver_stay_on_one_device(model, monkeypatch):
+    used = pretend_data_parallel(monkeypatch)
+    spread = DeepEMD(device_ids=range(2), solver="ipm", head="cosine").eval()
+    with torch.no_grad():
+        spread(nodes(7, 3, 32, 32), way=2, shot=1)
+    assert used == ["ResNet12"]
+
+
 def test_settings_that_do_not_go_together():
     with pytest.raises(ValueError, match="solver to be one of"):
         DeepEMD(solver="none").match(nodes(5, 16, 4), nodes(5, 16, 4), way=5, shot=1)

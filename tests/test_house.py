@@ -15,9 +15,12 @@ MAY_IMPORT = {
     "Models": {"Models", "utils"},
     "Models/emd": {"Models.emd"},  # it can be copied into another project
     "dataloader": {"dataloader", "utils"},
-    "datasets": set(),
+    "datasets": {"datasets", "dataloader", "engine", "utils"},
     "eval": {"Models", "dataloader", "engine", "utils"},
-    "train_meta": {"Models", "dataloader", "engine", "utils", "eval"},  # each stage prints the command of the next
+    "visualize": {"Models", "dataloader", "engine", "utils"},
+    "predict": {"Models", "dataloader", "engine", "utils", "visualize"},
+    # Each stage prints the command of the next.
+    "train_meta": {"Models", "dataloader", "engine", "utils", "eval", "visualize"},
     "train_pretrain": {"Models", "dataloader", "engine", "utils", "train_meta"},
 }
 FILES = {
@@ -80,10 +83,10 @@ FLAGS = """
 common: dataset=miniimagenet data_dir=datasets way=5 shot=1 query=15 temperature=12.5 metric=cosine norm=center deepemd=fcn
   feature_pyramid=none gpu seed=1 extra_dir num_workers image_size=84 num_patch=9 patch_list=2,3 patch_ratio=2.0 solver=opencv
   form=L2 l2_strength=1e-06 emd_gradient=full feature_cache=auto episode_batch=8 fixed_patches amp=off compile
-  checkpoint_activations sfc_wd=0.0 sfc_update_step=100 sfc_bs=4 head=deepemd deterministic verify_images
+  checkpoint_activations sfc_wd=0.0 sfc_update_step=100 sfc_bs=4 head=deepemd kshot=sfc deterministic verify_images
 train_pretrain: max_epoch=120 lr=0.1 step_size=30 gamma=0.2 bs=128 set=val num_episode=100 save_all random_val_task
 train_meta: set=val bs=1 max_epoch=100 lr=0.0005 step_size=10 gamma=0.5 val_frequency=50 random_val_task save_all
-  val_episode=1000 test_episode=5000 pretrain_dir=deepemd_pretrain_model/ sfc_lr=0.1 val_solver=opencv
+  val_episode=1000 test_episode=5000 pretrain_dir=deepemd_pretrain_model/ sfc_lr=0.1 val_solver=opencv log_images=0
 eval: set=test test_episode=5000 model_dir=deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth sfc_lr=100.0
 """
 

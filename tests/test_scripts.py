@@ -145,6 +145,7 @@ def test_next_names_every_flag_that_matters(folder, tmp_path):
             "num_workers": "0",
             "way": "3",
         },
+        **{"head": "knn", "kshot": "mean"},
         **{"shot": "2", "sfc_update_step": "2", "sfc_lr": "0.3", "temperature": "5.0", "norm": "none", "gpu": "cpu"},
         **{"solver": "ipm", "form": "QP", "l2_strength": "0.1", "amp": "bfloat16", "episode_batch": "3"},
         **{"deepemd": "grid", "patch_list": "1,2", "patch_ratio": "1.5", "num_patch": "4", "extra_dir": "mine"},

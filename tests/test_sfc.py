@@ -92,3 +92,25 @@ def test_two_steps_by_hand(head):
         settings = {**SETTINGS, "lr": lr, "steps": 2, "batch_size": WAY * SHOT, "weight_decay": decay}
         found = fit_prototypes(nodes, generator=torch.Generator().manual_seed(0), **settings, **head)
         torch.testing.assert_close(found[number], proto, atol=1e-5, rtol=1e-4)
+
+
+def test_classes_with_different_numbers_of_images():
+    """Given as labels, uniform classes are fitted as ever; others start from their own means."""
+    support = torch.rand(6, 16, 4, generator=torch.Generator().manual_seed(0))
+    settings = {"lr": 0.1, "steps": 10, "batch_size": 2, "solver": "simplex"}
+    order = torch.stack([torch.randperm(6, generator=torch.Generator().manual_seed(k)) for k in range(10)])
+    plain = fit_prototypes(support, way=3, shot=2, permutations=order, **settings)
+    labelled = fit_prototypes(support, way=3, labels=torch.arange(6) % 3, permutations=order, **settings)
+    assert torch.equal(plain, labelled)
+    labels = torch.tensor([0, 1, 1, 2, 2, 2])
+    means = fit_prototypes(support, way=3, labels=labels, **settings | {"steps": 0})
+    assert torch.allclose(means, torch.stack([support[0], support[1:3].mean(0), support[3:].mean(0)]))
+    fitted = fit_prototypes(support, way=3, labels=labels, **settings)
+    loss = [
+        torch.nn.functional.cross_entropy(emd_logits(proto, support, solver="simplex"), labels)
+        for proto in (means, fitted)
+    ]
+    assert loss[1] < loss[0]
+    for wrong in (torch.tensor([0, 1, 1, 0, 0, 0]), torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2, 3, 2, 2])):
+        with pytest.raises(ValueError, match="expected labels"):
+            fit_prototypes(support, way=3, labels=wrong, **settings)

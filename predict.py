@@ -1,0 +1,397 @@
+"""Classify your own images by a few examples of each class."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+# Everything else is imported where it is needed, so that Ctrl-C ends a starting script quietly.
+from utils import InputError, make_parser, run_script
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from dataloader.views import View
+    from Models import DeepEMD
+    from visualize import Seen
+
+FORMAT = 1  # of a file of prototypes
+# Flags that decide what the nodes of an image are, and so have to be the same for prototypes and queries.
+OF_NODES = ("dataset", "deepemd", "image_size", "num_patch", "patch_list", "patch_ratio", "feature_pyramid")
+
+
+def build_parser() -> ArgumentParser:
+    from dataloader.arguments import add_data_arguments
+    from engine.drawing import FORMATS
+    from Models.arguments import add_model_arguments
+    from utils import add_run_arguments, number_at_least
+
+    count = number_at_least(1, int)
+    parser = make_parser(__doc__)
+    group = parser.add_argument_group("what is classified by what")
+    group.add_argument("-support", metavar="DIR", help="examples, as DIR/<class>/<image>; classes may differ in number")
+    group.add_argument(
+        "-prototypes", metavar="FILE", help="instead of -support: what -save wrote, with the same weights and flags"
+    )
+    group.add_argument("-query", nargs="+", default=[], metavar="PATH", help="images, or folders of them at any depth")
+    group.add_argument(
+        "-model_dir",
+        help='checkpoint, or its folder, or "none" for random weights '
+        "(default: deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth)",
+    )
+    group = parser.add_argument_group("results")
+    group.add_argument(
+        "-json", metavar="FILE", help='write a list of results there too; "-" prints it and nothing else'
+    )
+    group.add_argument("-top", type=count, default=1, help="classes listed for each image, the most probable first")
+    group.add_argument("-save", metavar="FILE", help="keep the prototypes, for -prototypes")
+    group.add_argument("-picture", metavar="DIR", help="draw there, for each image, the match that decided")
+    group.add_argument("-format", choices=FORMATS, default="png", help="of the pictures")
+    group.add_argument("-flows", type=count, default=10, help="flows drawn per class, the strongest first")
+    add_data_arguments(parser, has_splits=False)
+    add_model_arguments(parser, sfc_lr=100.0)
+    add_run_arguments(parser, has_folder=False)
+    return parser
+
+
+class Prototypes(NamedTuple):
+    """What stands for the classes.
+
+    Attributes:
+        nodes: ``(W, C, N)``.
+        classes: W names.
+        examples: W image files to show for the classes in pictures.
+    """
+
+    nodes: Tensor
+    classes: list[str]
+    examples: list[str]
+
+
+class Answer(NamedTuple):
+    """What was found for an image: its classes by falling probability, with the logits that decided."""
+
+    file: str
+    ranking: list[tuple[str, float]]
+    cost: float | None  # of moving a unit of mass to the best class; None for a head that moves nothing
+    logits: Tensor
+
+    def as_json(self, top: int) -> dict[str, Any]:
+        (name, probability), *others = self.ranking
+        found: dict[str, Any] = {"file": self.file, "class": name, "probability": probability, "cost": self.cost}
+        found["runner_up"] = others[0][0] if others else None
+        if top > 1:
+            found["top"] = [{"class": name, "probability": p} for name, p in self.ranking[:top]]
+        return found
+
+
+# --- Images to nodes --------------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """Image files to nodes, a batch at a time."""
+
+    def __init__(self, model: DeepEMD, view: View, *, seed: int, device: torch.device) -> None:
+        self.model, self.view, self.seed, self.device = model, view, seed, device
+
+    def see(self, file: str) -> Seen:
+        """Read an image as the network sees it; the random draws of the view depend on its name alone."""
+        from dataloader.dataset import read_image
+        from utils import named_generator
+        from visualize import see
+
+        image = read_image(file, advice="")
+        try:
+            return see(image, self.view, named_generator(self.seed, "predict", Path(file).name).initial_seed())
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from None
+
+    def __call__(self, files: Iterable[str], *, skip: bool = False) -> Iterator[tuple[list[str], Tensor]]:
+        """Batches of files and their nodes ``(B, C, N)``; ``skip`` names files that cannot be read and goes on."""
+        from concurrent.futures import ThreadPoolExecutor
+        from itertools import islice
+
+        import torch
+
+        from engine.evaluation import ENCODE_BATCH, DivergenceError
+        from utils import available_cores, warn
+
+        def look(file: str) -> Tensor | InputError:
+            try:
+                return self.see(file).pixels
+            except InputError as error:
+                return error
+
+        size = max(1, ENCODE_BATCH.get(self.device.type, 8) // self.view.patches)
+        files = iter(files)
+        with ThreadPoolExecutor(available_cores()) as pool:
+            while batch := list(islice(files, size)):
+                looked = list(zip(batch, pool.map(look, batch), strict=True))
+                for _, fault in looked:
+                    if isinstance(fault, InputError):
+                        if not skip:
+                            raise fault
+                        warn(f"left out: {fault}")
+                read = [(file, seen) for file, seen in looked if not isinstance(seen, InputError)]
+                if not read:
+                    continue
+                pixels = torch.stack([seen for _, seen in read])
+                with torch.no_grad():
+                    nodes = self.model.encode(self.view.normalize(pixels.to(self.device)))
+                if not bool(nodes.isfinite().all()):
+                    raise DivergenceError("the encoder's features are not finite: its weights have diverged")
+                yield [file for file, _ in read], nodes
+
+
+def image_files(paths: Sequence[str]) -> Iterator[str]:
+    """The files named, and the images in the folders named, in the order of their names.
+
+    Raises:
+        InputError: a folder without images.
+    """
+    from dataloader.readers import is_hidden, names_image
+
+    for path in map(Path, paths):
+        if not path.is_dir():
+            yield str(path)  # a file that is not there is reported when it is read
+            continue
+        found = sorted(file for file in path.rglob("*") if file.is_file() and names_image(file) and not is_hidden(file))
+        if not found:
+            raise InputError(f"-query {path}: expected images in the folder; found none")
+        yield from map(str, found)
+
+
+# --- Prototypes -------------------------------------------------------------------------------------------------------
+
+
+def fit(model: DeepEMD, encoder: Encoder, folder: str) -> Prototypes:
+    """Prototypes from ``folder/<class>/<image>``; a class with one image is that image."""
+    import torch
+
+    from dataloader.catalog import DatasetSpec
+    from dataloader.readers import read_split
+    from utils import named_generator
+
+    if not Path(folder).is_dir():
+        raise InputError(f"-support {folder}: expected a folder with one folder of images per class; there is none")
+    layout = DatasetSpec("folders", folders=(".",), split_folders={"support": "."}, obtain="put images in DIR/<class>/")
+    files, labels, classes = read_split(layout, folder, "support")
+    nodes = torch.cat([nodes for _, nodes in encoder(files)])  # (S, C, N)
+    label = torch.tensor(labels)
+    generator = named_generator(encoder.seed, "sfc", "predict")
+    with torch.no_grad():
+        proto = model.prototypes(nodes, way=len(classes), labels=label, generator=generator)
+        # To show a class by: the example whose nodes are nearest to the prototype's.
+        likeness = torch.cosine_similarity(nodes, proto[label.to(nodes.device)], dim=1).mean(1)
+    examples = [
+        str(Path(max(pair for pair in zip(likeness.tolist(), files, labels, strict=True) if pair[2] == k)[1]).resolve())
+        for k in range(len(classes))
+    ]
+    return Prototypes(proto, classes, examples)
+
+
+def save(prototypes: Prototypes, path: str, *, settings: dict[str, Any], weights: str) -> None:
+    from utils import check_writable, save_plain
+
+    check_writable(Path(path))
+    content = {**prototypes._asdict(), "nodes": prototypes.nodes.cpu(), "settings": settings, "weights": weights}
+    save_plain(Path(path), {"format": FORMAT, **content})
+
+
+def load(path: str, *, settings: dict[str, Any], weights: str) -> Prototypes:
+    """Prototypes that :func:`save` wrote.
+
+    Raises:
+        InputError: no such file, or made with other weights or settings.
+    """
+    from utils import load_plain
+
+    if not Path(path).is_file():
+        raise InputError(f"-prototypes {path}: expected a file that -save wrote; there is none")
+    content = load_plain(Path(path), "file of prototypes")
+    if not isinstance(content, dict) or content.get("format") != FORMAT or "nodes" not in content:
+        raise InputError(f"-prototypes {path}: expected a file that -save wrote; it is another, or of another version")
+    if content["weights"] != weights:
+        raise InputError(
+            f"-prototypes {path}: expected prototypes of these weights ({weights}); they are of {content['weights']}. Give "
+            "the same -model_dir, or make them anew with -support and -save"
+        )
+    other = [name for name, value in settings.items() if content["settings"].get(name) != value]
+    if other:
+        told = ", ".join(f"-{name} {content['settings'].get(name)}" for name in other)
+        raise InputError(f"-prototypes {path}: expected the flags that they were made with; give {told}")
+    return Prototypes(content["nodes"], content["classes"], content["examples"])
+
+
+# --- Answers ----------------------------------------------------------------------------------------------------------
+
+
+def answers(model: DeepEMD, encoder: Encoder, prototypes: Prototypes, files: Iterable[str]) -> Iterator[Answer]:
+    """An answer per image that can be read; the others are named on standard error."""
+    import torch
+
+    from Models.heads import takes_solver
+
+    moves = takes_solver(model.head["head"])
+    proto = prototypes.nodes.to(encoder.device)
+    for names, nodes in encoder(files, skip=True):
+        with torch.no_grad():
+            logits = model.match(proto, nodes, way=len(proto), shot=1).cpu()  # (B, W)
+        for file, row in zip(names, logits, strict=True):
+            probability = row.double().softmax(0)
+            order = row.argsort(descending=True, stable=True).tolist()
+            cost = 1 - float(row[order[0]]) / model.head["temperature"] if moves else None
+            yield Answer(file, [(prototypes.classes[k], float(probability[k])) for k in order], cost, row)
+
+
+def draw(model: DeepEMD, encoder: Encoder, prototypes: Prototypes, answer: Answer, args: Namespace) -> Path:
+    """The image beside the class that it was given and the runner-up, with what was moved between them."""
+    import torch
+
+    from engine import drawing
+    from visualize import panels_of
+
+    chosen = [prototypes.classes.index(name) for name, _ in answer.ranking[:2]]
+    seen = encoder.see(answer.file)
+    with torch.no_grad():
+        nodes = model.encode(encoder.view.normalize(seen.pixels[None].to(encoder.device)))
+        proto = prototypes.nodes.to(encoder.device)[chosen]
+        matching = model.matching(proto, nodes)
+    count = proto.shape[-1]
+    panels = [
+        panels_of(one, encoder.view, count, model.feature_pyramid)
+        for one in (seen, *(encoder.see(prototypes.examples[k]) for k in chosen))
+    ]
+    (name, probability), *_ = answer.ranking
+    figure = drawing.draw_match(
+        panels[0],
+        panels[1:],
+        names=[prototypes.classes[k] for k in chosen],
+        logits=matching.logits[0].cpu(),
+        flow=matching.flow[0].cpu(),
+        supply=matching.supply[0].cpu(),
+        demand=matching.demand[0].cpu(),
+        title=f"{Path(answer.file).name}: {name}, {100 * probability:.1f} %",
+        notes=[f"shown by {Path(prototypes.examples[k]).name}" for k in chosen],
+        top=args.flows,
+    )
+    return drawing.save(figure, _free(Path(args.picture, f"{Path(answer.file).stem}.{args.format}"), answer.file))
+
+
+def _free(path: Path, file: str) -> Path:
+    """Files of one name in different folders get different pictures."""
+    import hashlib
+
+    mark = hashlib.sha256(str(Path(file).resolve().parent).encode()).hexdigest()[:6]
+    return path.with_stem(f"{path.stem}-{mark}") if path.exists() else path
+
+
+class Table:
+    """Prints a line per answer, and its further classes below it."""
+
+    def __init__(self, classes: Sequence[str], top: int) -> None:
+        self.top, self.width = top, max(len("runner-up"), *map(len, classes))
+        print(f"{'class':<{self.width}}  probability    cost  {'runner-up':<{self.width}}  file")
+
+    def add(self, answer: Answer) -> None:
+        (name, probability), *others = answer.ranking
+        cost = f"{answer.cost:6.3f}" if answer.cost is not None else "     -"
+        second = others[0][0] if others else "-"
+        print(
+            f"{name:<{self.width}}  {100 * probability:9.1f} %  {cost}  {second:<{self.width}}  {answer.file}",
+            flush=True,
+        )
+        for name, probability in others[: self.top - 1]:
+            print(f"{name:<{self.width}}  {100 * probability:9.1f} %")
+
+
+class JsonList:
+    """Writes a list as it comes, to a file that appears when it is complete, or to standard output."""
+
+    def __init__(self, path: str) -> None:
+        import sys
+
+        self.path = None if path == "-" else Path(path)
+        self.partial = self.path and self.path.with_name(f"{self.path.name}.part")
+        self.file = self.partial.open("w", encoding="utf-8") if self.partial else sys.stdout
+        self.count = 0
+
+    def add(self, item: dict[str, Any]) -> None:
+        import json
+
+        self.file.write(("[\n " if not self.count else ",\n ") + json.dumps(item))
+        self.count += 1
+
+    def close(self) -> None:
+        self.file.write("\n]\n" if self.count else "[]\n")
+        self.file.flush()
+        if self.partial and self.path:
+            self.file.close()
+            self.partial.replace(self.path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if bool(args.support) == bool(args.prototypes):
+        parser.error("expected -support DIR or -prototypes FILE, one of the two")
+    if not (args.query or args.save):
+        parser.error("expected -query PATH, or -save FILE to make prototypes alone")
+    from dataloader.arguments import view_of
+    from engine.arguments import fingerprint
+    from Models.arguments import build_model
+    from utils import check_writable, choose_device, choose_seed, load_encoder_weights, say, set_seed
+    from visualize import check_head
+
+    if args.picture:
+        check_head(args.head)
+        check_writable(Path(args.picture, "picture"))
+    for path in (args.save, args.json if args.json != "-" else None):
+        if path:
+            check_writable(Path(path))
+    device, device_ids = choose_device(args.gpu)
+    args.seed = choose_seed(args.seed)
+    set_seed(args.seed, deterministic=args.deterministic)
+    model = build_model(args, device_ids=device_ids).to(device)
+    weights = args.model_dir or f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
+    say(f"weights: {weights}")
+    if weights != "none":
+        load_encoder_weights(model, weights, hint="Name yours with -model_dir, or run: bash download_trained_model.sh")
+    loaded = fingerprint(weights) if weights != "none" else None
+    made_with = {
+        "settings": {name: getattr(args, name) for name in OF_NODES},
+        "weights": f"sha256 {loaded['sha256']}" if loaded else f"random weights of seed {args.seed}",
+    }
+
+    model = model.folded()
+    encoder = Encoder(model, view_of(args, train=False), seed=args.seed, device=device)
+    prototypes = load(args.prototypes, **made_with) if args.prototypes else fit(model, encoder, args.support)
+    if args.save:
+        save(prototypes, args.save, **made_with)
+        say(f"prototypes of {len(prototypes.classes)} classes: {args.save}")
+    if not args.query:
+        return
+    table = None if args.json == "-" else Table(prototypes.classes, args.top)
+    listing = JsonList(args.json) if args.json else None
+    count = 0
+    for answer in answers(model, encoder, prototypes, image_files(args.query)):
+        count += 1
+        if table:
+            table.add(answer)
+        if listing:
+            listing.add(answer.as_json(args.top))
+        if args.picture:
+            draw(model, encoder, prototypes, answer, args)
+    if listing:
+        listing.close()
+    if args.picture:
+        say(f"pictures: {args.picture}")
+    if not count:
+        raise InputError("expected at least one image that can be read; there was none")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,609 @@
+"""Checking data sets: the right ones are judged right, and each kind of damage is found and named."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import manifest
+import numpy as np
+import pytest
+import verify
+from PIL import Image
+
+from dataloader import checks, published
+
+CLASSES = {"train": ("ant", "bee", "cat"), "val": ("dog", "elk"), "test": ("fox", "gnu")}
+EACH = 6  # images of a class; what is published of the small sets below
+ROWS = [{"split": split, "class": name, "images": str(EACH)} for split, names in CLASSES.items() for name in names]
+TIERED = {split: EACH * len(names) for split, names in CLASSES.items()}
+
+
+@pytest.fixture(autouse=True)
+def small_published(monkeypatch):
+    """The published sets are those of CLASSES."""
+    monkeypatch.setattr(published, "_rows", lambda table: ROWS)
+    monkeypatch.setattr(published, "_IMAGES", {"tieredimagenet": TIERED})
+
+
+def write_image(path: Path, size: tuple[int, int], seed: object, mode: str = "RGB") -> None:
+    random = np.random.RandomState(abs(hash(str(seed))) % 2**32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = random.randint(0, 256, (4, 4, 3)).astype(np.uint8)
+    Image.fromarray(noise).resize(size).convert(mode).save(path)
+
+
+def write_folders(root: Path, size: tuple[int, int], folders: dict[str, str] | None = None) -> None:
+    for split, names in CLASSES.items():
+        for name in names:
+            for number in range(EACH):
+                path = root / (folders or {}).get(split, split) / name / f"{number}.png"
+                write_image(path, size, (name, number))
+
+
+def write_tables(root: Path, images: str, *, by_class: bool) -> None:
+    (root / "split").mkdir(parents=True)
+    for split, names in CLASSES.items():
+        rows = []
+        for name in names:
+            for number in range(EACH):
+                file = f"{number}.jpg" if by_class else f"{name}{number}.jpg"
+                write_image(root / images / (name if by_class else "") / file, (90 + 9 * number, 88), (name, number))
+                rows.append(f"{file},{name}\n")
+        (root / "split" / f"{split}.csv").write_text("filename,label\n" + "".join(rows))
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory) -> Path:
+    """One small, right data set of each kind."""
+    data_dir = tmp_path_factory.mktemp("right")
+    write_folders(data_dir / "FC100", (32, 32))
+    write_folders(data_dir / "cifar_fs", (32, 32), {split: f"meta-{split}" for split in CLASSES})
+    write_folders(data_dir / "tiered_imagenet", (100, 90))
+    write_folders(data_dir / "omniglot", (16, 16))
+    write_tables(data_dir / "miniimagenet", "images", by_class=False)
+    write_tables(data_dir / "cub", ".", by_class=True)
+    return data_dir
+
+
+FOLDERS = {
+    "fc100": "FC100",
+    "cifar_fs": "cifar_fs",
+    "tieredimagenet": "tiered_imagenet",
+    "omniglot": "omniglot",
+    "miniimagenet": "miniimagenet",
+    "cub": "cub",
+}
+
+
+@pytest.fixture
+def copy(originals, tmp_path):
+    def make(name: str) -> Path:
+        shutil.copytree(originals / FOLDERS[name], tmp_path / FOLDERS[name])
+        return tmp_path / FOLDERS[name]
+
+    return make
+
+
+def check(capsys, name: str, data_dir: Path) -> tuple[int, dict]:
+    """Exit status and JSON; what is printed as text must agree with it."""
+    status = verify.main([name, "-data_dir", str(data_dir), "-json", "-"])
+    report = json.loads(capsys.readouterr().out)
+    assert verify.main([name, "-data_dir", str(data_dir)]) == status
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == report["verdict"]
+    faults = [line.removeprefix("fault: ") for line in lines if line.startswith("fault: ")]
+    assert faults == (report["faults"] if report["path"] else [])  # the verdict says it all where nothing is there
+    assert [line.removeprefix("note: ") for line in lines if line.startswith("note: ")] == report["notes"]
+    assert status == (0 if report["right"] else 1)
+    assert report["right"] == (not report["faults"])
+    return status, report
+
+
+# --- right ---
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_right_sets_are_judged_right(name, originals, capsys):
+    status, report = check(capsys, name, originals)
+    assert report["faults"] == []
+    assert status == 0
+    assert report["verdict"] == f"{name} in {originals / FOLDERS[name]} is right: 3/2/2 classes, 42 images"
+    assert report["splits"]["val"] == {"classes": 2, "images": 12, "per_class": {"dog": 6, "elk": 6}}
+    assert report["modes"] == {"RGB": 42}
+    assert sum(report["sizes"].values()) == 42
+
+
+def test_folder(copy, tmp_path, capsys):
+    root = copy("omniglot")
+    assert check(capsys, "folder", root)[1]["notes"] == []
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "val")
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / "0.png").write_bytes(b"not looked at")
+    status, report = check(capsys, "folder", tmp_path)
+    assert status == 0
+    assert len(report["notes"]) == 1
+    assert report["notes"][0].startswith(f"there is no {tmp_path / 'val'};")
+
+
+def test_worker_processes_find_the_same(copy, tmp_path, capsys, monkeypatch):
+    root = copy("fc100")
+    (root / "val" / "dog" / "3.png").write_bytes(b"no image")
+    (root / manifest.NAME).write_text("{}")
+    (root / "notes.txt").write_text("hashed, not decoded")
+    alone = verify.verify("fc100", tmp_path)
+    monkeypatch.setattr(verify, "IN_PROCESS", 0)
+    monkeypatch.setattr(verify, "available_cores", lambda: 2)
+    assert verify.verify("fc100", tmp_path) == alone
+    assert len(alone["faults"]) == 2
+    assert "reading fc100" in capsys.readouterr().err
+
+
+def test_hidden_and_stray_files(copy, tmp_path, capsys):
+    root = copy("fc100")
+    (root / "train" / ".cache").mkdir()
+    (root / "train" / "ant" / "._0.png").write_bytes(b"macOS")
+    (root / "train" / "cifar-10-python.tar.gz").write_bytes(b"")
+    status, report = check(capsys, "fc100", tmp_path)
+    assert status == 0
+    assert report["notes"] == ["files that no script reads: 1, first train/cifar-10-python.tar.gz"]
+
+
+def test_overlap_is_a_note(copy, tmp_path, capsys, monkeypatch):
+    copy("miniimagenet")
+    copy("tieredimagenet")
+    monkeypatch.undo()  # the facts as published: everything is wrong, and the overlap is counted
+    for name in ("miniimagenet", "tieredimagenet"):
+        notes = check(capsys, name, tmp_path)[1]["notes"]
+        assert any(note.startswith("13 training classes of miniimagenet are test classes of") for note in notes)
+
+
+def test_images_that_occur_twice(copy, tmp_path, capsys, monkeypatch):
+    root = copy("fc100")
+    monkeypatch.setattr(published, "_TWINS", {"fc100": {("ant", "dog"): 1}})
+    shutil.copy(root / "train/ant/0.png", root / "val/dog/0.png")
+    shutil.copy(root / "test/fox/1.png", root / "test/gnu/1.png")
+    status, report = check(capsys, "fc100", tmp_path)
+    assert status == 0
+    assert report["notes"] == [
+        "images that lie in two splits, as in the published set: 1",
+        "images that occur more than once within a split: 1, first test/fox/1.png = test/gnu/1.png",
+    ]
+    shutil.copy(root / "train/ant/1.png", root / "val/dog/1.png")
+    (fault,) = check(capsys, "fc100", tmp_path)[1]["faults"]
+    assert fault.startswith("the same image in two splits: 2, first train/ant/0.png = val/dog/0.png. Remove it")
+
+
+def test_published_twins_of_cifar():
+    twins = {name: published.published_twins(name) for name in ("fc100", "cifar_fs", "miniimagenet", "folder")}
+    assert sum(twins["fc100"].values()) == 17
+    assert all(pair == tuple(sorted(pair)) for pair in twins["cifar_fs"])
+    assert (twins["miniimagenet"], twins["folder"]) == (None, {})
+
+
+def test_few_images_in_two_splits_where_nobody_counted_them(copy, tmp_path, capsys, monkeypatch):
+    root = copy("tieredimagenet")
+    shutil.copy(root / "train/ant/0.png", root / "val/dog/0.png")
+    assert check(capsys, "tieredimagenet", tmp_path)[1]["faults"][0].startswith("the same image in two splits: ")
+    monkeypatch.setattr(verify, "MOST_TWINS", 1 / 42)
+    status, report = check(capsys, "tieredimagenet", tmp_path)
+    assert (status, report["notes"]) == (0, ["images that lie in two splits: 1"])
+
+
+# --- damage ---
+
+
+def swap(path: Path, size: tuple[int, int], mode: str = "RGB") -> None:
+    write_image(path, size, (path.parent.name, path.name, "another"), mode)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def link(path: Path, to: Path) -> None:
+    path.unlink()
+    path.symlink_to(to)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def write_manifest(root: Path, **changes: object) -> None:
+    counts = {
+        split: {"classes": len(names), "images": EACH * len(names), "per_class": dict.fromkeys(names, EACH)}
+        for split, names in CLASSES.items()
+    }
+    digests = {path.relative_to(root).as_posix(): verify.file_hash(path) for path in root.rglob("*") if path.is_file()}
+    content = {"dataset": "fc100", "recipe": 1, "sha256": manifest.tree_hash(digests), "splits": counts, **changes}
+    (root / manifest.NAME).write_text(json.dumps(content))
+
+
+def with_manifest(damage):
+    def do(root: Path) -> None:
+        write_manifest(root)
+        damage(root)
+
+    return do
+
+
+def every(size: tuple[int, int], names: str):
+    def do(root: Path) -> None:
+        for path in sorted(root.rglob(names)):
+            swap(path, size)
+
+    return do
+
+
+# data set, damage, what is said of it (all faults, in this order)
+DAMAGE = {
+    "image lost": (
+        "fc100",
+        lambda root: (root / "train/ant/0.png").unlink(),
+        ["in train .*few .*: ant has 5 of 6. Get"],
+    ),
+    "images lost": (
+        "fc100",
+        lambda root: [(root / f"train/{name}/0.png").unlink() for name in ("ant", "bee")],
+        ["classes in train with too few or too many images: 2, first ant has 5 of 6"],
+    ),
+    "image added": ("cifar_fs", lambda root: swap(root / "meta-val/elk/x.png", (32, 32)), ["many.*: elk has 7 of 6"]),
+    "image lost, total known only": (
+        "tieredimagenet",
+        lambda root: (root / "val/dog/0.png").unlink(),
+        ["^val has 11 images, the published split 12"],
+    ),
+    "class lost": (
+        "fc100",
+        lambda root: shutil.rmtree(root / "val/elk"),
+        ["classes missing from val: elk. Get the data set"],
+    ),
+    "class renamed": (
+        "cifar_fs",
+        lambda root: (root / "meta-test/gnu").rename(root / "meta-test/Gnu"),
+        ["classes missing from test: gnu", "classes in test that the published split does not have: Gnu"],
+    ),
+    "class in the wrong split": (
+        "fc100",
+        lambda root: (root / "val/elk").rename(root / "train/elk"),
+        ["classes in train that belong in another split: elk belongs in val. Move", "classes missing from val: elk"],
+    ),
+    "class in two splits": (
+        "omniglot",
+        lambda root: (
+            shutil.rmtree(root / "val/elk"),
+            (root / "val/ant").mkdir(),
+            swap(root / "val/ant/9.png", (9, 9)),
+        ),
+        ["classes both in train and in val: ant. Each class belongs in one"],
+    ),
+    "leak": (
+        "omniglot",
+        lambda root: shutil.copy(root / "train/ant/0.png", root / "test/fox/renamed.png"),
+        ["the same image in two splits: test/fox/renamed.png = train/ant/0.png. Remove it from one"],
+    ),
+    "image cut off": (
+        "fc100",
+        lambda root: shorten(root / "test/fox/2.png"),
+        [r"cannot be decoded: test/fox/2.png \(image file is truncated\). Replace"],
+    ),
+    "images cut off": (
+        "fc100",
+        lambda root: [shorten(path) for path in (root / "test/fox").iterdir()],
+        ["images that cannot be decoded: 6, first test/fox/"],
+    ),
+    "image empty": ("cub", lambda root: (root / "ant/0.jpg").write_bytes(b""), [r"cannot be decoded: ant/0.jpg \("]),
+    "floats": (
+        "omniglot",
+        lambda root: Image.fromarray(np.zeros((8, 8), np.float32)).save(root / "val/elk/deep.tif"),
+        [r"cannot be decoded: val/elk/deep.tif \(expected pixels of 8 or 16 bits"],
+    ),
+    "image of another size": (
+        "fc100",
+        lambda root: swap(root / "val/dog/0.png", (33, 32)),
+        [r"images that are not 32x32 RGB: val/dog/0.png \(33x32 RGB\)"],
+    ),
+    "grey image": ("cifar_fs", lambda root: swap(root / "meta-val/dog/0.png", (32, 32), "L"), [r"\(32x32 L\)"]),
+    "broken link": (
+        "fc100",
+        lambda root: link(root / "val/dog/0.png", root / "gone.png"),
+        [r"val/dog/0.png \(a link that leads nowhere\)", "dog has 5 of 6"],
+    ),
+    "link in a circle": (
+        "omniglot",
+        lambda root: (root / "val/dog/more").symlink_to(root / "val"),
+        [r"val/dog/more \(a link to a folder that it lies in\)"],
+    ),
+    "folder with the name of an image": (
+        "fc100",
+        lambda root: (root / "val/dog/x.jpg").mkdir(),
+        [r"x.jpg \(a folder with the name of an image\)"],
+    ),
+    "the same in a table": (
+        "cub",
+        lambda root: ((root / "dog/0.jpg").unlink(), (root / "dog/0.jpg").mkdir()),
+        [r"0.jpg \(a folder with the name", "rows without a file: .*val.csv, line 2: 0.jpg", "dog has 5 of 6"],
+    ),
+    "pipe": ("fc100", lambda root: os.mkfifo(root / "val/dog/x.png"), [r"x.png \(neither a file nor a folder\)"]),
+    "image beside the classes": (
+        "fc100",
+        lambda root: (root / "val/dog/0.png").rename(root / "val/0.png"),
+        ["dog has 5 of 6", "images where no script looks: val/0.png. They belong in <split>/<class>/"],
+    ),
+    "class empty": ("omniglot", lambda root: (root / "val/yak").mkdir(), ["class folders without an image: val/yak"]),
+    "split lost": (
+        "cifar_fs",
+        lambda root: shutil.rmtree(root / "meta-val"),
+        ["missing, with a whole split: .*cifar_fs/meta-val. Get"],
+    ),
+    "split misspelled": (
+        "cifar_fs",
+        lambda root: [(root / f"meta-{split}").rename(root / split) for split in CLASSES],
+        [rf"Rename it: mv \S+cifar_fs/{split} \S+cifar_fs/meta-{split}$" for split in CLASSES],
+    ),
+    "splits of another project": (
+        "fc100",
+        lambda root: [
+            (root / a).rename(root / b) for a, b in (("train", "base"), ("val", "Validation"), ("test", "novel"))
+        ],
+        [r"mv \S+/base \S+/train$", r"mv \S+/Validation \S+/val$", r"mv \S+/novel \S+/test$"],
+    ),
+    "tables misspelled": (
+        "miniimagenet",
+        lambda root: (
+            (root / "split").rename(root / "splits"),
+            (root / "splits/val.csv").rename(root / "splits/validation.csv"),
+        ),
+        [r"mv \S+/splits/validation.csv \S+/splits/val.csv$", r"mv \S+/splits \S+/split$"],
+    ),
+    "table lost": (
+        "cub",
+        lambda root: (root / "split/val.csv").unlink(),
+        ["missing, with a whole split: .*split/val.csv"],
+    ),
+    "file of a row lost": (
+        "miniimagenet",
+        lambda root: (root / "images/ant1.jpg").unlink(),
+        ["rows without a file: .*train.csv, line 3: ant1.jpg. Get the images", "ant has 5 of 6"],
+    ),
+    "row lost": (
+        "cub",
+        lambda root: edit(root / "split/test.csv", "0.jpg,gnu\n", ""),
+        ["images without a row in a table: gnu/0.jpg. Get the tables", "gnu has 5 of 6"],
+    ),
+    "image of a row in two classes": (
+        "miniimagenet",
+        lambda root: edit(root / "split/val.csv", "dog0.jpg,dog\n", "dog0.jpg,dog\ndog0.jpg,elk\n"),
+        ["images in two rows: .*val.csv, line 3: dog0.jpg is in val elk, and in val dog"],
+    ),
+    "image in two splits of a table": (
+        "miniimagenet",
+        lambda root: edit(root / "split/val.csv", "dog0.jpg,dog\n", "dog0.jpg,dog\nant0.jpg,dog\n"),
+        ["images in two rows: .*val.csv, line 3: ant0.jpg is in val dog, and in train ant"],
+    ),
+    "table not UTF-8": (
+        "cub",
+        lambda root: (root / "split/val.csv").write_bytes("filename,label\n0.jpg,élan\n".encode("latin-1")),
+        ["val.csv, line 2: expected text in UTF-8; got the byte 0xe9", "classes missing from val: 2, first dog"],
+    ),
+    "row outside": (
+        "miniimagenet",
+        lambda root: edit(root / "split/val.csv", "dog0.jpg,", "../images/dog0.jpg,"),
+        ["rows without a file: .*line 2: ../images/dog0.jpg", "images without a row.*dog0.jpg", "dog has 5 of 6"],
+    ),
+    "shrunk": (
+        "miniimagenet",
+        every((84, 84), "*.jpg"),
+        ["images of 84 pixels or less.*: 42 of 42, first .* many of them: .* and 4 more. This costs 8-10 points"],
+    ),
+    "shrunk in part": (
+        "tieredimagenet",
+        every((84, 60), "elk/*.png"),
+        ["images of 84 pixels or less.*: 6 of 42, first val/elk/0.png; classes with many of them: val elk. This costs"],
+    ),
+    "uncropped": (
+        "cub",
+        every((500, 90), "*.jpg"),
+        ["classes whose images look uncropped, with a longer side of 500 pixels: 7, first test fox. .* cost 15 points"],
+    ),
+    "uncropped in part": ("cub", every((90, 500), "dog/*.jpg"), ["look uncropped.*: val dog. Uncropped"]),
+    "changed since it was prepared": (
+        "fc100",
+        with_manifest(lambda root: swap(root / "val/dog/0.png", (32, 32))),
+        ["files were changed, renamed, added or removed since prepare.py wrote .*manifest.json. Build it again"],
+    ),
+    "renamed since it was prepared": (
+        "fc100",
+        with_manifest(lambda root: (root / "val/dog/0.png").rename(root / "val/dog/00.png")),
+        ["files were changed, renamed"],
+    ),
+    "lost since it was prepared": (
+        "fc100",
+        with_manifest(lambda root: (root / "val/dog/0.png").unlink()),
+        ["dog has 5 of 6", "counts differ from those in manifest.json: val dog has 5 images, not 6. Build"],
+    ),
+    "manifest of another set": (
+        "fc100",
+        lambda root: write_manifest(root, dataset="cifar_fs"),
+        ["is of the data set cifar_fs, not of fc100"],
+    ),
+    "manifest broken": (
+        "fc100",
+        lambda root: (root / manifest.NAME).write_text("[1"),
+        ["is no manifest .*JSONDecodeError"],
+    ),
+    "manifest of something else": (
+        "fc100",
+        lambda root: (root / manifest.NAME).write_text("[]"),
+        ["is no manifest of prepare"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found(kind, copy, tmp_path, capsys):
+    name, damage, expected = DAMAGE[kind]
+    root = copy(name)
+    damage(root)
+    status, report = check(capsys, name, tmp_path)
+    assert status == 1
+    assert len(report["faults"]) == len(expected), report["faults"]
+    for fault, pattern in zip(report["faults"], expected, strict=True):
+        assert re.search(pattern, fault), fault
+    assert report["verdict"] == f"{name} in {root} is not right; faults: {len(expected)}"
+
+
+def test_a_few_small_images_are_natural(copy, tmp_path, capsys, monkeypatch):
+    swap(copy("tieredimagenet") / "val/dog/0.png", (84, 84))
+    monkeypatch.setattr(verify, "MOST_SMALL_IN_CLASS", 1 / EACH)
+    monkeypatch.setattr(verify, "MOST_SMALL", 1 / 42)
+    status, report = check(capsys, "tieredimagenet", tmp_path)
+    assert (status, report["notes"]) == (0, ["images of 84 pixels or less, a few of which are natural: 1"])
+    monkeypatch.setattr(verify, "MOST_SMALL", 0.9 / 42)  # spread over all classes
+    assert "first val/dog/0.png. This costs" in check(capsys, "tieredimagenet", tmp_path)[1]["faults"][0]
+
+
+def test_manifest_of_what_is_there(copy, tmp_path, capsys):
+    root = copy("fc100")
+    (root / "README.txt").write_text("part of the tree")
+    write_manifest(root)
+    (root / ".DS_Store").write_text("not part of it")
+    assert check(capsys, "fc100", tmp_path)[1]["faults"] == []
+    (root / "README.txt").write_text("changed")
+    assert len(check(capsys, "fc100", tmp_path)[1]["faults"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "spelling"),
+    [
+        ("fc100", "FC-100"),
+        ("cifar_fs", "cifar-fs"),
+        ("cifar_fs", "CIFAR_FS"),
+        ("tieredimagenet", "tieredImageNet"),
+        ("miniimagenet", "miniImageNet"),
+        ("miniimagenet", "mini-imagenet"),
+        ("cub", "CUB"),
+        ("cub", "CUB_200_2011"),
+    ],
+)
+def test_misspelled_folder(name, spelling, copy, tmp_path, capsys):
+    right = copy(name)
+    right.rename(tmp_path / spelling)
+    faults = check(capsys, name, tmp_path)[1]["faults"]
+    assert len(faults) == 1
+    assert faults[0].endswith(f"Rename it: mv {tmp_path / spelling} {right}")
+
+
+def test_misspelled_folders_are_cured_from_the_inside(copy, tmp_path, capsys):
+    root = copy("miniimagenet")
+    (root / "split" / "train.csv").rename(root / "split" / "base.csv")
+    (root / "split").rename(root / "splits")
+    root.rename(tmp_path / "mini-imagenet")
+    for fault in check(capsys, "miniimagenet", tmp_path)[1]["faults"]:
+        _, source, target = fault.partition("Rename it: ")[2].split()
+        Path(source).rename(target)
+    assert check(capsys, "miniimagenet", tmp_path)[0] == 0
+
+
+def test_original_cub(copy, tmp_path, capsys):
+    copy("cub").rename(tmp_path / "CUB_200_2011")
+    (tmp_path / "CUB_200_2011" / "bounding_boxes.txt").write_text("1 0.0 0.0 9.0 9.0\n")
+    faults = check(capsys, "cub", tmp_path)[1]["faults"]
+    assert faults[0].endswith(f"python datasets/prepare.py cub -source {tmp_path / 'CUB_200_2011'}")
+
+
+def test_faults_are_collected_and_the_worst_comes_first(copy, tmp_path, capsys):
+    root = copy("fc100")
+    swap(root / "val/dog/0.png", (16, 16))
+    shorten(root / "val/dog/1.png")
+    shutil.rmtree(root / "test/gnu")
+    shutil.copy(root / "train/ant/0.png", root / "test/fox/0.png")
+    (root / "train/ant/1.png").unlink()
+    (root / "val").rename(root / "valid")
+    faults = check(capsys, "fc100", tmp_path)[1]["faults"]
+    words = ["Rename it", "missing from test: gnu", "two splits", "16x16", "decoded", "ant has 5 of 6"]
+    assert len(faults) == len(words)
+    assert all(word in fault for word, fault in zip(words, faults, strict=True)), faults
+
+
+@pytest.mark.parametrize("what", ["val/dog/0.png", "val/dog", "split/val.csv", "manifest.json"])
+def test_no_permission(what, copy, tmp_path, capsys, monkeypatch):
+    name = "cub" if what.endswith("csv") else "fc100"
+    root = copy(name)
+    (root / "manifest.json").write_text("{}")
+    real = Path.read_bytes, Path.read_text, os.scandir
+
+    def refusing(function):
+        def call(path, *args, **settings):
+            if str(path) == str(root / what):
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path, *args, **settings)
+
+        return call
+
+    monkeypatch.setattr(Path, "read_bytes", refusing(real[0]))
+    monkeypatch.setattr(Path, "read_text", refusing(real[1]))
+    monkeypatch.setattr(os, "scandir", refusing(real[2]))
+    faults = check(capsys, name, tmp_path)[1]["faults"]
+    assert any(re.search(f"{what}.*Permission denied", fault) for fault in faults), faults
+
+
+def test_odd_names_stay_on_one_line(copy, tmp_path, capsys):
+    root = copy("fc100")
+    odd = os.fsencode(root / "val" / "dog") + b"/a\xff\n.png"
+    Path(os.fsdecode(odd)).write_bytes(b"no image")
+    faults = check(capsys, "fc100", tmp_path)[1]["faults"]
+    assert len(faults) == 2
+    assert r"a\udcff .png" in faults[0]
+
+
+def test_nothing_there(tmp_path, capsys):
+    for data_dir, what in ((tmp_path, "it is not there"), (tmp_path / "gone", "there is no folder .*gone")):
+        assert verify.main(["cub", "-data_dir", str(data_dir)]) == 1
+        out = capsys.readouterr().out
+        assert re.fullmatch(rf"cub: expected it in \S*cub; {what}. Get it: python [^\n]+\n", out)
+        assert check(capsys, "cub", data_dir)[1]["path"] is None
+    (tmp_path / "FC100").mkdir()
+    assert check(capsys, "fc100", tmp_path)[1]["faults"][0].startswith("missing, with a whole split: 3, first ")
+
+
+def test_bad_flags(capsys):
+    for argv in ([], ["imagenet"], ["cub", "-gpu", "0"]):
+        with pytest.raises(SystemExit) as ended:
+            verify.main(argv)
+        assert ended.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_json_file(originals, tmp_path, capsys):
+    file = tmp_path / "deep" / "report.json"
+    assert verify.main(["cub", "-data_dir", str(originals), "-json", str(file)]) == 0
+    assert json.loads(file.read_text()) == verify.verify("cub", originals)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("cub in ")
+
+
+def test_histogram():
+    few = verify.Counter({(32, 32): 9, (32, 33): 1})
+    assert verify._histogram(few) == {"32x32": 9, "32x33": 1}
+    many = verify.Counter({(8, side): 2 for side in (32, 33, 84, 85, 500, 501, 1001)})
+    expected = {"1-32": 2, "33-64": 2, "65-84": 2, "85-128": 2, "401-500": 2, "501-700": 2, "1001-": 2}
+    assert verify._histogram(many) == expected
+
+
+# --- the cheap part, when a script opens a data set ---
+
+
+def test_sample_is_spread_and_repeatable():
+    assert checks.sample([str(number) for number in range(32)]) == [str(number) for number in range(0, 32, 2)]
+    assert checks.sample(["a", "b"]) == ["a", "b"]
+
+
+def test_difference_names_a_few():
+    found = checks.compare_classes("fc100", "train", ["ant", "x", "y", "z", "w"])
+    assert str(found) == "missing: bee, cat; unknown: w, x, y and 1 more"
+    assert not any(checks.compare_classes("folder", "train", ["x"]))

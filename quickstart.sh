@@ -39,6 +39,7 @@ trained=checkpoint/glyphs/fcn/1shot-5way/quickstart/max_acc.pth
 
 step "stage 3: evaluate on letters of scripts never seen"
 evaluate "untrained     fcn      1-shot" -model_dir none -test_episode $episodes
+evaluate "pre-trained   proto    1-shot" -model_dir $pretrained -test_episode $episodes -head proto
 evaluate "pre-trained   fcn      1-shot" -model_dir $pretrained -test_episode $episodes
 evaluate "meta-trained  fcn      1-shot" -model_dir $trained -test_episode $episodes
 evaluate "meta-trained  fcn      5-shot" -model_dir $trained -test_episode 30 -shot 5 -sfc_update_step 20

@@ -141,9 +141,7 @@ def verify(name: str, data_dir: Path) -> dict[str, Any]:
         return {"dataset": name, "path": None, "right": False, "verdict": verdict, "faults": [verdict], "notes": []}
     tree = Tree(name, spec, data_dir, root)
     _find_splits(tree)
-    tree.problems["misspelled"] += (
-        misspelled  # the innermost first, so that the paths hold when one is cured after another
-    )
+    tree.problems["misspelled"] += misspelled  # last: cured from the inside, the paths of the next line still hold
     _list_files(tree)
     (_assign_folders if spec.layout == "folders" else _assign_rows)(tree)
     _look_at_files(tree)

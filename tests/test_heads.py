@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import eval as eval_script
 from engine.evaluation import Recorder
 from Models import DeepEMD
+from Models.arguments import build_model
 from Models.emd import SOLVERS
 from Models.heads import HEADS, head_logits, knn_logits, takes_solver
 from Models.sfc import FitError, fit_prototypes, mean_prototypes
@@ -236,6 +237,8 @@ def test_settings_of_the_model():
         DeepEMD(head="dot")
     with pytest.raises(ValueError, match=r"expected support \(..., 6, C, N\)"):
         mean_prototypes(nodes(5, 16, 4), way=WAY, shot=SHOT)
+    model = build_model(eval_script.build_parser().parse_args(["-head", "knn", "-kshot", "mean"]))
+    assert (model.head["head"], model.kshot) == ("knn", "mean")
     # Heads without a solver ask nothing of it.
     model = DeepEMD(head="cosine", solver="none")
     support, query = nodes(5, 16, 4), nodes(7, 16, 4, seed=1)

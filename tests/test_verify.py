@@ -121,7 +121,7 @@ def test_folder(copy, tmp_path, capsys):
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "val")
     (tmp_path / "another").mkdir()
-    (tmp_path / "another" / "0.png").write_bytes(b"not looked at")
+    (tmp_path / "another" / "0.png").symlink_to("gone")  # not looked at
     status, report = check(capsys, "folder", tmp_path)
     assert status == 0
     assert len(report["notes"]) == 1

@@ -14,7 +14,7 @@ from conftest import write_images
 from PIL import Image
 
 import visualize
-from dataloader.arguments import open_dataset
+from dataloader.arguments import draw_episodes, open_dataset
 from dataloader.views import make_view
 from engine import drawing
 from utils import RunFolder, run_script, write_json
@@ -104,7 +104,15 @@ def test_an_episode_is_the_one_that_eval_evaluates(data, tmp_path, monkeypatch, 
     assert re.search(r"\((\S+) %\)", done.out)[1] == f"{accuracy:.2f}"
 
     # The sheet has all logits, class by class; their argmax gives that accuracy.
-    ((_, sheet, words),) = done.sheets
+    ((images, sheet, words),) = done.sheets
+    args = visualize.build_parser().parse_args(["episode", *map(str, flags)])
+    dataset = open_dataset(args, "test", train=False)
+    items = draw_episodes(args, dataset, 3, seed=5, name="test")[2]
+    assert sheet["names"] == [dataset.class_names[dataset.labels[index]] for index, _ in items[:3]]
+    if args.deepemd == "fcn":  # otherwise the sheet shows whole images
+        for number, shots in enumerate(images[0]):
+            wanted = [dataset[item][0].permute(1, 2, 0).numpy() for item in items[number : 3 * args.shot : 3]]
+            assert np.array_equal(np.stack(shots), np.stack(wanted))
     assert sheet["numbers"] == [0, 3, 1, 4, 2, 5]
     hits = [found == truth for found, truth in zip(sheet["logits"].argmax(1).tolist(), sheet["truths"], strict=True)]
     assert sum(hits) == round(6 * accuracy / 100)

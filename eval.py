@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{args.dataset} {args.set}, {args.deepemd}, {args.way}-way {args.shot}-shot, {args.test_episode} episodes: "
         f"acc {result} ({duration(recorder.seconds)})"
     )
-    found = arguments.results(args, result, weights, recorder.seconds)
+    found = arguments.results(args, result, weights, recorder.seconds, data=identity["data"])
     for path in results:
         write_json(path, found)
     recorder.remove()

@@ -574,8 +574,8 @@ def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") 
     given = {key: given.get(key, value) for key, value in wanted.items()}
     misshapen = [key for key in wanted if given[key].shape != wanted[key].shape]
     if missing or unexpected or misshapen:
-        faults = [f"lacks {_some(missing)}"] if missing else []
-        faults += [f"has unknown {_some(unexpected)}"] if unexpected else []
+        faults = [f"lacks {some(missing)}"] if missing else []
+        faults += [f"has unknown {some(unexpected)}"] if unexpected else []
         faults += [
             f"has {key} {tuple(given[key].shape)} where {tuple(wanted[key].shape)} is expected" for key in misshapen[:1]
         ]
@@ -622,12 +622,11 @@ def _read_params(path: Path) -> dict[str, Tensor]:
 
 
 def _describe(content: Any) -> str:
-    return (
-        f"a dict with the keys {_some(list(content))}" if isinstance(content, dict) else f"a {type(content).__name__}"
-    )
+    return f"a dict with the keys {some(list(content))}" if isinstance(content, dict) else f"a {type(content).__name__}"
 
 
-def _some(names: Sequence[Any]) -> str:
+def some(names: Sequence[Any]) -> str:
+    """The first few of many names."""
     shown = ", ".join(map(str, names[:3])) or "none"
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from dataloader.catalog import DatasetSpec
 from dataloader.published import published_classes, published_images
+from utils import some
 
 SHRUNK_TO = 84  # pixels along the long side; the common archives of small images have squares of this size
 SAMPLE = 16
@@ -26,11 +27,6 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         parts = {"missing": self.missing, "unknown": self.unknown}
         return "; ".join(f"{what}: {some(names)}" for what, names in parts.items() if names)
-
-
-def some(names: Sequence[str], shown: int = 3) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def compare_classes(name: str, split: str, found: Iterable[str]) -> Difference:

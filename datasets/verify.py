@@ -36,11 +36,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataloader.catalog import CATALOG, SPLITS, DatasetSpec
-from dataloader.checks import SHRUNK_TO, compare_classes, compare_counts, is_shrunk, some
+from dataloader.checks import SHRUNK_TO, compare_classes, compare_counts, is_shrunk
 from dataloader.dataset import read_image
 from dataloader.published import published_classes, published_images, published_twins
 from dataloader.readers import is_hidden, names_image, row_paths, table_rows
-from utils import InputError, available_cores, check_writable, file_hash, make_parser, run_script, write_json
+from utils import InputError, available_cores, check_writable, file_hash, make_parser, run_script, some, write_json
 
 # The scripts read omniglot as "-dataset folder -data_dir <data_dir>/omniglot".
 SPECS = {

@@ -227,7 +227,7 @@ def test_a_state_of_another_version_is_refused(folder, tmp_path):
 def test_results_for_machines(folder, tmp_path):
     done = run(*EVAL, *HERE, "-data_dir", folder, "-json", "-", "-extra_dir", "mine", cwd=tmp_path)
     found = json.loads(done.out)  # and nothing else
-    keys = {"accuracy", "interval", "accuracies", "loss", "flags", "versions", "seconds", "weights"}
+    keys = {"accuracy", "interval", "accuracies", "loss", "flags", "versions", "seconds", "weights", "data"}
     assert set(found) == keys
     assert found["weights"] is None
     assert found["flags"]["test_episode"] == len(found["accuracies"]) == 5

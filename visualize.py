@@ -412,9 +412,8 @@ def draw_episode(args: Namespace) -> None:
 
 
 def draw_pair(args: Namespace) -> None:
-    from dataloader.catalog import CATALOG
+    from dataloader.arguments import view_of
     from dataloader.dataset import read_image
-    from dataloader.views import make_view
     from engine import drawing
     from utils import check_writable, named_generator
 
@@ -423,17 +422,7 @@ def draw_pair(args: Namespace) -> None:
     check_writable(path)
     images = [read_image(image, advice="") for image in args.images]
     model, device = open_model(args)
-    spec = CATALOG[args.dataset]
-    view = make_view(
-        args.deepemd,
-        train=False,
-        mean=spec.mean,
-        std=spec.std,
-        image_size=args.image_size,
-        patch_list=args.patch_list,
-        patch_ratio=args.patch_ratio,
-        num_patch=args.num_patch,
-    )
+    view = view_of(args, train=False)
     seeds = [named_generator(args.seed, "pair", number).initial_seed() for number in range(2)]
     query, proto = (see(image, view, seed) for image, seed in zip(images, seeds, strict=True))
     matched = match_episode(model, view, [proto, query], way=1, shot=1, device=device)

@@ -54,18 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from engine import arguments, distributed
     from engine.evaluation import Recorder
     from engine.stopping import stop_request
-    from Models.arguments import build_model
+    from Models.arguments import open_model
     from Models.emd import set_threads
-    from utils import (
-        append_line,
-        check_writable,
-        choose_seed,
-        duration,
-        load_encoder_weights,
-        say,
-        set_seed,
-        write_json,
-    )
+    from utils import append_line, check_writable, choose_seed, duration, set_seed, write_json
 
     ranks, device, device_ids = distributed.start(args.gpu)
     set_threads(arguments.solver_threads(args, ranks))
@@ -78,11 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path in results:
             check_writable(path)
 
-    model = build_model(args, device_ids=device_ids).to(device)
-    weights = args.model_dir or f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
-    say(f"weights: {weights}")
-    if weights != "none":
-        load_encoder_weights(model, weights, hint="Name yours with -model_dir, or run: bash download_trained_model.sh")
+    model, weights = open_model(args, device=device, device_ids=device_ids)
     dataset = open_dataset(args, args.set, train=False)
     episodes = draw_episodes(args, dataset, args.test_episode, seed=args.seed, name=args.set)
     loaded = arguments.fingerprint(weights)

@@ -147,12 +147,9 @@ class Encoder:
 
 
 def image_files(paths: Sequence[str]) -> Iterator[str]:
-    """The files named, and the images in the folders named, in the order of their names.
-
-    Raises:
-        InputError: a folder without images.
-    """
+    """The files named, and the images in the folders named, in the order of their names."""
     from dataloader.readers import is_hidden, names_image
+    from utils import warn
 
     for path in map(Path, paths):
         if not path.is_dir():
@@ -160,7 +157,7 @@ def image_files(paths: Sequence[str]) -> Iterator[str]:
             continue
         found = sorted(file for file in path.rglob("*") if file.is_file() and names_image(file) and not is_hidden(file))
         if not found:
-            raise InputError(f"-query {path}: expected images in the folder; found none")
+            warn(f"left out: -query {path}: expected images in the folder; found none")
         yield from map(str, found)
 
 
@@ -342,8 +339,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("expected -query PATH, or -save FILE to make prototypes alone")
     from dataloader.arguments import view_of
     from engine.arguments import fingerprint
-    from Models.arguments import build_model
-    from utils import check_writable, choose_device, choose_seed, load_encoder_weights, say, set_seed
+    from Models.arguments import open_model
+    from utils import check_writable, choose_device, choose_seed, say, set_seed
     from visualize import check_head
 
     if args.picture:
@@ -355,11 +352,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, device_ids = choose_device(args.gpu)
     args.seed = choose_seed(args.seed)
     set_seed(args.seed, deterministic=args.deterministic)
-    model = build_model(args, device_ids=device_ids).to(device)
-    weights = args.model_dir or f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
-    say(f"weights: {weights}")
-    if weights != "none":
-        load_encoder_weights(model, weights, hint="Name yours with -model_dir, or run: bash download_trained_model.sh")
+    model, weights = open_model(args, device=device, device_ids=device_ids)
     loaded = fingerprint(weights) if weights != "none" else None
     made_with = {
         "settings": {name: getattr(args, name) for name in OF_NODES},

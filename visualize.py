@@ -340,20 +340,16 @@ def open_model(args: Namespace) -> tuple[DeepEMD, torch.device]:
     """The model for evaluation that the flags ask for, and its device."""
     from engine.arguments import solver_threads
     from engine.distributed import Ranks
-    from Models.arguments import build_model
+    from Models import arguments
     from Models.emd import set_threads
-    from utils import choose_device, choose_seed, load_encoder_weights, say, set_seed
+    from utils import choose_device, choose_seed, set_seed
 
     check_head(args.head)
     device, device_ids = choose_device(args.gpu)
     set_threads(solver_threads(args, Ranks()))
     args.seed = choose_seed(args.seed)
     set_seed(args.seed, deterministic=args.deterministic)
-    model = build_model(args, device_ids=device_ids).to(device)
-    weights = args.model_dir or f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
-    say(f"weights: {weights}")
-    if weights != "none":
-        load_encoder_weights(model, weights, hint="Name yours with -model_dir, or run: bash download_trained_model.sh")
+    model, _ = arguments.open_model(args, device=device, device_ids=device_ids)
     return model.folded(), device
 
 

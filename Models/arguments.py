@@ -13,7 +13,7 @@ from Models.encoder import AMP
 from Models.heads import HEADS, takes_solver
 from Models.matching import METRICS, NORMS
 from Models.sfc import KSHOT
-from utils import InputError, number_above_zero, number_at_least, whole_numbers
+from utils import InputError, load_encoder_weights, number_above_zero, number_at_least, say, whole_numbers
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1) -> None:
@@ -97,6 +97,21 @@ def build_model(args: argparse.Namespace, *, device_ids: Sequence[int] = ()) -> 
         checkpoint_activations=args.checkpoint_activations,
         device_ids=device_ids,
     )
+
+
+def open_model(args: argparse.Namespace, *, device: torch.device, device_ids: Sequence[int]) -> tuple[DeepEMD, str]:
+    """The model that the flags ask for with the weights of ``-model_dir``, and what those are: a path, or "none".
+
+    Raises:
+        InputError: flags that do not go together, or weights that cannot be loaded.
+        EmdError: as :func:`build_model`.
+    """
+    model = build_model(args, device_ids=device_ids).to(device)
+    weights = args.model_dir or f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
+    say(f"weights: {weights}")
+    if weights != "none":
+        load_encoder_weights(model, weights, hint="Name yours with -model_dir, or run: bash download_trained_model.sh")
+    return model, weights
 
 
 def check_solver(solver: str) -> None:

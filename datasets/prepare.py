@@ -423,7 +423,7 @@ def prepare(
         return
     work = out / f".{recipe.folder}.part"
     if dry_run:
-        _dry_run(name, given, target, work, crop)
+        _dry_run(name, given, target, work, crop=crop, side=side or 0)
         return
     work.mkdir(parents=True, exist_ok=True)
     lock = hold_lock(out / f".{recipe.folder}.lock", "Wait for it to end")
@@ -497,21 +497,20 @@ def _words(options: dict[str, Any]) -> str:
 def _open(name: str, given: Sequence[str], work: Path) -> Source:
     recipe = RECIPES[name]
     scratch = work / DOWNLOADS
-    hub = [path for path in given if path.startswith(HUB)]
-    if hub or (not given and recipe.hub):
-        repository, _, revision = (hub[0].removeprefix(HUB) if hub else "@".join(recipe.hub or ())).partition("@")
-        return hub_parquet(
-            repository,
-            revision or "main",
-            is_wanted=lambda file: name == "cub" or not file.startswith("test"),
-            scratch=scratch,
-        )
+    if not given and recipe.hub:
+        given = [HUB + "@".join(recipe.hub)]
     if not given and not recipe.downloads:
         raise InputError(f"expected -source for {name}, which cannot be downloaded without an account: {recipe.advice}")
-    paths = [Path(path) for path in given] or [
-        download(remote, scratch / file) for file, remote in recipe.downloads.items()
-    ]
-    sources = [recipe.adapt(open_source(path)) for path in paths]
+    given = given or [str(download(remote, scratch / file)) for file, remote in recipe.downloads.items()]
+    sources: list[Source] = []
+    for path in given:
+        if path.startswith(HUB):
+            repository, _, revision = path.removeprefix(HUB).partition("@")
+            # CUB is split by class, so it needs the images of the repository's test split; the ImageNets have no use for it.
+            wanted = (lambda file: True) if name == "cub" else (lambda file: not file.startswith("test"))
+            sources.append(hub_parquet(repository, revision or "main", wanted, scratch=scratch))
+        else:
+            sources.append(recipe.adapt(open_source(Path(path))))
     return sources[0] if len(sources) == 1 else Several(sources)
 
 
@@ -548,7 +547,7 @@ def _summary(plan: Plan) -> str:
     return f"{classes} classes, {'/'.join(str(len(images)) for images in per_split.values())} images in train/val/test"
 
 
-def _dry_run(name: str, given: Sequence[str], target: Path, work: Path, crop: bool) -> None:
+def _dry_run(name: str, given: Sequence[str], target: Path, work: Path, *, crop: bool, side: int) -> None:
     recipe = RECIPES[name]
     if not given and recipe.downloads:
         for remote in recipe.downloads.values():
@@ -559,7 +558,7 @@ def _dry_run(name: str, given: Sequence[str], target: Path, work: Path, crop: bo
     entries = source.entries()
     plan = recipe.plan(source, entries, crop)
     size = sum(entry.size for entry in entries if entry.name in plan.images)
-    changed = crop and name == "cub" or recipe.shorter_side
+    changed = side or (crop and name == "cub")
     print(
         f"would write {target} from {source.where}: {_summary(plan)}, {'at most ' if changed else 'about '}{size / 1e6:.0f} MB"
     )

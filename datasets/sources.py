@@ -35,14 +35,12 @@ class Entry(NamedTuple):
         size: in bytes, where that is known; else an average.
         label: its class, where the source says so beside the name.
         box: ``x1, y1, x2, y2`` in pixels, where the source has bounding boxes.
-        has_name: the name is the one its maker gave it, not one made here.
     """
 
     name: str
     size: int
     label: str | None = None
     box: tuple[float, ...] | None = None
-    has_name: bool = True
 
 
 Content = tuple[str, bytes]
@@ -78,7 +76,7 @@ class Several(Source):
 
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
         for source in self.sources:
-            yield from source.read(wanted)
+            yield from source.read({entry.name for entry in source.entries()}.intersection(wanted))
 
 
 def open_source(path: Path) -> Source:
@@ -200,6 +198,7 @@ class Tar(Source):
         self, archive: tarfile.TarFile, folders: Collection[str | None] | None = None
     ) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
         for member in archive:
+            archive.members = []  # tarfile keeps them all: gigabytes for all of ImageNet
             name = member.name.removeprefix("./")
             if member.isreg() and CLASS_TAR.fullmatch(PurePosixPath(name).name):
                 if folders is None or name in folders:
@@ -348,7 +347,6 @@ class Parquet(Source):
                     file.size // max(len(labels), 1),
                     text,
                     tuple(boxes[row]) if boxes and boxes[row] is not None else None,
-                    bool(path),
                 )
             )
         return found

@@ -173,7 +173,7 @@ def test_errors_are_one_line(images, tmp_path, capsys):
     for arguments, expected in (
         (["-support", str(tmp_path / "none"), "-query", "x"], "there is none"),
         (["-support", str(tmp_path / "empty"), "-query", "x"], "one folder per class"),
-        ([*support, "-query", str(tmp_path / "empty")], "expected images in the folder"),
+        ([*support, "-query", str(tmp_path / "empty")], "at least one image that can be read"),
         ([*support, "-query", str(tmp_path / "none.png")], "at least one image that can be read"),
         (["-prototypes", str(tmp_path / "none"), "-query", "x"], "there is none"),
     ):

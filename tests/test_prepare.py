@@ -151,6 +151,15 @@ def test_cifar_is_the_same_from_every_source(tmp_path, cifar, name):
             assert names == [label[split]]
 
 
+def test_a_source_in_two_folders(tmp_path, cifar):
+    one = {name: content for name, content in CIFAR.items() if name.startswith("train")}
+    other = {name: content for name, content in CIFAR.items() if name not in one}
+    given = [str(unpack(tmp_path / "one", one)), str(unpack(tmp_path / "other", other))]
+    main(["fc100", "-source", *given, "-out", str(tmp_path)])
+    assert sorted(tree(tmp_path / "FC100").values()) == sorted(CIFAR.values())
+    assert "names in two of them" in refused("fc100", "-source", *given, given[0], "-out", tmp_path / "again")
+
+
 def test_manifest(tmp_path, cifar):
     (tmp_path / "from").mkdir()
     main(["fc100", "-source", str(cifar_sources(tmp_path / "from")["zip"]), "-out", str(tmp_path)])

@@ -148,7 +148,7 @@ def test_next_names_every_flag_that_matters(folder, tmp_path):
         **{"head": "knn", "kshot": "mean"},
         **{"shot": "2", "sfc_update_step": "2", "sfc_lr": "0.3", "temperature": "5.0", "norm": "none", "gpu": "cpu"},
         **{"solver": "ipm", "form": "QP", "l2_strength": "0.1", "amp": "bfloat16", "episode_batch": "3"},
-        **{"deepemd": "grid", "patch_list": "1,2", "patch_ratio": "1.5", "num_patch": "4", "extra_dir": "mine"},
+        **{"deepemd": "grid", "patch_list": "1", "patch_ratio": "1.5", "num_patch": "4", "extra_dir": "mine"},
     }
     switches = ["-fixed_patches", "-verify_images", "-deterministic"]
     flags = [word for name, value in given.items() for word in (f"-{name}", value)]

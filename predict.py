@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from Models import DeepEMD
     from visualize import Seen
 
-FORMAT = 1  # of a file of prototypes
-# Flags that decide what the nodes of an image are, and so have to be the same for prototypes and queries.
-OF_NODES = ("dataset", "deepemd", "image_size", "num_patch", "patch_list", "patch_ratio", "feature_pyramid")
+FORMAT = 2  # of a file of prototypes
+# Flags that have to be the same for prototypes and queries: they decide what the nodes of an image are, as do those of
+# the view, or what the prototypes were fitted through.
+SETTINGS = ("dataset", "deepemd", "image_size", "feature_pyramid", "head", "norm", "temperature")
 
 
 def build_parser() -> ArgumentParser:
@@ -63,12 +64,14 @@ class Prototypes(NamedTuple):
     Attributes:
         nodes: ``(W, C, N)``.
         classes: W names.
-        examples: W image files to show for the classes in pictures.
+        examples: W images that show the classes in pictures.
+        files: W names of the files that those were read from.
     """
 
     nodes: Tensor
     classes: list[str]
-    examples: list[str]
+    examples: list[Seen]
+    files: list[str]
 
 
 class Answer(NamedTuple):
@@ -155,7 +158,8 @@ def image_files(paths: Sequence[str]) -> Iterator[str]:
         if not path.is_dir():
             yield str(path)  # a file that is not there is reported when it is read
             continue
-        found = sorted(file for file in path.rglob("*") if file.is_file() and names_image(file) and not is_hidden(file))
+        files = (file for file in path.rglob("*") if file.is_file() and names_image(file))
+        found = sorted(file for file in files if not any(map(is_hidden, map(Path, file.relative_to(path).parts))))
         if not found:
             warn(f"left out: -query {path}: expected images in the folder; found none")
         yield from map(str, found)
@@ -183,19 +187,20 @@ def fit(model: DeepEMD, encoder: Encoder, folder: str) -> Prototypes:
         proto = model.prototypes(nodes, way=len(classes), labels=label, generator=generator)
         # To show a class by: the example whose nodes are nearest to the prototype's.
         likeness = torch.cosine_similarity(nodes, proto[label.to(nodes.device)], dim=1).mean(1)
-    examples = [
-        str(Path(max(pair for pair in zip(likeness.tolist(), files, labels, strict=True) if pair[2] == k)[1]).resolve())
+    nearest = [
+        max(pair for pair in zip(likeness.tolist(), files, labels, strict=True) if pair[2] == k)[1]
         for k in range(len(classes))
     ]
-    return Prototypes(proto, classes, examples)
+    return Prototypes(proto, classes, [encoder.see(file) for file in nearest], [Path(file).name for file in nearest])
 
 
 def save(prototypes: Prototypes, path: str, *, settings: dict[str, Any], weights: str) -> None:
     from utils import check_writable, save_plain
 
     check_writable(Path(path))
-    content = {**prototypes._asdict(), "nodes": prototypes.nodes.cpu(), "settings": settings, "weights": weights}
-    save_plain(Path(path), {"format": FORMAT, **content})
+    content = prototypes._replace(nodes=prototypes.nodes.cpu())._asdict()
+    content["examples"] = [seen._asdict() for seen in prototypes.examples]
+    save_plain(Path(path), {"format": FORMAT, **content, "settings": settings, "weights": weights})
 
 
 def load(path: str, *, settings: dict[str, Any], weights: str) -> Prototypes:
@@ -205,6 +210,7 @@ def load(path: str, *, settings: dict[str, Any], weights: str) -> Prototypes:
         InputError: no such file, or made with other weights or settings.
     """
     from utils import load_plain
+    from visualize import Seen
 
     if not Path(path).is_file():
         raise InputError(f"-prototypes {path}: expected a file that -save wrote; there is none")
@@ -216,11 +222,18 @@ def load(path: str, *, settings: dict[str, Any], weights: str) -> Prototypes:
             f"-prototypes {path}: expected prototypes of these weights ({weights}); they are of {content['weights']}. Give "
             "the same -model_dir, or make them anew with -support and -save"
         )
-    other = [name for name, value in settings.items() if content["settings"].get(name) != value]
-    if other:
-        told = ", ".join(f"-{name} {content['settings'].get(name)}" for name in other)
+    made_with = content["settings"]
+    told = ", ".join(_as_flag(name, value) for name, value in made_with.items() if settings.get(name) != value)
+    if told:
         raise InputError(f"-prototypes {path}: expected the flags that they were made with; give {told}")
-    return Prototypes(content["nodes"], content["classes"], content["examples"])
+    examples = [Seen(**seen) for seen in content["examples"]]
+    return Prototypes(content["nodes"], content["classes"], examples, content["files"])
+
+
+def _as_flag(name: str, value: Any) -> str:
+    if value is None or value == ():
+        return f"no -{name}"
+    return f"-{name} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 # --- Answers ----------------------------------------------------------------------------------------------------------
@@ -244,7 +257,7 @@ def answers(model: DeepEMD, encoder: Encoder, prototypes: Prototypes, files: Ite
             yield Answer(file, [(prototypes.classes[k], float(probability[k])) for k in order], cost, row)
 
 
-def draw(model: DeepEMD, encoder: Encoder, prototypes: Prototypes, answer: Answer, args: Namespace) -> Path:
+def draw(model: DeepEMD, encoder: Encoder, prototypes: Prototypes, answer: Answer, path: Path, *, top: int) -> None:
     """The image beside the class that it was given and the runner-up, with what was moved between them."""
     import torch
 
@@ -260,7 +273,7 @@ def draw(model: DeepEMD, encoder: Encoder, prototypes: Prototypes, answer: Answe
     count = proto.shape[-1]
     panels = [
         panels_of(one, encoder.view, count, model.feature_pyramid)
-        for one in (seen, *(encoder.see(prototypes.examples[k]) for k in chosen))
+        for one in (seen, *(prototypes.examples[k] for k in chosen))
     ]
     (name, probability), *_ = answer.ranking
     figure = drawing.draw_match(
@@ -272,18 +285,21 @@ def draw(model: DeepEMD, encoder: Encoder, prototypes: Prototypes, answer: Answe
         supply=matching.supply[0].cpu(),
         demand=matching.demand[0].cpu(),
         title=f"{Path(answer.file).name}: {name}, {100 * probability:.1f} %",
-        notes=[f"shown by {Path(prototypes.examples[k]).name}" for k in chosen],
-        top=args.flows,
+        notes=[f"shown by {prototypes.files[k]}" for k in chosen],
+        top=top,
     )
-    return drawing.save(figure, _free(Path(args.picture, f"{Path(answer.file).stem}.{args.format}"), answer.file))
+    drawing.save(figure, path)
 
 
-def _free(path: Path, file: str) -> Path:
-    """Files of one name in different folders get different pictures."""
+def picture_of(file: str, folder: Path, suffix: str, taken: set[Path]) -> Path:
+    """Where the picture of an image goes; images of one name in different folders get different pictures."""
     import hashlib
 
-    mark = hashlib.sha256(str(Path(file).resolve().parent).encode()).hexdigest()[:6]
-    return path.with_stem(f"{path.stem}-{mark}") if path.exists() else path
+    path = folder / f"{Path(file).stem}.{suffix}"
+    if path in taken:
+        path = path.with_stem(f"{path.stem}-{hashlib.sha256(str(Path(file).resolve()).encode()).hexdigest()[:6]}")
+    taken.add(path)
+    return path
 
 
 class Table:
@@ -337,7 +353,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("expected -support DIR or -prototypes FILE, one of the two")
     if not (args.query or args.save):
         parser.error("expected -query PATH, or -save FILE to make prototypes alone")
+    if args.json and not args.query:
+        parser.error("-json lists answers: expected -query PATH with it")
     from dataloader.arguments import view_of
+    from dataloader.views import VIEWS
     from engine.arguments import fingerprint
     from Models.arguments import open_model
     from utils import check_writable, choose_device, choose_seed, say, set_seed
@@ -354,8 +373,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_seed(args.seed, deterministic=args.deterministic)
     model, weights = open_model(args, device=device, device_ids=device_ids)
     loaded = fingerprint(weights) if weights != "none" else None
+    of_view = [name for name in VIEWS[args.deepemd][1] if name != "train"]
     made_with = {
-        "settings": {name: getattr(args, name) for name in OF_NODES},
+        "settings": {name: getattr(args, name) for name in (*SETTINGS, *of_view)},
         "weights": f"sha256 {loaded['sha256']}" if loaded else f"random weights of seed {args.seed}",
     }
 
@@ -369,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     table = None if args.json == "-" else Table(prototypes.classes, args.top)
     listing = JsonList(args.json) if args.json else None
-    count = 0
+    count, pictures = 0, set()
     for answer in answers(model, encoder, prototypes, image_files(args.query)):
         count += 1
         if table:
@@ -377,7 +397,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if listing:
             listing.add(answer.as_json(args.top))
         if args.picture:
-            draw(model, encoder, prototypes, answer, args)
+            path = picture_of(answer.file, Path(args.picture), args.format, pictures)
+            draw(model, encoder, prototypes, answer, path, top=args.flows)
     if listing:
         listing.close()
     if args.picture:

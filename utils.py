@@ -133,6 +133,8 @@ def run_script(main: Callable[[], None]) -> None:
         from torch.distributed.elastic.multiprocessing.errors import record
 
         main = record(main)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may be in another encoding, as on stderr
     try:
         main()
         sys.stdout.flush()

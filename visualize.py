@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 # Everything else is imported where it is needed, so that Ctrl-C ends a starting script quietly.
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dataloader.dataset import ImageDataset
-    from dataloader.views import Box, View
+    from dataloader.views import View
     from engine.drawing import Panel, Run, Scales
     from Models import DeepEMD
     from Models.matching import Matching
@@ -116,21 +117,38 @@ def query_numbers(text: str) -> tuple[int, ...]:
 
 
 class Seen(NamedTuple):
-    """An image and what a view makes of it."""
+    """What a view makes of an image, and where patches lie in it.
 
-    image: Image.Image
-    boxes: list[Box]
-    pixels: Tensor  # (3, S, S) or (P, 3, S, S), uint8
+    Attributes:
+        pixels: ``(3, S, S)`` or ``(P, 3, S, S)``, uint8.
+        image: ``(height, width, 3)`` uint8, no larger than the eye needs; None where the nodes are no patches.
+        boxes: left, upper, right, lower of each patch in ``image``.
+    """
+
+    pixels: Tensor
+    image: Tensor | None
+    boxes: list[tuple[float, ...]]
+
+
+_DRAWS = Lock()  # torch's global generator is one for all threads
 
 
 def see(image: Image.Image, view: View, seed: int) -> Seen:
     """Look at an RGB image through a view whose random draws come from ``seed``, as those of a data set do."""
+    import numpy as np
     import torch
 
-    with torch.random.fork_rng(devices=[]):
+    with _DRAWS, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         boxes = view.boxes(image.size)
-    return Seen(image, boxes, view.render(image, boxes))
+    pixels = view.render(image, boxes)
+    if pixels.dim() == 3:
+        return Seen(pixels, None, [])
+    small = image.copy()
+    small.thumbnail((LARGEST_EDGE, LARGEST_EDGE))
+    across, down = (new / old for new, old in zip(small.size, image.size, strict=True))
+    shrunk = [(box.left * across, box.upper * down, box.right * across, box.lower * down) for box in boxes]
+    return Seen(pixels, torch.from_numpy(np.array(small)), shrunk)
 
 
 def see_episode(dataset: ImageDataset, items: Sequence[tuple[int, int]]) -> list[Seen]:
@@ -151,18 +169,12 @@ def panels_of(seen: Seen, view: View, nodes: int, feature_pyramid: Sequence[int]
     """What to draw of an image with that many nodes."""
     import math
 
-    import numpy as np
-
     from engine.drawing import cell_panels, patch_panels
 
     if seen.pixels.dim() == 3:
         cells = math.isqrt(nodes - sum(size**2 for size in feature_pyramid))
         return cell_panels(seen.pixels.numpy(), [*feature_pyramid, cells])
-    small = seen.image.copy()
-    small.thumbnail((LARGEST_EDGE, LARGEST_EDGE))
-    across, down = (new / old for new, old in zip(small.size, seen.image.size, strict=True))
-    boxes = [(box.left * across, box.upper * down, box.right * across, box.lower * down) for box in seen.boxes]
-    return patch_panels(np.asarray(small), boxes, seen.pixels.numpy(), getattr(view, "patch_list", ()))
+    return patch_panels(seen.image, seen.boxes, seen.pixels.numpy(), getattr(view, "patch_list", ()))
 
 
 # --- Episodes, matched ------------------------------------------------------------------------------------------------

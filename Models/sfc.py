@@ -77,7 +77,7 @@ def fit_prototypes(
         support: ``(..., K*W, C, N)``, class-interleaved: image i is of class ``i % W``. Leading axes are episodes.
         way, shot: W and K.
         labels: ``(S,)``, instead of ``shot``: the classes of ``support (..., S, C, N)`` where they have different numbers of
-            images.
+            images. A class with one image is that image; the others are fitted beside it.
         lr, weight_decay: of SGD with momentum 0.9 and dampening 0.9.
         steps: passes over the support.
         batch_size: images per SGD step; the last batch of a pass may be smaller.
@@ -95,6 +95,8 @@ def fit_prototypes(
     """
     start = mean_prototypes(support.detach(), way=way, shot=shot, labels=labels)
     images = support.shape[-3]
+    fixed = torch.zeros(way, dtype=torch.bool) if labels is None else labels.bincount(minlength=way) == 1
+    fixed = fixed.view(way, 1, 1).to(support.device)
     labels = torch.arange(images) % way if labels is None else labels
     labels = labels.to(support.device)
     if steps < 0 or batch_size < 1:
@@ -104,24 +106,26 @@ def fit_prototypes(
     order = _orders(permutations, len(support), steps, images, generator).to(support.device)
     rows = torch.arange(len(support), device=support.device).unsqueeze(1)
 
-    proto = start.reshape(-1, way, *node_shape).requires_grad_()  # (E, W, C, N)
+    start = start.reshape(-1, way, *node_shape)  # (E, W, C, N)
+    proto = start.clone().requires_grad_()
     optimizer = torch.optim.SGD([proto], lr, MOMENTUM, DAMPENING, weight_decay)
     for step in range(steps):
         for chosen in order[:, step].split(batch_size, dim=1):  # (E, b)
             with torch.enable_grad():
-                logits = head_logits(proto, support[rows, chosen], **head)  # (E, b, W)
+                logits = head_logits(torch.where(fixed, start, proto), support[rows, chosen], **head)  # (E, b, W)
                 # The mean over an episode's images and the sum over episodes: each episode gets the gradient it has alone.
                 loss = (
                     F.cross_entropy(logits.flatten(0, 1), labels[chosen].flatten(), reduction="sum") / chosen.shape[1]
                 )
                 proto.grad = torch.autograd.grad(loss, proto)[0]
             optimizer.step()
+    proto = torch.where(fixed, start, proto.detach())
     if not bool(proto.isfinite().all()) and bool(support.isfinite().all()):
         raise FitError(
             f"expected a learning rate at which the prototypes stay finite; they diverged with {lr:g}. Lower -sfc_lr "
             "(squared distances, as in -head proto, need about 0.1), or take -kshot mean"
         )
-    return proto.detach().reshape(*episode_shape, way, *node_shape)
+    return proto.reshape(*episode_shape, way, *node_shape)
 
 
 def _orders(

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def images(folder, tmp_path_factory) -> Path:
             shutil.copy(path, root / "query" / name / f"{k}.png")
     (root / "query" / "broken.png").write_bytes(b"no image")
     (root / "query" / ".hidden.png").write_bytes(b"no image")
+    shutil.copytree(root / "query" / "ant", root / "query" / ".thumbnails")
     return root
 
 
@@ -83,7 +85,8 @@ def test_answers_are_those_of_the_head(images, capsys, kshot):
         else:
             generator = module_generator()
             proto = model.prototypes(support, way=3, labels=torch.tensor([0, 1, 1, 2, 2, 2]), generator=generator)
-            assert (proto[0] - support[0]).abs().max() > 1e-4  # fitted
+            assert torch.equal(proto[0], support[0])  # one example stands for its class
+            assert (proto[1] - support[1:3].mean(0)).abs().max() > 1e-4  # fitted
         logits = model.match(proto, query, way=3, shot=1)[0]
     best = int(logits.argmax())
     assert found[0]["class"] == ("ant", "bee", "cat")[best]
@@ -98,18 +101,27 @@ def module_generator() -> torch.Generator:
 
 
 def test_prototypes_are_kept_and_refused(images, tmp_path, capsys):
-    kept = tmp_path / "kept.pth"
-    main(["-support", str(images / "support"), "-save", str(kept), *TINY])
-    fresh, _ = listed(capsys, "-support", images / "support", "-query", images / "query")
-    again, _ = listed(capsys, "-prototypes", kept, "-query", images / "query")
+    kept, support = tmp_path / "kept.pth", tmp_path / "support"
+    shutil.copytree(images / "support", support)
+    main(["-support", str(support), "-save", str(kept), *TINY])
+    fresh, _ = listed(capsys, "-support", support, "-query", images / "query", "-picture", tmp_path / "fresh")
+    shutil.rmtree(support)  # not needed any more, not even for pictures
+    again, _ = listed(capsys, "-prototypes", kept, "-query", images / "query", "-picture", tmp_path / "again")
     assert again == fresh
+    pictures = [sorted((tmp_path / run).iterdir()) for run in ("fresh", "again")]
+    assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
     for more, expected in (
         (["-seed", "2"], "expected prototypes of these weights"),
         (["-deepemd", "grid"], "give -deepemd fcn"),
-        (["-image_size", "48"], "give -image_size 32"),
+        (["-image_size", "48"], "give -image_size 32$"),
+        (["-feature_pyramid", "2,1"], "give no -feature_pyramid$"),
+        (["-head", "cosine"], "give -head deepemd$"),
     ):
         with pytest.raises(InputError, match=expected):
             main(["-prototypes", str(kept), "-query", str(images / "query"), *TINY, *more])
+    main(["-support", str(images / "support"), "-save", str(kept), *TINY, "-deepemd", "grid"])
+    with pytest.raises(InputError, match="give -deepemd grid, -patch_list 2,3, -patch_ratio 2.0$"):
+        main(["-prototypes", str(kept), "-query", str(images / "query"), *TINY])
     kept.write_bytes(b"else")
     with pytest.raises(InputError, match="file of prototypes"):
         main(["-prototypes", str(kept), "-query", str(images / "query"), *TINY])
@@ -120,11 +132,37 @@ def test_prototypes_are_kept_and_refused(images, tmp_path, capsys):
 )
 def test_pictures(images, tmp_path, arguments):
     query = images / "query"
-    names = [str(query / "ant" / "0.png"), str(query / "bee" / "0.png")]
-    main(["-support", str(images / "support"), "-query", *names, *TINY, "-picture", str(tmp_path), *arguments])
-    assert len(list(tmp_path.glob("0*.png"))) == 2  # of one name, in different folders
-    with Image.open(tmp_path / "0.png") as picture:
+    shutil.copy(query / "ant" / "0.png", tmp_path / "0.jpg")
+    shutil.copy(query / "ant" / "0.png", tmp_path / "0.bmp")
+    shutil.copy(query / "ant" / "0.png", tmp_path / "a$_$b.png")  # no formula
+    names = [str(query / "bee" / "0.png"), *(str(tmp_path / name) for name in ("0.jpg", "0.bmp", "a$_$b.png"))]
+    for _ in range(2):  # pictures of an earlier run are replaced
+        main(
+            [
+                "-support",
+                str(images / "support"),
+                "-query",
+                *names,
+                *TINY,
+                "-picture",
+                str(tmp_path / "out"),
+                *arguments,
+            ]
+        )
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 3  # of one name
+    with Image.open(tmp_path / "out" / "a$_$b.png") as picture:
         picture.load()
+
+
+def test_patches_are_drawn_by_name_alone(images):
+    """Whatever the other threads draw at the time."""
+    view = make_view("sampling", train=False, mean=(0, 0, 0), std=(1, 1, 1), image_size=32, num_patch=9)
+    encoder = module.Encoder(DeepEMD(solver="simplex"), view, seed=1, device=torch.device("cpu"))
+    files = [str(path) for path in sorted(images.glob("query/[a-z]*/*.png"))]
+    alone = [encoder.see(file).pixels for file in files]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            assert all(map(torch.equal, alone, (seen.pixels for seen in pool.map(encoder.see, files))))
 
 
 def test_heads_without_a_match(images, tmp_path, capsys):
@@ -161,7 +199,9 @@ def test_queries_are_read_as_they_are_needed(images, monkeypatch):
     encoder = module.Encoder(model, view, seed=1, device=torch.device("cpu"))
     prototypes = module.fit(model, encoder, str(images / "support"))
     seen.clear()
-    answers = module.answers(model, encoder, prototypes, 5 * [str(p) for p in sorted(images.glob("query/*/*.png"))])
+    answers = module.answers(
+        model, encoder, prototypes, 5 * [str(p) for p in sorted(images.glob("query/[a-z]*/*.png"))]
+    )
     next(answers)
     assert len(seen) < 30
     assert len(list(answers)) == 29
@@ -180,7 +220,12 @@ def test_errors_are_one_line(images, tmp_path, capsys):
         with pytest.raises(InputError, match=expected) as caught:
             main([*arguments, *TINY])
         assert "\n" not in str(caught.value)
-    for arguments in ([*support], ["-query", "x"], [*support, "-prototypes", "x", "-query", "x"]):
+    for arguments in (
+        [*support],
+        ["-query", "x"],
+        [*support, "-prototypes", "x", "-query", "x"],
+        [*support, "-save", str(tmp_path / "x"), "-json", "-"],
+    ):
         with pytest.raises(SystemExit) as ended:
             main([*arguments, *TINY])
         assert ended.value.code == 2

@@ -105,7 +105,9 @@ def test_classes_with_different_numbers_of_images():
     labels = torch.tensor([0, 1, 1, 2, 2, 2])
     means = fit_prototypes(support, way=3, labels=labels, **settings | {"steps": 0})
     assert torch.allclose(means, torch.stack([support[0], support[1:3].mean(0), support[3:].mean(0)]))
-    fitted = fit_prototypes(support, way=3, labels=labels, **settings)
+    fitted = fit_prototypes(support, way=3, labels=labels, weight_decay=0.1, **settings)
+    assert torch.equal(fitted[0], support[0])  # the only image of its class
+    assert all((fitted[k] - means[k]).abs().max() > 1e-3 for k in (1, 2))
     loss = [
         torch.nn.functional.cross_entropy(emd_logits(proto, support, solver="simplex"), labels)
         for proto in (means, fitted)

@@ -153,7 +153,7 @@ def test_boxes_are_those_of_the_view(glyphs):
         (seen,) = visualize.see_episode(dataset, [(3, 77)])
         pixels, _ = dataset[3, 77]
         assert torch.equal(seen.pixels, pixels)
-        boxes = dataset._boxes(seen.image.size, 77)
+        boxes = dataset._boxes((seen.image.shape[1], seen.image.shape[0]), 77)
         overview, *mosaics = visualize.panels_of(seen, dataset.view, len(boxes))
         assert overview.boxes == [tuple(map(float, box[:4])) for box in boxes]
         assert np.array_equal(overview.pixels, np.asarray(seen.image))

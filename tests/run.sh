@@ -6,5 +6,5 @@ cd "$(dirname "$0")/.."
 install requirements.txt requirements-data.txt tests/requirements.txt
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
-for script in *.sh tests/*.sh .ci/run; do bash -n "$script"; done
+for script in *.sh benchmarks/*.sh tests/*.sh .ci/run; do bash -n "$script"; done
 exec .venv/bin/python -m pytest "$@"

@@ -15,9 +15,10 @@ evaluate() { # name, flags
 }
 
 "$python" train_pretrain.py "${data[@]}" -solver simplex -bs 64 -lr 0.05 -max_epoch 4 -step_size 2 -resume
-[ -f "$figures/heads.json" ] ||
+[ -s "$figures/heads.md" ] ||
   "$python" benchmarks/heads.py "${data[@]}" -solver simplex -model_dir $pretrained -kshots mean,sfc \
-    -json "$figures/heads.json" | tee "$figures/heads.md"
+    -json "$figures/heads.json" >"$figures/heads.md"
+cat "$figures/heads.md"
 
 for shot in 1 5; do
   settings=(-model_dir $pretrained -shot $shot -test_episode $((shot == 1 ? 600 : 200)))

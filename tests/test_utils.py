@@ -275,12 +275,12 @@ def test_errors_of_ours_are_not_hidden():
         run_script(main)
 
 
-# --- the run folder ---
-
-
 def test_a_name_in_another_encoding_is_printed(capsys):
     run_script(lambda: print("caf\udce9.jpg"))
     assert capsys.readouterr().out == "caf\\udce9.jpg\n"
+
+
+# --- the run folder ---
 
 
 def test_run_folder_keeps_what_was_there(tmp_path, capsys):

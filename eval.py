@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the script without a traceback
+
+import json
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-# Everything else is imported where it is needed, so that Ctrl-C ends a starting script quietly.
-from utils import make_parser, run_script
+from dataloader.arguments import (
+    add_data_arguments,
+    add_episode_arguments,
+    draw_episodes,
+    open_dataset,
+    pixel_statistics,
+)
+from engine import arguments, distributed
+from engine.arguments import add_evaluation_arguments, add_rank_arguments
+from engine.evaluation import Recorder
+from engine.run import deciding, fingerprint, results
+from engine.start import choose_seed, set_seed
+from engine.stopping import stop_request
+from Models.arguments import add_model_arguments, open_model
+from Models.emd import set_threads
+from utils import (
+    add_run_arguments,
+    append_line,
+    check_writable,
+    duration,
+    make_parser,
+    number_at_least,
+    run_script,
+    write_json,
+)
 
 
 def build_parser() -> ArgumentParser:
-    from dataloader.arguments import add_data_arguments, add_episode_arguments
-    from engine.arguments import add_evaluation_arguments, add_rank_arguments
-    from Models.arguments import add_model_arguments
-    from utils import add_run_arguments, number_at_least
 
     parser = make_parser(__doc__)
     group = parser.add_argument_group("test protocol")
@@ -48,33 +73,24 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    import json
-
-    from dataloader.arguments import draw_episodes, open_dataset
-    from engine import arguments, distributed
-    from engine.evaluation import Recorder
-    from engine.stopping import stop_request
-    from Models.arguments import open_model
-    from Models.emd import set_threads
-    from utils import append_line, check_writable, choose_seed, duration, set_seed, write_json
 
     ranks, device, device_ids = distributed.start(args.gpu)
     set_threads(arguments.solver_threads(args, ranks))
     args.seed = ranks.from_first(choose_seed(args.seed))
     set_seed(args.seed, deterministic=args.deterministic)
     folder = Path("checkpoint", "eval", args.extra_dir)
-    results = [folder / "results.json"] + ([Path(args.json)] if args.json not in (None, "-") else [])
+    outputs = [folder / "results.json"] + ([Path(args.json)] if args.json not in (None, "-") else [])
     if ranks.is_first:
         append_line(folder / "results.txt")  # what cannot be written is reported before the long work
-        for path in results:
+        for path in outputs:
             check_writable(path)
 
-    model, weights = open_model(args, device=device, device_ids=device_ids)
+    model, weights = open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
     dataset = open_dataset(args, args.set, train=False)
     episodes = draw_episodes(args, dataset, args.test_episode, seed=args.seed, name=args.set)
-    loaded = arguments.fingerprint(weights)
+    loaded = fingerprint(weights)
     identity = {
-        "flags": {**arguments.deciding(args), "model_dir": None},
+        "flags": {**deciding(args), "model_dir": None},
         "weights": loaded and loaded["sha256"],
         "data": dataset.fingerprint(),
     }
@@ -90,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{args.dataset} {args.set}, {args.deepemd}, {args.way}-way {args.shot}-shot, {args.test_episode} episodes: "
         f"acc {result} ({duration(recorder.seconds)})"
     )
-    found = arguments.results(args, result, weights, recorder.seconds, data=identity["data"])
-    for path in results:
+    found = results(args, result, weights, recorder.seconds, data=identity["data"])
+    for path in outputs:
         write_json(path, found)
     recorder.remove()
     append_line(folder / "results.txt", f"{line}, {weights}")

@@ -2,21 +2,52 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the script without a traceback
+
+import hashlib
+import json
+import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-# Everything else is imported where it is needed, so that Ctrl-C ends a starting script quietly.
-from utils import InputError, make_parser, run_script
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from dataloader.views import View
-    from Models import DeepEMD
-    from visualize import Seen
+from dataloader.arguments import add_data_arguments, pixel_statistics, view_of
+from dataloader.catalog import DatasetSpec
+from dataloader.dataset import read_image
+from dataloader.readers import is_hidden, names_image, read_split
+from dataloader.views import VIEWS, View
+from engine.evaluation import ENCODE_BATCH, DivergenceError
+from engine.run import fingerprint
+from engine.start import choose_device, choose_seed, set_seed
+from Models import DeepEMD
+from Models.arguments import add_model_arguments, open_model
+from Models.heads import takes_solver
+from pictures import drawing
+from pictures.drawing import FORMATS
+from utils import (
+    InputError,
+    add_run_arguments,
+    available_cores,
+    check_writable,
+    load_plain,
+    make_parser,
+    named_generator,
+    number_at_least,
+    run_script,
+    save_plain,
+    status,
+    warn,
+)
+from visualize import Seen, check_head, panels_of, see
 
 FORMAT = 2  # of a file of prototypes
 # Flags that have to be the same for prototypes and queries: they decide what the nodes of an image are, as do those of
@@ -25,10 +56,6 @@ SETTINGS = ("dataset", "deepemd", "image_size", "feature_pyramid", "head", "norm
 
 
 def build_parser() -> ArgumentParser:
-    from dataloader.arguments import add_data_arguments
-    from engine.drawing import FORMATS
-    from Models.arguments import add_model_arguments
-    from utils import add_run_arguments, number_at_least
 
     count = number_at_least(1, int)
     parser = make_parser(__doc__)
@@ -102,9 +129,6 @@ class Encoder:
 
     def see(self, file: str) -> Seen:
         """Read an image as the network sees it; the random draws of the view depend on its name alone."""
-        from dataloader.dataset import read_image
-        from utils import named_generator
-        from visualize import see
 
         image = read_image(file, advice="")
         try:
@@ -114,13 +138,6 @@ class Encoder:
 
     def __call__(self, files: Iterable[str], *, skip: bool = False) -> Iterator[tuple[list[str], Tensor]]:
         """Batches of files and their nodes ``(B, C, N)``; ``skip`` names files that cannot be read and goes on."""
-        from concurrent.futures import ThreadPoolExecutor
-        from itertools import islice
-
-        import torch
-
-        from engine.evaluation import ENCODE_BATCH, DivergenceError
-        from utils import available_cores, warn
 
         def look(file: str) -> Tensor | InputError:
             try:
@@ -143,7 +160,7 @@ class Encoder:
                     continue
                 pixels = torch.stack([seen for _, seen in read])
                 with torch.no_grad():
-                    nodes = self.model.encode(self.view.normalize(pixels.to(self.device)))
+                    nodes = self.model.encode(pixels.to(self.device))
                 if not bool(nodes.isfinite().all()):
                     raise DivergenceError("the encoder's features are not finite: its weights have diverged")
                 yield [file for file, _ in read], nodes
@@ -151,8 +168,6 @@ class Encoder:
 
 def image_files(paths: Sequence[str]) -> Iterator[str]:
     """The files named, and the images in the folders named, in the order of their names."""
-    from dataloader.readers import is_hidden, names_image
-    from utils import warn
 
     for path in map(Path, paths):
         if not path.is_dir():
@@ -170,11 +185,6 @@ def image_files(paths: Sequence[str]) -> Iterator[str]:
 
 def fit(model: DeepEMD, encoder: Encoder, folder: str) -> Prototypes:
     """Prototypes from ``folder/<class>/<image>``; a class with one image is that image."""
-    import torch
-
-    from dataloader.catalog import DatasetSpec
-    from dataloader.readers import read_split
-    from utils import named_generator
 
     if not Path(folder).is_dir():
         raise InputError(f"-support {folder}: expected a folder with one folder of images per class; there is none")
@@ -195,7 +205,6 @@ def fit(model: DeepEMD, encoder: Encoder, folder: str) -> Prototypes:
 
 
 def save(prototypes: Prototypes, path: str, *, settings: dict[str, Any], weights: str) -> None:
-    from utils import check_writable, save_plain
 
     check_writable(Path(path))
     content = prototypes._replace(nodes=prototypes.nodes.cpu())._asdict()
@@ -209,8 +218,6 @@ def load(path: str, *, settings: dict[str, Any], weights: str) -> Prototypes:
     Raises:
         InputError: no such file, or made with other weights or settings.
     """
-    from utils import load_plain
-    from visualize import Seen
 
     if not Path(path).is_file():
         raise InputError(f"-prototypes {path}: expected a file that -save wrote; there is none")
@@ -241,9 +248,6 @@ def _as_flag(name: str, value: Any) -> str:
 
 def answers(model: DeepEMD, encoder: Encoder, prototypes: Prototypes, files: Iterable[str]) -> Iterator[Answer]:
     """An answer per image that can be read; the others are named on standard error."""
-    import torch
-
-    from Models.heads import takes_solver
 
     moves = takes_solver(model.head["head"])
     proto = prototypes.nodes.to(encoder.device)
@@ -259,15 +263,11 @@ def answers(model: DeepEMD, encoder: Encoder, prototypes: Prototypes, files: Ite
 
 def draw(model: DeepEMD, encoder: Encoder, prototypes: Prototypes, answer: Answer, path: Path, *, top: int) -> None:
     """The image beside the class that it was given and the runner-up, with what was moved between them."""
-    import torch
-
-    from engine import drawing
-    from visualize import panels_of
 
     chosen = [prototypes.classes.index(name) for name, _ in answer.ranking[:2]]
     seen = encoder.see(answer.file)
     with torch.no_grad():
-        nodes = model.encode(encoder.view.normalize(seen.pixels[None].to(encoder.device)))
+        nodes = model.encode(seen.pixels[None].to(encoder.device))
         proto = prototypes.nodes.to(encoder.device)[chosen]
         matching = model.matching(proto, nodes)
     count = proto.shape[-1]
@@ -293,7 +293,6 @@ def draw(model: DeepEMD, encoder: Encoder, prototypes: Prototypes, answer: Answe
 
 def picture_of(file: str, folder: Path, suffix: str, taken: set[Path]) -> Path:
     """Where the picture of an image goes; images of one name in different folders get different pictures."""
-    import hashlib
 
     path = folder / f"{Path(file).stem}.{suffix}"
     if path in taken:
@@ -325,7 +324,6 @@ class JsonList:
     """Writes a list as it comes, to a file that appears when it is complete, or to standard output."""
 
     def __init__(self, path: str) -> None:
-        import sys
 
         self.path = None if path == "-" else Path(path)
         self.partial = self.path and self.path.with_name(f"{self.path.name}.part")
@@ -333,7 +331,6 @@ class JsonList:
         self.count = 0
 
     def add(self, item: dict[str, Any]) -> None:
-        import json
 
         self.file.write(("[\n " if not self.count else ",\n ") + json.dumps(item))
         self.count += 1
@@ -355,12 +352,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("expected -query PATH, or -save FILE to make prototypes alone")
     if args.json and not args.query:
         parser.error("-json lists answers: expected -query PATH with it")
-    from dataloader.arguments import view_of
-    from dataloader.views import VIEWS
-    from engine.arguments import fingerprint
-    from Models.arguments import open_model
-    from utils import check_writable, choose_device, choose_seed, say, set_seed
-    from visualize import check_head
 
     if args.picture:
         check_head(args.head)
@@ -371,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, device_ids = choose_device(args.gpu)
     args.seed = choose_seed(args.seed)
     set_seed(args.seed, deterministic=args.deterministic)
-    model, weights = open_model(args, device=device, device_ids=device_ids)
+    model, weights = open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
     loaded = fingerprint(weights) if weights != "none" else None
     of_view = [name for name in VIEWS[args.deepemd][1] if name != "train"]
     made_with = {
@@ -384,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prototypes = load(args.prototypes, **made_with) if args.prototypes else fit(model, encoder, args.support)
     if args.save:
         save(prototypes, args.save, **made_with)
-        say(f"prototypes of {len(prototypes.classes)} classes: {args.save}")
+        status(f"prototypes of {len(prototypes.classes)} classes: {args.save}")
     if not args.query:
         return
     table = None if args.json == "-" else Table(prototypes.classes, args.top)
@@ -402,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if listing:
         listing.close()
     if args.picture:
-        say(f"pictures: {args.picture}")
+        status(f"pictures: {args.picture}")
     if not count:
         raise InputError("expected at least one image that can be read; there was none")
 

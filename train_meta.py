@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the script without a traceback
+
+import copy
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-# Everything else is imported where it is needed, so that Ctrl-C ends a starting script quietly.
-from utils import BEST_WEIGHTS, LAST_STATE, make_parser, run_script
+import eval as eval_script
+import visualize
+from dataloader.arguments import (
+    add_data_arguments,
+    add_episode_arguments,
+    draw_episodes,
+    open_dataset,
+    pixel_statistics,
+)
+from dataloader.episodes import episode_labels
+from engine import arguments, distributed
+from engine.arguments import add_evaluation_arguments, add_rank_arguments, add_training_arguments
+from engine.loading import make_loader
+from engine.run import LAST_STATE, fingerprint, is_finished, open_run, results
+from engine.start import choose_seed, set_seed
+from engine.stopping import Stopped, stop_request
+from engine.training import fit
+from Models.arguments import add_model_arguments, build_model
+from Models.emd import SOLVERS, ProblemError, SolverError, set_threads
+from Models.weights import load_encoder_weights
+from utils import (
+    BEST_WEIGHTS,
+    InputError,
+    Stopwatch,
+    add_run_arguments,
+    make_parser,
+    named_generator,
+    number_at_least,
+    run_script,
+    status,
+    write_json,
+)
 
 
 def build_parser() -> ArgumentParser:
-    from dataloader.arguments import add_data_arguments, add_episode_arguments
-    from engine.arguments import add_evaluation_arguments, add_rank_arguments, add_training_arguments
-    from Models.arguments import add_model_arguments
-    from Models.emd import SOLVERS
-    from utils import add_run_arguments, number_at_least
 
     parser = make_parser(__doc__)
     add_training_arguments(
@@ -68,28 +99,6 @@ def pretrained_weights(pretrain_dir: str, dataset: str) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
-    import copy
-
-    import eval as eval_script
-    import visualize
-    from dataloader.arguments import draw_episodes, open_dataset
-    from dataloader.episodes import episode_labels
-    from engine import arguments, distributed
-    from engine.loading import make_loader
-    from engine.stopping import Stopped, stop_request
-    from engine.training import fit
-    from Models.arguments import build_model
-    from Models.emd import ProblemError, SolverError, set_threads
-    from utils import (
-        InputError,
-        Stopwatch,
-        choose_seed,
-        load_encoder_weights,
-        named_generator,
-        say,
-        set_seed,
-        write_json,
-    )
 
     args, folder = arguments.parse_run("train_meta.py", parser, argv, run_folder)
     if args.log_images:
@@ -114,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for dataset in (train_set, val_set, test_set):
         dataset[0, 0]  # what is wrong with all images is reported before the first step
 
-    model = build_model(args, device_ids=device_ids).to(device)
+    model = build_model(args, device_ids=device_ids, **pixel_statistics(args)).to(device)
     weights = pretrained_weights(args.pretrain_dir, args.dataset)
     if args.pretrain_dir != "none" and not (args.resume is not None and (folder / LAST_STATE).is_file()):
         load_encoder_weights(
@@ -124,21 +133,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     test_data = test_set.fingerprint()
-    run = arguments.open_run(
+    run = open_run(
         "train_meta.py",
         args,
         folder,
         ranks,
         weights=model,
         data={"train": train_set.fingerprint(), args.set: val_set.fingerprint(), "test": test_data},
-        started_from=None if args.pretrain_dir == "none" else arguments.fingerprint(weights),
+        started_from=None if args.pretrain_dir == "none" else fingerprint(weights),
     )
     best = folder / BEST_WEIGHTS
     again = arguments.next_command(
         "eval.py", eval_script.build_parser(), args, model_dir=str(best), solver=args.val_solver, set="test"
     )
-    if arguments.is_finished(args, run):
-        say(f"the run in {folder} is finished: nothing to do")
+    if is_finished(args, run):
+        status(f"the run in {folder} is finished: nothing to do")
         return
 
     shard = distributed.Shard(train_episodes, ranks, by_image=False)
@@ -147,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def forward(images, _, at):
         order = named_generator(args.seed, "train", "sfc", *at)
-        return model(train_set.view.normalize(images), way=args.way, shot=args.shot, generator=order), labels
+        return model(images, way=args.way, shot=args.shot, generator=order), labels
 
     go_on = arguments.same_command("train_meta.py", parser, args)
     with stop_request(go_on if ranks.is_first else None) as stop:
@@ -189,9 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             evaluator = arguments.make_evaluator(args, test_set, device=device, ranks=ranks, stop=stop)
             result = evaluator(tested, test_episodes, solver=args.val_solver, title="test")
             if ranks.is_first:
-                write_json(
-                    folder / "results.json", arguments.results(args, result, best, watch.seconds, data=test_data)
-                )
+                write_json(folder / "results.json", results(args, result, best, watch.seconds, data=test_data))
             run.log(
                 f"test, best model, {args.way}-way {args.shot}-shot, {args.test_episode} episodes: acc {result} ({watch})"
             )
@@ -199,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except Stopped:
             raise
         except Exception:
-            say(f"the final test failed; the best weights are in {best}, and this tests them: {again}")
+            status(f"the final test failed; the best weights are in {best}, and this tests them: {again}")
             raise
     if ranks.is_first:
         print(f"next: {again}")

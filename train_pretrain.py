@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the script without a traceback
+
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-# Everything else is imported where it is needed, so that Ctrl-C ends a starting script quietly.
-from utils import BEST_WEIGHTS, make_parser, run_script
+from torch import nn
+
+import train_meta
+from dataloader.arguments import (
+    add_data_arguments,
+    add_episode_arguments,
+    draw_episodes,
+    open_dataset,
+    pixel_statistics,
+)
+from dataloader.episodes import SeededBatches
+from engine import arguments, distributed
+from engine.arguments import add_evaluation_arguments, add_rank_arguments, add_training_arguments, folder_number
+from engine.loading import make_loader
+from engine.run import is_finished, open_run
+from engine.start import choose_seed, set_seed
+from engine.stopping import stop_request
+from engine.training import fit
+from Models.arguments import add_model_arguments, build_model
+from Models.classifier import Classifier
+from Models.emd import set_threads
+from utils import BEST_WEIGHTS, InputError, add_run_arguments, make_parser, number_at_least, run_script, status
 
 
 def build_parser() -> ArgumentParser:
-    from dataloader.arguments import add_data_arguments, add_episode_arguments
-    from engine.arguments import add_evaluation_arguments, add_rank_arguments, add_training_arguments
-    from Models.arguments import add_model_arguments
-    from utils import add_run_arguments, number_at_least
 
     parser = make_parser(__doc__)
     add_training_arguments(parser, max_epoch=120, bs=128, bs_help="images per step", lr=0.1, step_size=30, gamma=0.2)
@@ -33,7 +54,6 @@ def build_parser() -> ArgumentParser:
 
 
 def run_folder(args: Namespace) -> Path:
-    from engine.arguments import folder_number
 
     settings = f"{args.bs}-{folder_number(args.lr, 4)}-{args.step_size}-{folder_number(args.gamma, 2)}"
     return Path("checkpoint", "pre_train", args.dataset, settings, args.extra_dir)
@@ -41,19 +61,6 @@ def run_folder(args: Namespace) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
-    from torch import nn
-
-    import train_meta
-    from dataloader.arguments import draw_episodes, open_dataset
-    from dataloader.episodes import SeededBatches
-    from engine import arguments, distributed
-    from engine.loading import make_loader
-    from engine.stopping import stop_request
-    from engine.training import fit
-    from Models.arguments import build_model
-    from Models.classifier import Classifier
-    from Models.emd import set_threads
-    from utils import InputError, choose_seed, say, set_seed
 
     args, folder = arguments.parse_run("train_pretrain.py", parser, argv, run_folder)
     ranks, device, device_ids = distributed.start(args.gpu)
@@ -72,12 +79,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for dataset in (train_set, val_set):
         dataset[0, 0]  # what is wrong with all images is reported before the first step
 
-    model = build_model(args, device_ids=device_ids).to(device)
+    model = build_model(args, device_ids=device_ids, **pixel_statistics(args)).to(device)
     classifier = Classifier(model.encoder, len(train_set.class_names)).to(device)
     if args.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(classifier)  # in place, so the model's encoder is converted too
 
-    run = arguments.open_run(
+    run = open_run(
         "train_pretrain.py",
         args,
         folder,
@@ -85,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         weights=classifier,
         data={"train": train_set.fingerprint(), args.set: val_set.fingerprint()},
     )
-    if arguments.is_finished(args, run):
-        say(f"the run in {folder} is finished: nothing to do")
+    if is_finished(args, run):
+        status(f"the run in {folder} is finished: nothing to do")
         return
 
     shard = distributed.Shard(train_batches, ranks, by_image=True)
@@ -94,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     network = nn.DataParallel(classifier, device_ids) if len(device_ids) > 1 else classifier
 
     def forward(images, labels, _):
-        return network(train_set.view.normalize(images)), labels
+        return network(images), labels
 
     go_on = arguments.same_command("train_pretrain.py", parser, args)
     with stop_request(go_on if ranks.is_first else None) as stop:

@@ -1,39 +1,31 @@
-"""What every script needs: parser, flags of a run, seed, device, run folder, checkpoint, interval.
-
-torch is imported by the functions that need it, so that importing this module takes no time and a script can answer
-Ctrl-C from its first moment.
-"""
+"""What every script needs: messages, the command line, files, draws, and numbers."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import hashlib
 import io
 import json
 import math
 import os
-import platform
 import re
-import shutil
-import subprocess
+import signal
+import stat
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, TypeVar
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from torch import Tensor, nn
+import numpy as np
+import torch
 
-BEST_WEIGHTS, LAST_STATE = "max_acc.pth", "last.pth"
-STATE_FORMAT = 1
+BEST_WEIGHTS = "max_acc.pth"
 LARGEST_SEED = 2**63 - 1
+T = TypeVar("T")
 
 
 class InputError(ValueError):
@@ -55,6 +47,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} -h)\n")
+
+    def _get_option_tuples(self, option_string: str) -> list:
+        return []  # allow_abbrev=False leaves -k an abbreviation of -kshot; this does not
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -135,6 +130,7 @@ def run_script(main: Callable[[], None]) -> None:
         main = record(main)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name may be in another encoding, as on stderr
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()
@@ -150,7 +146,7 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         status = getattr(error, "exit_status", None)  # set by exceptions that are not errors
         if status:
-            say(message)
+            status(message)
         else:
             print(f"error: {message}", file=sys.stderr)
         sys.exit(status or 1)
@@ -158,378 +154,151 @@ def run_script(main: Callable[[], None]) -> None:
 
 def _user_message(error: Exception) -> str | None:
     """One line for errors that the user can do something about, None for others."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"out of GPU memory ({str(error).splitlines()[0]}) Try a smaller -query, fewer patches, "
-            "-checkpoint_activations, or more GPUs with -gpu 0,1"
+            f"out of GPU memory ({lines[0]}). Try a smaller -query, fewer patches, -checkpoint_activations, or more GPUs "
+            "with -gpu 0,1"
         )
-    if "WORLD_SIZE" in os.environ and re.search("gloo|NCCL|Connection (closed|reset)", str(error)):
-        return f"another process of the run was lost ({str(error).splitlines()[0]})"
+    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|bad_alloc", str(error)):
+        return f"out of memory ({lines[0]}). Try a smaller -query, -episode_batch or -image_size, or fewer patches"
+    if _process.size > 1 and re.search("gloo|NCCL|Connection (closed|reset)", str(error)):
+        return f"another process of the run was lost ({lines[0]})"
     if not (getattr(error, "is_user_error", False) or isinstance(error, OSError)):
         return None
-    # A loader's worker or a replica hands its error on with its traceback in the message; the last line is the error.
-    return re.sub(r"^[A-Za-z_.]+Error: ", "", (str(error).strip() or type(error).__name__).splitlines()[-1])
+    if any(
+        line.startswith("Traceback") for line in lines
+    ):  # of a loader's worker or a replica; the last line is the error
+        return re.sub(r"^[A-Za-z_.]+Error: ", "", lines[-1])
+    return " ".join(lines)
 
 
 def warn(message: str) -> None:
     """Print a warning on standard error."""
-    say(f"warning: {message}")
+    status(f"warning: {message}")
 
 
-def say(message: str) -> None:
-    """Print a line on standard error; of several processes, the first does."""
-    if os.environ.get("RANK", "0") == "0":
+def status(message: str) -> None:
+    """Print a line on standard error; of the processes of a run, the first does."""
+    if _process.rank == 0:
         print(message, file=sys.stderr, flush=True)
 
 
-# --- Seed and device --------------------------------------------------------------------------------------------------
+class Process(NamedTuple):
+    """This process among those of a run, of which ``local_size`` share this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
 
 
-def choose_seed(seed: int) -> int:
-    """The seed itself, or a drawn one for 0, which is printed."""
-    if seed:
-        return seed
-    seed = int.from_bytes(os.urandom(4), "big") or 1
-    say(f"seed: {seed}")
-    return seed
+_process = Process()
 
 
-def set_seed(seed: int, *, deterministic: bool = False) -> None:
-    """Seed everything.
+def set_process(process: Process) -> None:
+    """Say which process of a run this one is: engine.start does, once it has joined the others."""
+    global _process
+    _process = process
 
-    Args:
-        deterministic: on a GPU, take deterministic kernels instead of the fastest ones.
-    """
-    import numpy as np
-    import torch
 
-    torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cudnn.deterministic = deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - for libraries that draw from numpy's global generator
+def available_cores() -> int:
+    """The cores that this process may use: its share of those of the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // _process.local_size)
 
 
 def named_generator(seed: int, *name: str | int) -> torch.Generator:
     """A CPU generator for one draw, which depends on the seed and the name and on nothing drawn before."""
-    import torch
-
     digest = hashlib.sha256(repr((seed, *name)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def gpu_numbers(gpu: str | None) -> list[int]:
-    """The CUDA ids that ``-gpu`` names, or all there are; none for the CPU.
-
-    Raises:
-        InputError: an id that this machine does not have.
-    """
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpu is None:
-        return list(range(count))
-    if gpu.strip().lower() == "cpu":
-        return []
-    if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", gpu.strip()):
-        raise InputError(f'-gpu {gpu}: expected GPU numbers joined by commas, as in 0,1, or "cpu"')
-    ids = list(dict.fromkeys(int(part) for part in gpu.split(",")))
-    missing = [number for number in ids if number >= count]
-    if missing:
-        there = f"0 to {count - 1}" if count > 1 else "only 0" if count else "none"
-        raise InputError(
-            f"-gpu {gpu}: there is no GPU {missing[0]}; CUDA devices here: {there}. Leave -gpu out, or give -gpu cpu"
-        )
-    return ids
-
-
-def choose_device(gpu: str | None) -> tuple[torch.device, list[int]]:
-    """``-gpu`` to the main device and the CUDA ids to spread over; none on the CPU. Says which device is used."""
-    import torch
-
-    ids = gpu_numbers(gpu)
-    if not ids:
-        say("device: cpu" + ("" if gpu else " (no CUDA device found)"))
-        return torch.device("cpu"), []
-    more = ""
-    if gpu is None and len(ids) > 1:
-        more, ids = f" ({len(ids)} found; -gpu 0,1 spreads over two)", ids[:1]
-    torch.cuda.set_device(ids[0])
-    say(f"device: cuda {','.join(map(str, ids))}, {torch.cuda.get_device_name(ids[0])}{more}")
-    return torch.device("cuda", ids[0]), ids
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# --- Run folder -------------------------------------------------------------------------------------------------------
-
-
-class RunFolder:
-    """The folder of a run, which one process at a time may write to.
-
-    ``results.txt`` (lines), ``trlog.json`` (curves), ``tf/`` (TensorBoard), ``images/`` (pictures in it), ``run.json`` (what
-    was run on what), weights, and ``last.pth``: all that it takes to go on. The log of a run that is resumed is put back to
-    where its state was saved, so that no line is there twice. What an earlier run left in the folder is moved to
-    ``previous-<n>/``.
-
-    Args:
-        path: made where it is not there.
-        flags: of the run.
-        resume: go on with the run that is there, if there is one.
-        weights: the module whose weights the run is going to save; too little space for them is an error now.
-        kept: how often they are saved beside the best ones.
-
-    Attributes:
-        state: what :meth:`save_state` was given last, where a run is resumed; None for a new one.
-
-    Raises:
-        InputError: the folder cannot be written, has no room, or is in use.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        flags: dict[str, Any],
-        *,
-        resume: bool = False,
-        weights: nn.Module | None = None,
-        kept: int = 0,
-    ) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # here: it takes seconds to import
-
-        self.path = Path(path)
-        self.state: dict[str, Any] | None = None
-        self.lines: list[str] = []
-        self.curves: dict[str, Any] = {"args": flags, "epochs": []}
-        self.points: dict[str, list[tuple[int, float, float]]] = {}  # step, value, time of each TensorBoard scalar
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = hold_lock(self.path / "run.lock", "Wait for it to end, or keep the runs apart with -extra_dir")
-            for partial in self.path.glob("*.part"):  # of a process that was killed while it wrote
-                partial.unlink()
-            if resume and (self.path / LAST_STATE).is_file():
-                self._restore()
-                self.curves["args"] = flags
-            else:
-                self._check_room(weights, kept)
-                self._move_earlier_run()
-            self.writer = SummaryWriter(str(self.path / "tf"))
-        except OSError as error:
-            raise InputError(f"expected to write the run to {path}; it cannot be written ({error})") from error
-        for name, points in self.points.items():
-            for step, value, when in points:
-                self.writer.add_scalar(name, value, step, walltime=when)
-        self._restore_images()
-        print(f"run folder: {self.path}" + (", resumed" if self.state else ""), flush=True)
-
-    def _check_room(self, weights: nn.Module | None, kept: int) -> None:
-        if weights is not None:
-            # The best weights, the state (as large again for the momentum), and the successor of either.
-            room = (kept + 5) * sum(value.nbytes for value in weights.state_dict().values())
-            free = shutil.disk_usage(self.path).free
-            if free < room:
-                raise InputError(
-                    f"expected {room / 1e6:.0f} MB of free space for the run in {self.path}; there are {free / 1e6:.0f}"
-                )
-
-    def _restore(self) -> None:
-        content = load_plain(self.path / LAST_STATE, "state of a run")
-        if not isinstance(content, dict) or content.get("format") != STATE_FORMAT:
-            raise InputError(
-                f"expected a state of format {STATE_FORMAT} in {self.path / LAST_STATE}; another version wrote it"
-            )
-        self.state, self.lines, self.curves = content["state"], content["lines"], content["curves"]
-        self.points = {name: [(int(n), v, t) for n, v, t in rows.tolist()] for name, rows in content["points"].items()}
-        _write_atomically(self.path / "results.txt", "".join(f"{line}\n" for line in self.lines).encode())
-        self._write_curves()
-        shutil.rmtree(self.path / "tf", ignore_errors=True)
-
-    def _move_earlier_run(self) -> None:
-        names = ("results.txt", "trlog.json", "tf", "images", BEST_WEIGHTS, LAST_STATE, "run.json", "results.json")
-        mine = [self.path / name for name in names]
-        earlier = [path for path in (*mine, *self.path.glob("epoch-*.pth")) if path.exists()]
-        if not earlier:
-            return
-        number = 1
-        while (self.path / f"previous-{number}").exists():
-            number += 1
-        aside = self.path / f"previous-{number}"
-        aside.mkdir()
-        for path in earlier:
-            path.rename(aside / path.name)
-        print(f"moved the earlier run in {self.path} to {aside}")
-
-    def log(self, line: str) -> None:
-        """Print a line, and add it to ``results.txt``."""
-        print(line, flush=True)
-        self.lines.append(line)
-        append_line(self.path / "results.txt", line)
-
-    def scalars(self, step: int, **values: float) -> None:
-        """Send scalars to TensorBoard, as ``data/<name>``."""
-        for name, value in values.items():
-            when = time.time()
-            self.points.setdefault(f"data/{name}", []).append((step, value, when))
-            self.writer.add_scalar(f"data/{name}", value, step, walltime=when)
-
-    def image(self, name: str, pixels: np.ndarray, epoch: int) -> None:
-        """Send a picture ``(height, width, 3)``, uint8, to TensorBoard, and keep it in ``images/``."""
-        from PIL import Image
-
-        content = io.BytesIO()
-        Image.fromarray(pixels).save(content, "png")
-        folder = self.path / "images" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(folder / f"epoch-{epoch}.png", content.getbuffer())
-        self.writer.add_image(f"images/{name}", pixels, epoch, dataformats="HWC")
-
-    def _restore_images(self) -> None:
-        # The pictures themselves are too large for the state: those of finished epochs come from their files.
-        import numpy as np
-        from PIL import Image
-
-        files = [(int(file.stem.removeprefix("epoch-")), file) for file in self.path.glob("images/*/epoch-*.png")]
-        for epoch, file in sorted(files):
-            if epoch > len(self.curves["epochs"]):
-                file.unlink()
-                continue
-            with Image.open(file) as image:
-                pixels, when = np.asarray(image.convert("RGB")), file.stat().st_mtime
-            tag = f"images/{file.parent.name}"
-            self.writer.add_image(tag, pixels, epoch, walltime=when, dataformats="HWC")
-
-    def record(self, **values: Any) -> None:
-        """Add one epoch to ``trlog.json``."""
-        self.curves["epochs"].append(values)
-        self._write_curves()
-
-    def finish(self, **values: Any) -> None:
-        """Add what is said once per run to ``trlog.json``, and close the log."""
-        self.curves.update(values)
-        self._write_curves()
-        self.writer.close()
-        if self.state is not None:
-            self.save_state({**self.state, "finished": True})
-
-    def _write_curves(self) -> None:
-        write_json(self.path / "trlog.json", self.curves)
-
-    def save_weights(self, name: str, state: dict[str, Tensor]) -> Path:
-        """Write ``{"params": state}``, as the published checkpoints have it."""
-        params = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        save_plain(self.path / name, {"params": params})
-        return self.path / name
-
-    def save_state(self, state: dict[str, Any]) -> None:
-        """Write ``last.pth``: the state of the training and of the log. It consists of plain data."""
-        import torch
-
-        self.state = state
-        points = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in self.points.items()}
-        log = {"lines": self.lines, "curves": json.loads(json.dumps(self.curves)), "points": points}
-        save_plain(self.path / LAST_STATE, {"format": STATE_FORMAT, "state": state, **log})
-
-
-class OtherRank:
-    """The run as the processes see it that leave the writing to the first: they know its state and write nothing."""
-
-    def __init__(self, path: Path, state: dict[str, Any] | None) -> None:
-        self.path, self.state = path, state
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        if name not in ("log", "scalars", "image", "record", "finish", "save_weights", "save_state"):
-            raise AttributeError(name)
-        return lambda *values, **named: None
-
-
-def hold_lock(path: Path, advice: str) -> Any:
-    """Hold a file locked while the value returned lives; the system lets go of it however the process ends.
-
-    Raises:
-        InputError: another process holds it; the message ends with ``advice``.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not a system with such locks
-        return None
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as the run lasts
-    try:
-        # A lock of the process, not of the open file: worker processes that outlive it for a moment do not inherit it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise InputError(
-            f"expected no other run in {path.parent}; {file.read().strip() or 'another process'} is writing to it. {advice}"
-        ) from None
-    except OSError:  # a file system without locks
-        return None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-    file.flush()
-    return file
+# --- Files ----------------------------------------------------------------------------------------------------------
 
 
 def append_line(path: Path, line: str | None = None) -> None:
-    """Add a line to a text file, made with its folder where it is not there; without a line, only see that it can be."""
+    """Add a line to a text file, creating it and its folder; without a line, only check that this is possible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             if line is not None:
                 file.write(line + "\n")
     except OSError as error:
-        raise InputError(f"expected to write to {path}; it cannot be written ({error.strerror})") from error
+        raise InputError(f"cannot write to {path} ({error.strerror})") from error
 
 
 def check_writable(path: Path) -> None:
-    """Raise InputError unless a file can be written there."""
+    """Raise InputError unless :func:`write_output` can write there. Nothing is opened that another process reads."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if not path.exists():
+            tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent).close()
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "permission denied")
     except OSError as error:
-        raise InputError(f"expected to write {path}; it cannot be written ({error.strerror})") from error
+        raise InputError(f"cannot write {path} ({error.strerror})") from error
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file atomically."""
+    """Write one of our JSON files atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, json.dumps(content, indent=1).encode())
+    write_atomically(path, json.dumps(content, indent=1).encode())
 
 
 def save_plain(path: Path, content: Any) -> None:
     """Write tensors and plain values with torch.save, atomically."""
-    import torch
-
     buffer = io.BytesIO()  # torch's own file writer leaves a full disk to a long RuntimeError
     torch.save(content, buffer)
-    _write_atomically(path, buffer.getbuffer())
+    write_atomically(path, buffer.getbuffer())
 
 
-def _write_atomically(path: Path, content: bytes | memoryview) -> None:
-    # A reader sees the old file or the new one, whenever the run is killed, and so it is after a loss of power.
-    partial = None
+def write_output(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that the user named, whatever stands there.
+
+    A file is replaced atomically, behind links too, and keeps its mode. Devices, pipes and files with several hard links are
+    opened and written.
+    """
     try:
-        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = os.stat(path) if path.exists() else None
+        is_stream = found and (
+            not stat.S_ISREG(found.st_mode) or Path(os.path.abspath(path)).parts[1] in ("dev", "proc")
+        )
+        if is_stream or (found and found.st_nlink > 1):
+            with open(path, "ab" if is_stream else "wb") as file:
+                file.write(content)
+            return
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror})") from error
+    write_atomically(path, content)
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write a file so that a reader sees the old content or the new one, whenever the process is killed or power is lost.
+
+    Links are followed, and an existing file keeps its mode.
+
+    Raises:
+        InputError: it cannot be written; what was there before is intact.
+    """
+    path, partial = Path(os.path.realpath(path)), None
+    try:
+        before = os.stat(path) if path.exists() else None
+        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}."[-100:], suffix=".part")
         with open(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~_umask())  # mkstemp gives it to the owner alone
+        os.chmod(partial, stat.S_IMODE(before.st_mode) if before else 0o666 & ~_umask())
         os.replace(partial, path)
         if os.name == "posix":
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
     except OSError as error:
-        raise InputError(
-            f"expected to write {path}; it cannot be written ({error.strerror}). What was saved before is intact"
-        ) from error
+        raise InputError(f"cannot write {path} ({error.strerror}); what was saved before is intact") from error
     finally:
         if partial is not None and os.path.exists(partial):
             os.unlink(partial)
@@ -541,59 +310,29 @@ def _umask() -> int:
     return mask
 
 
-# --- Checkpoints ------------------------------------------------------------------------------------------------------
-
-# Keys that a checkpoint may have or lack without being of another network: the pre-training classifier, and counters
-# that no computation reads.
-_IGNORED_KEYS = re.compile(r"^(fc|classifier)\.|\.num_batches_tracked$")
-
-
-def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") -> None:
-    """Load an encoder from any of the published checkpoint formats.
+def read_json(path: Path, what: str, parse: Callable[[Any], T] = lambda content: content) -> T:
+    """The content of a JSON file, as ``parse`` returns it.
 
     Args:
-        model: a module whose ``encoder`` is to be filled, or an encoder itself.
-        path: a file ``{"params": state_dict}``: keys of the encoder as they are (pre-trained), or behind ``encoder.`` or
-            ``module.encoder.`` (meta-trained). A folder stands for the ``max_acc.pth`` in it.
-        hint: what to do where there is no such file.
+        what: what the file should be, for messages, as in "the results of an evaluation".
+        parse: takes the content apart; its KeyError, TypeError, ValueError, AttributeError and IndexError mean that the file
+            is another one.
 
     Raises:
-        InputError: no such file, no such format, the weights of another architecture, or weights that no training can
-            have left (not finite, negative variances).
+        InputError: it cannot be read, or is not what it should be. The message names it.
     """
-    encoder = getattr(model, "encoder", model)
-    path = Path(path)
-    if path.is_dir():
-        path = path / BEST_WEIGHTS
-    if not path.is_file():
-        raise InputError(f"expected a checkpoint in {path}; there is no such file. {hint}".strip())
-    params = _read_params(path)
-    given = {re.sub(r"^(module\.)?(encoder\.(module\.)?)?", "", key): value for key, value in params.items()}
-
-    wanted = encoder.state_dict()
-    missing = [key for key in wanted if key not in given and not _IGNORED_KEYS.search(key)]
-    unexpected = [key for key in given if key not in wanted and not _IGNORED_KEYS.search(key)]
-    given = {key: given.get(key, value) for key, value in wanted.items()}
-    misshapen = [key for key in wanted if given[key].shape != wanted[key].shape]
-    if missing or unexpected or misshapen:
-        faults = [f"lacks {some(missing)}"] if missing else []
-        faults += [f"has unknown {some(unexpected)}"] if unexpected else []
-        faults += [
-            f"has {key} {tuple(given[key].shape)} where {tuple(wanted[key].shape)} is expected" for key in misshapen[:1]
-        ]
-        raise InputError(f"expected the weights of {type(encoder).__name__} in {path}; it {'; '.join(faults)}")
-    for key, value in given.items():
-        if not bool(value.isfinite().all()):
-            raise InputError(f"expected finite weights in {path}; {key} has entries that are NaN or infinite")
-        if key.endswith("running_var") and bool((value < 0).any()):
-            raise InputError(f"expected variances of 0 or more in {path}; {key} has negative entries")
-    encoder.load_state_dict(given)
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"cannot read {what} from {path} ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise InputError(f"{path} is damaged, or not {what} ({type(error).__name__}: {error})") from error
 
 
 def load_plain(path: Path, what: str) -> Any:
     """The content of a file of tensors and plain values; nothing in it is executed."""
-    import torch
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of formats that are refused below
@@ -606,52 +345,6 @@ def load_plain(path: Path, what: str) -> Any:
         raise InputError(f"expected a {what} of plain tensors in {path}; {reason}") from error
 
 
-def _read_params(path: Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint file."""
-    import torch
-
-    content = load_plain(path, "checkpoint")
-    if not isinstance(content, dict) or not isinstance(content.get("params"), dict):
-        raise InputError(f'expected {{"params": state_dict}} in {path}; got {_describe(content)}')
-    for key, value in content["params"].items():
-        if not isinstance(key, str):
-            raise InputError(f"expected names as keys in {path}; got {key!r}, {_describe(key)}")
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
-            kind = f"a {value.layout} tensor" if isinstance(value, torch.Tensor) else _describe(value)
-            kind = "a tensor without values" if getattr(getattr(value, "device", None), "type", "") == "meta" else kind
-            raise InputError(f"expected dense tensors in {path}; {key} is {kind}")
-    return content["params"]
-
-
-def _describe(content: Any) -> str:
-    return f"a dict with the keys {some(list(content))}" if isinstance(content, dict) else f"a {type(content).__name__}"
-
-
-def some(names: Sequence[Any]) -> str:
-    """The first few of many names."""
-    shown = ", ".join(map(str, names[:3])) or "none"
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# --- What was run on what ---------------------------------------------------------------------------------------------
-
-
-def environment() -> dict[str, str]:
-    """Versions of Python, of the libraries that compute, and the commit of this project where git knows it."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "numpy", "opencv-python", "numba", "qpth", "pillow"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    return found
-
-
 def file_hash(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
@@ -661,13 +354,22 @@ def file_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-# --- Figures ----------------------------------------------------------------------------------------------------------
+# --- Text and numbers -----------------------------------------------------------------------------------------------
+
+
+def first_few(names: Sequence[Any]) -> str:
+    """The first three of many names, and the number of the others."""
+    shown = ", ".join(map(str, names[:3])) or "none"
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def printable(name: str) -> str:
+    """A name for people, on one line: "?" for line breaks, control characters and bytes that are not UTF-8."""
+    return "".join(character if character.isprintable() else "?" for character in name)
 
 
 def mean_confidence_interval(accuracies: Sequence[float]) -> tuple[float, float]:
     """Mean and half width of the 95 % interval, ``1.96 std / sqrt(n)`` with the population std, in the unit given."""
-    import numpy as np
-
     values = np.asarray(accuracies, dtype=np.float64)
     if not len(values):
         raise ValueError("expected at least one accuracy; got none")

@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the script without a traceback
+
+import json
+import math
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-# Everything else is imported where it is needed, so that Ctrl-C ends a starting script quietly.
-from utils import InputError, make_parser, run_script
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from matplotlib.figure import Figure
-    from PIL import Image
-    from torch import Tensor
-
-    from dataloader.dataset import ImageDataset
-    from dataloader.views import View
-    from engine.drawing import Panel, Run, Scales
-    from Models import DeepEMD
-    from Models.matching import Matching
+from dataloader.arguments import (
+    add_data_arguments,
+    add_episode_arguments,
+    draw_episodes,
+    open_dataset,
+    pixel_statistics,
+    view_of,
+)
+from dataloader.dataset import ImageDataset, read_image
+from dataloader.views import View
+from engine.arguments import add_evaluation_arguments, add_rank_arguments, solver_threads
+from engine.distributed import Ranks
+from engine.evaluation import ENCODE_BATCH, DivergenceError
+from engine.start import choose_device, choose_seed, set_seed
+from Models import DeepEMD, arguments
+from Models.arguments import add_model_arguments
+from Models.emd import set_threads
+from Models.matching import Matching
+from pictures import drawing
+from pictures.drawing import FORMATS, Panel, Run, Scales, cell_panels, draw_match, patch_panels, scales_of, to_pixels
+from utils import (
+    InputError,
+    add_run_arguments,
+    check_writable,
+    make_parser,
+    mean_confidence_interval,
+    named_generator,
+    number_at_least,
+    run_script,
+)
 
 # Queries that `episode` draws when it is not told which: at most as many wrong ones, and as many in all.
 WRONG_QUERIES, QUERIES = 2, 4
@@ -35,11 +63,6 @@ SAME_EPISODES = ("dataset", "set", "way", "shot", "query", "seed", "verify_image
 
 
 def build_parser() -> ArgumentParser:
-    from dataloader.arguments import add_data_arguments, add_episode_arguments
-    from engine.arguments import add_evaluation_arguments, add_rank_arguments
-    from engine.drawing import FORMATS
-    from Models.arguments import add_model_arguments
-    from utils import add_run_arguments, number_at_least
 
     count = number_at_least(1, int)
     parser = make_parser(__doc__)
@@ -135,8 +158,6 @@ _DRAWS = Lock()  # torch's global generator is one for all threads
 
 def see(image: Image.Image, view: View, seed: int) -> Seen:
     """Look at an RGB image through a view whose random draws come from ``seed``, as those of a data set do."""
-    import numpy as np
-    import torch
 
     with _DRAWS, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -153,7 +174,6 @@ def see(image: Image.Image, view: View, seed: int) -> Seen:
 
 def see_episode(dataset: ImageDataset, items: Sequence[tuple[int, int]]) -> list[Seen]:
     """The images of an episode: pairs (index, seed of the view)."""
-    from dataloader.dataset import read_image
 
     found = []
     for index, seed in items:
@@ -167,9 +187,6 @@ def see_episode(dataset: ImageDataset, items: Sequence[tuple[int, int]]) -> list
 
 def panels_of(seen: Seen, view: View, nodes: int, feature_pyramid: Sequence[int] = ()) -> list[Panel]:
     """What to draw of an image with that many nodes."""
-    import math
-
-    from engine.drawing import cell_panels, patch_panels
 
     if seen.pixels.dim() == 3:
         cells = math.isqrt(nodes - sum(size**2 for size in feature_pyramid))
@@ -192,7 +209,6 @@ class Matched(NamedTuple):
         self, number: int, *, names: Sequence[str], title: str, top: int, truth: int | None, scales: Scales
     ) -> Figure:
         """A query beside every class, shown by its support image or, of several, the nearest to the prototype."""
-        from engine.drawing import draw_match
 
         shots = len(self.supports[0])
         notes = [f"class shown by shot {k + 1} of {shots}, nearest to its prototype" for k in self.nearest]
@@ -212,7 +228,6 @@ class Matched(NamedTuple):
         )
 
     def scales(self) -> Scales:
-        from engine.drawing import scales_of
 
         return scales_of(self.matching.flow, self.matching.supply, self.matching.demand)
 
@@ -238,15 +253,11 @@ def match_episode(
     Raises:
         DivergenceError: the encoder's features are not finite.
     """
-    import torch
-
-    from engine.evaluation import ENCODE_BATCH, DivergenceError
-    from Models.matching import Matching
 
     with torch.no_grad():
         size = max(1, ENCODE_BATCH.get(device.type, 8) // view.patches)
         batches = [torch.stack([one.pixels for one in seen[k : k + size]]) for k in range(0, len(seen), size)]
-        nodes = torch.cat([model.encode(view.normalize(batch.to(device))) for batch in batches])
+        nodes = torch.cat([model.encode(batch.to(device)) for batch in batches])
         if not bool(nodes.isfinite().all()):
             raise DivergenceError("the encoder's features are not finite: its weights have diverged")
         support, query = nodes[None, : way * shot], nodes[None, way * shot :]
@@ -292,8 +303,6 @@ class FixedMatches:
 
     def draw(self, model: DeepEMD) -> Iterator[tuple[str, np.ndarray]]:
         """Name and pixels of each picture."""
-        from engine.drawing import to_pixels
-        from utils import named_generator
 
         model = model.folded() if self.seen else model
         for k, (seen, names) in enumerate(zip(self.seen, self.names, strict=True)):
@@ -350,25 +359,17 @@ def rows_of_sheet(queries: int, way: int) -> list[int]:
 
 def open_model(args: Namespace) -> tuple[DeepEMD, torch.device]:
     """The model for evaluation that the flags ask for, and its device."""
-    from engine.arguments import solver_threads
-    from engine.distributed import Ranks
-    from Models import arguments
-    from Models.emd import set_threads
-    from utils import choose_device, choose_seed, set_seed
 
     check_head(args.head)
     device, device_ids = choose_device(args.gpu)
     set_threads(solver_threads(args, Ranks()))
     args.seed = choose_seed(args.seed)
     set_seed(args.seed, deterministic=args.deterministic)
-    model, _ = arguments.open_model(args, device=device, device_ids=device_ids)
+    model, _ = arguments.open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
     return model.folded(), device
 
 
 def draw_episode(args: Namespace) -> None:
-    from dataloader.arguments import draw_episodes, open_dataset
-    from engine import drawing
-    from utils import check_writable, named_generator
 
     if args.episode >= args.test_episode:
         raise InputError(f"-episode {args.episode}: expected a number below -test_episode {args.test_episode}")
@@ -420,10 +421,6 @@ def draw_episode(args: Namespace) -> None:
 
 
 def draw_pair(args: Namespace) -> None:
-    from dataloader.arguments import view_of
-    from dataloader.dataset import read_image
-    from engine import drawing
-    from utils import check_writable, named_generator
 
     paths = [Path(image) for image in args.images]
     path = Path(args.out, args.extra_dir, f"pair-{paths[0].stem}-{paths[1].stem}.{args.format}")
@@ -442,8 +439,6 @@ def draw_pair(args: Namespace) -> None:
 
 
 def draw_curves(args: Namespace) -> None:
-    from engine import drawing
-    from utils import check_writable
 
     path = Path(args.out, f"curves.{args.format}")
     check_writable(path)
@@ -458,7 +453,6 @@ def read_run(path: Path, name: str) -> Run:
     Raises:
         InputError: there are none, or not as a training script writes them.
     """
-    from engine.drawing import Run
 
     file = path / "trlog.json" if path.is_dir() else path
     content = _read_json(file, "the curves of a run")
@@ -476,8 +470,6 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def draw_comparison(args: Namespace) -> None:
-    from engine import drawing
-    from utils import check_writable, mean_confidence_interval
 
     path = Path(args.out, f"compare.{args.format}")
     check_writable(path)
@@ -513,7 +505,6 @@ def read_evaluation(file: Path) -> dict[str, Any]:
     Raises:
         InputError: it is not as eval.py writes it.
     """
-    import math
 
     content = _read_json(file, "the results of an evaluation")
     try:
@@ -542,7 +533,6 @@ def why_not_paired(one: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def _read_json(file: Path, what: str) -> Any:
-    import json
 
     try:
         return json.loads(file.read_text())

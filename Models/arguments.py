@@ -13,7 +13,8 @@ from Models.encoder import AMP
 from Models.heads import HEADS, takes_solver
 from Models.matching import METRICS, NORMS
 from Models.sfc import KSHOT
-from utils import InputError, load_encoder_weights, number_above_zero, number_at_least, say, whole_numbers
+from Models.weights import load_encoder_weights
+from utils import InputError, number_above_zero, number_at_least, status, whole_numbers
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1) -> None:
@@ -59,8 +60,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
     )
 
 
-def build_model(args: argparse.Namespace, *, device_ids: Sequence[int] = ()) -> DeepEMD:
-    """The model that the flags of :func:`add_model_arguments` ask for.
+def build_model(args: argparse.Namespace, *, device_ids: Sequence[int] = (), **statistics: Sequence[float]) -> DeepEMD:
+    """The model that the flags of :func:`add_model_arguments` ask for; ``statistics`` are the ``mean`` and ``std`` of its pixels.
 
     Raises:
         InputError: flags that do not go together.
@@ -92,6 +93,7 @@ def build_model(args: argparse.Namespace, *, device_ids: Sequence[int] = ()) -> 
         sfc_wd=args.sfc_wd,
         sfc_update_step=args.sfc_update_step,
         sfc_bs=args.sfc_bs,
+        **statistics,
         amp=args.amp,
         compiled=args.compile,
         checkpoint_activations=args.checkpoint_activations,
@@ -99,16 +101,18 @@ def build_model(args: argparse.Namespace, *, device_ids: Sequence[int] = ()) -> 
     )
 
 
-def open_model(args: argparse.Namespace, *, device: torch.device, device_ids: Sequence[int]) -> tuple[DeepEMD, str]:
+def open_model(
+    args: argparse.Namespace, *, device: torch.device, device_ids: Sequence[int], **statistics: Sequence[float]
+) -> tuple[DeepEMD, str]:
     """The model that the flags ask for with the weights of ``-model_dir``, and what those are: a path, or "none".
 
     Raises:
         InputError: flags that do not go together, or weights that cannot be loaded.
         EmdError: as :func:`build_model`.
     """
-    model = build_model(args, device_ids=device_ids).to(device)
+    model = build_model(args, device_ids=device_ids, **statistics).to(device)
     weights = args.model_dir or f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
-    say(f"weights: {weights}")
+    status(f"weights: {weights}")
     if weights != "none":
         load_encoder_weights(model, weights, hint="Name yours with -model_dir, or run: bash download_trained_model.sh")
     return model, weights

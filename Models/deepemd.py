@@ -31,6 +31,7 @@ class DeepEMD(nn.Module):
         kshot: a key of :data:`Models.sfc.KSHOT`: where prototypes come from, for ``shot > 1``.
         sfc_lr, sfc_wd, sfc_update_step, sfc_bs: learning rate, weight decay, passes and batch size of
             :func:`Models.sfc.fit_prototypes`, for ``shot > 1`` and ``kshot`` ``sfc``.
+        mean, std: see :class:`Models.encoder.Encoder`.
         amp: a key of :data:`Models.encoder.AMP`: the number format of the encoder's convolutions. The head stays in float32
             and float64.
         compiled: run the encoder through ``torch.compile``.
@@ -59,6 +60,8 @@ class DeepEMD(nn.Module):
         sfc_wd: float = 0.0,
         sfc_update_step: int = 100,
         sfc_bs: int = 4,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         amp: str = "off",
         compiled: bool = False,
         checkpoint_activations: bool = False,
@@ -75,7 +78,7 @@ class DeepEMD(nn.Module):
         find_head(head)  # raises for an unknown one
         if kshot not in KSHOT:
             raise ValueError(f"expected kshot to be one of {', '.join(KSHOT)}; got {kshot!r}")
-        self.encoder = ResNet12(amp=amp, checkpoint_activations=checkpoint_activations)
+        self.encoder = ResNet12(mean=mean, std=std, amp=amp, checkpoint_activations=checkpoint_activations)
         self.compiled = compiled
         if compiled:
             self.encoder.compile()  # in place: no other module, no other key names
@@ -99,8 +102,8 @@ class DeepEMD(nn.Module):
         """One episode: the logits of its queries.
 
         Args:
-            images: ``(W*K + W*Q, 3, H, W)``, or ``(W*K + W*Q, P, 3, H, W)`` as patches; support first, and both
-                parts class-interleaved: ``c0 c1 .. c0 c1 ..``.
+            images: ``(W*K + W*Q, 3, H, W)``, or ``(W*K + W*Q, P, 3, H, W)`` as patches, 8-bit or normalised floats; support
+                first, and both parts class-interleaved: ``c0 c1 .. c0 c1 ..``.
             way, shot: W and K.
             solver: overrides the one given to the constructor; ignored by heads without a solver.
             generator: draws the order of the support images in the structured fully connected layer.

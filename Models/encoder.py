@@ -1,10 +1,15 @@
 """What the rest of the project asks of an encoder."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
+# Of the pixels, in [0, 1], that the published models were trained on.
+MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
+STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 AMP = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -12,6 +17,8 @@ class Encoder(nn.Module, ABC):
     """Images to a feature map. A backbone derives from this class and says ``out_channels``, ``maps`` and ``folded``.
 
     Args:
+        mean, std: of the three channels, for pixels in [0, 1]: what 8-bit images are normalised with. None takes :data:`MEAN`
+            and :data:`STD`.
         amp: a key of :data:`AMP`, the number format of the convolutions. The map that comes out is in float32 all the same.
 
     Raises:
@@ -20,19 +27,28 @@ class Encoder(nn.Module, ABC):
 
     out_channels: int  # C of the map
 
-    def __init__(self, *, amp: str = "off") -> None:
+    def __init__(
+        self, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, amp: str = "off"
+    ) -> None:
         super().__init__()
         if amp not in AMP:
             raise ValueError(f"expected amp to be one of {', '.join(AMP)}; got {amp!r}")
         self.amp = amp
+        self.mean, self.std = tuple(mean or MEAN), tuple(std or STD)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` to ``(B, C, h, w)``."""
+        """``(B, 3, H, W)``, 8-bit pixels or floats that are normalised already, to ``(B, C, h, w)``."""
+        images = images if images.is_floating_point() else self.normalize(images)
         if self.amp == "off":
             return self.maps(images)
         # Here, inside the module: the threads of DataParallel do not inherit the number format of an autocast around them.
         with torch.autocast(images.device.type, dtype=AMP[self.amp]):
             return self.maps(images.contiguous(memory_format=torch.channels_last)).float()
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """8-bit pixels ``(..., 3, H, W)`` to float32: scaled to [0, 1], minus the mean, over the deviation."""
+        mean, std = _statistics(self.mean, self.std, pixels.device)
+        return pixels.float().div_(255).sub_(mean).div_(std)
 
     @abstractmethod
     def maps(self, images: Tensor) -> Tensor:
@@ -41,3 +57,9 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def folded(self) -> "Encoder":
         """A copy for evaluation that computes the same to float rounding, as fast as it can."""
+
+
+@lru_cache
+def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    # Kept per device: copying them to a GPU for every batch would wait for it every time. ``(3, 1, 1)`` each.
+    return tuple(torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1) for values in (mean, std))

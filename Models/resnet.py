@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,14 +68,14 @@ class ResNet12(Encoder):
     12,424,320 parameters. H and W must be at least 16.
 
     Args:
-        amp: see :class:`Models.encoder.Encoder`.
         checkpoint_activations: in training, keep only what enters each block and compute the rest again in the backward pass.
+        settings: see :class:`Models.encoder.Encoder`.
     """
 
     out_channels = WIDTHS[-1]
 
-    def __init__(self, *, amp: str = "off", checkpoint_activations: bool = False) -> None:
-        super().__init__(amp=amp)
+    def __init__(self, *, checkpoint_activations: bool = False, **settings: Any) -> None:
+        super().__init__(**settings)
         self.checkpoint_activations = checkpoint_activations
         for number, (before, after) in enumerate(zip((3, *WIDTHS[:-1]), WIDTHS, strict=True), start=1):
             # One block to a layer, kept in a Sequential because the released key names say "layer1.0.".
@@ -82,7 +83,7 @@ class ResNet12(Encoder):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
-        if amp != "off":
+        if self.amp != "off":
             self.to(memory_format=torch.channels_last)  # the layout that tensor cores want
 
     def maps(self, images: Tensor) -> Tensor:

@@ -23,27 +23,24 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dataloader import episode_labels
 from dataloader.arguments import add_data_arguments, add_episode_arguments, draw_episodes, open_dataset
-from engine import arguments
 from engine.arguments import add_evaluation_arguments, add_rank_arguments, make_evaluator, solver_threads
 from engine.distributed import Ranks
+from engine.run import environment, fingerprint
+from engine.start import choose_device, choose_seed, set_seed
 from Models import DeepEMD
 from Models.arguments import add_model_arguments, build_model
 from Models.emd import set_threads
 from Models.heads import HEADS
 from Models.sfc import KSHOT, FitError
+from Models.weights import load_encoder_weights
 from utils import (
     InputError,
     add_run_arguments,
     check_writable,
-    choose_device,
-    choose_seed,
-    environment,
-    load_encoder_weights,
     make_parser,
     mean_confidence_interval,
     run_script,
-    say,
-    set_seed,
+    status,
     whole_numbers,
     write_json,
 )
@@ -97,7 +94,7 @@ class Comparison:
                 logits = model.match(support, query, way=way, shot=shot, generator=own, **settings)
             except FitError as error:
                 self.failed[row] = str(error)
-                say(f"{', '.join(filter(None, row))}: {error}")
+                status(f"{', '.join(filter(None, row))}: {error}")
                 if len(self.failed) == len(self.models):
                     raise
                 continue
@@ -240,12 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for shot, count in zip(args.shots, counts, strict=True):
         rows += compare(args, device, shot, count)
-    found = {
-        "rows": rows,
-        "flags": vars(args),
-        "versions": environment(),
-        "weights": arguments.fingerprint(args.model_dir),
-    }
+    found = {"rows": rows, "flags": vars(args), "versions": environment(), "weights": fingerprint(args.model_dir)}
     if args.json not in (None, "-"):
         write_json(Path(args.json), found)
     print(json.dumps(found) if args.json == "-" else markdown(args, rows, device))

@@ -77,17 +77,19 @@ def open_dataset(args: argparse.Namespace, split: str, *, train: bool, deepemd: 
 
 def view_of(args: argparse.Namespace, *, train: bool, deepemd: str | None = None) -> View:
     """The view that the flags ask for; ``deepemd`` overrides the flag of that name."""
-    spec = CATALOG[args.dataset]
     return make_view(
         deepemd or args.deepemd,
         train=train,
-        mean=spec.mean,
-        std=spec.std,
         image_size=args.image_size,
         patch_list=args.patch_list,
         patch_ratio=args.patch_ratio,
         num_patch=args.num_patch,
     )
+
+
+def pixel_statistics(args: argparse.Namespace) -> dict[str, tuple[float, float, float] | None]:
+    """``mean`` and ``std`` of the pixels of the data set, for its model; None where the encoder's own are published."""
+    return {"mean": CATALOG[args.dataset].mean, "std": CATALOG[args.dataset].std}
 
 
 def draw_episodes(

@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 
 SPLITS = ("train", "val", "test")
 
-_IMAGENET_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
-_IMAGENET_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 _CIFAR_MEAN = (0.5071, 0.4866, 0.4409)
 _CIFAR_STD = (0.2009, 0.1984, 0.2023)
 
@@ -20,7 +18,7 @@ class DatasetSpec:
         image_folders: where, under that folder, the images named by a csv file may lie.
         split_folders: the folder of a split, where its name is not that of the split.
         classes: published number of classes per split; empty where any number is fine.
-        mean, std: of the three channels, for pixels in [0, 1].
+        mean, std: of the three channels, for pixels in [0, 1]; None where the encoder's own are published.
         large_images: the published images are larger than 84 pixels; smaller ones cost accuracy, so they bring a warning.
         pixels: along either edge of every published image; None where they vary.
         obtain: how to get it, for messages.
@@ -31,8 +29,8 @@ class DatasetSpec:
     image_folders: tuple[str, ...] = (".",)
     split_folders: dict[str, str] = field(default_factory=dict)
     classes: dict[str, int] = field(default_factory=dict)
-    mean: tuple[float, float, float] = _IMAGENET_MEAN
-    std: tuple[float, float, float] = _IMAGENET_STD
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
     large_images: bool = False
     pixels: int | None = None
     obtain: str = ""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from dataloader.catalog import DatasetSpec
 from dataloader.published import published_classes, published_images
-from utils import some
+from utils import first_few
 
 SHRUNK_TO = 84  # pixels along the long side; the common archives of small images have squares of this size
 SAMPLE = 16
@@ -26,7 +26,7 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         parts = {"missing": self.missing, "unknown": self.unknown}
-        return "; ".join(f"{what}: {some(names)}" for what, names in parts.items() if names)
+        return "; ".join(f"{what}: {first_few(names)}" for what, names in parts.items() if names)
 
 
 def compare_classes(name: str, split: str, found: Iterable[str]) -> Difference:

@@ -40,7 +40,6 @@ class ImageDataset(Dataset):
 
     Attributes:
         paths, labels: one per image; labels count from 0 in the order of ``class_names``, which is sorted.
-        view: its ``normalize`` turns the pixels of items, or of a batch of them, into the encoder's input, on any device.
 
     ``dataset[index]`` is ``(pixels, label)``: uint8 ``(3, S, S)`` or ``(P, 3, S, S)``, and an int. For
     ``dataset[index, seed]`` the random draws of the view come from that seed alone, so they do not depend on which worker

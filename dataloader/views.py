@@ -1,14 +1,13 @@
 """How a PIL image becomes what the encoder sees: one tensor, a grid of patches, or random patches.
 
-A view works in three steps. ``boxes`` makes every random draw, from torch's global generator, which the data set seeds per
+A view works in two steps. ``boxes`` makes every random draw, from torch's global generator, which the data set seeds per
 image. ``render`` cuts the boxes out and resizes them to 8-bit pixels, ``(3, S, S)`` (fcn) or ``(P, 3, S, S)`` (grid,
-sampling), where S is the image size. ``normalize`` turns those into what the encoder takes, on any device: four times
-fewer bytes travel from the loader to the device. The published system has S = 84; other sizes scale in proportion.
+sampling), where S is the image size. The encoder normalises them, on its device: four times fewer bytes travel there.
+The published system has S = 84; other sizes scale in proportion.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -51,12 +50,8 @@ class View(Protocol):
         """The pixels in the boxes of an RGB image, uint8: ``(3, S, S)`` or ``(P, 3, S, S)``."""
         ...
 
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """Pixels ``(..., 3, S, S)`` of 0 to 255 to float32: scaled to [0, 1], minus the mean, over the deviation."""
-        ...
-
     def __call__(self, image: Image.Image) -> Tensor:
-        """All three steps: an RGB image to normalised float32."""
+        """Both steps: an RGB image to 8-bit pixels."""
         ...
 
 
@@ -83,8 +78,8 @@ class _Patches(ABC):
     is_random: bool
     patches: int
 
-    def __init__(self, *, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.image_size, self.mean, self.std = image_size, tuple(mean), tuple(std)
+    def __init__(self, *, image_size: int) -> None:
+        self.image_size = image_size
 
     @abstractmethod
     def boxes(self, size: tuple[int, int]) -> list[Box]: ...
@@ -95,12 +90,8 @@ class _Patches(ABC):
             patch[:] = _cut(image, box, self.image_size)
         return torch.from_numpy(pixels)
 
-    def normalize(self, pixels: Tensor) -> Tensor:
-        mean, std = _statistics(self.mean, self.std, pixels.device)
-        return pixels.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)
-
     def __call__(self, image: Image.Image) -> Tensor:
-        return self.normalize(self.render(image, self.boxes(image.size)))
+        return self.render(image, self.boxes(image.size))
 
 
 class FcnView(_Patches):
@@ -108,8 +99,8 @@ class FcnView(_Patches):
 
     patches = 1
 
-    def __init__(self, *, train: bool, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__(image_size=image_size, mean=mean, std=std)
+    def __init__(self, *, train: bool, image_size: int) -> None:
+        super().__init__(image_size=image_size)
         self.is_random = train
         if train:
             _import_torchvision()
@@ -135,17 +126,8 @@ class GridView(_Patches):
     ``boxes`` raises :class:`InputError` when the image is too small for a level, so that a cell could have no pixel.
     """
 
-    def __init__(
-        self,
-        *,
-        train: bool,
-        image_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        patch_list: Sequence[int],
-        patch_ratio: float,
-    ) -> None:
-        super().__init__(image_size=image_size, mean=mean, std=std)
+    def __init__(self, *, train: bool, image_size: int, patch_list: Sequence[int], patch_ratio: float) -> None:
+        super().__init__(image_size=image_size)
         self.is_random = train
         self.patch_list, self.patch_ratio = tuple(patch_list), patch_ratio
         self.patches = sum(num_grid**2 for num_grid in self.patch_list)
@@ -174,8 +156,8 @@ class GridView(_Patches):
 class SamplingView(_Patches):
     """``num_patch`` random crops, flipped at random, in training and in evaluation: ``(P, 3, S, S)``."""
 
-    def __init__(self, *, image_size: int, mean: Sequence[float], std: Sequence[float], num_patch: int) -> None:
-        super().__init__(image_size=image_size, mean=mean, std=std)
+    def __init__(self, *, image_size: int, num_patch: int) -> None:
+        super().__init__(image_size=image_size)
         self.is_random = True
         self.patches = num_patch
         _import_torchvision()
@@ -210,15 +192,6 @@ def _cut(image: Image.Image, box: Box, size: int) -> np.ndarray:
     return pixels[:, :, ::-1] if box.flip else pixels
 
 
-@lru_cache
-def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    # Kept per device: copying them to a GPU for every batch would wait for it every time.
-    return (
-        torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1),
-        torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1),
-    )
-
-
 # What each variant of DeepEMD sees: the class, and which settings of make_view it takes beside the common ones.
 VIEWS: dict[str, tuple[type, tuple[str, ...]]] = {
     "fcn": (FcnView, ("train",)),
@@ -231,8 +204,6 @@ def make_view(
     deepemd: str,
     *,
     train: bool,
-    mean: Sequence[float],
-    std: Sequence[float],
     image_size: int = CROP_TO,
     patch_list: Sequence[int] = (2, 3),
     patch_ratio: float = 2.0,
@@ -247,4 +218,4 @@ def make_view(
         raise ValueError(f"expected deepemd to be one of {', '.join(VIEWS)}; got {deepemd!r}")
     view, takes = VIEWS[deepemd]
     settings = {"train": train, "patch_list": patch_list, "patch_ratio": patch_ratio, "num_patch": num_patch}
-    return view(image_size=image_size, mean=mean, std=std, **{name: settings[name] for name in takes})
+    return view(image_size=image_size, **{name: settings[name] for name in takes})

@@ -13,7 +13,7 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.progress import progress_bar
+from engine.loading import progress_bar
 from utils import InputError
 
 ATTEMPTS = 6  # in a row, without a byte of progress

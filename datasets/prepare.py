@@ -38,8 +38,9 @@ from sources import CIFAR_PARTS, CifarPickles, Entry, Folder, Several, Source, Z
 
 from dataloader.catalog import CATALOG, SPLITS
 from dataloader.published import miniimagenet_numbers, published_classes, published_images, wnids
-from engine.progress import progress_bar
-from utils import InputError, available_cores, hold_lock, make_parser, number_at_least, run_script, say, write_json
+from engine.loading import progress_bar
+from engine.run import hold_lock
+from utils import InputError, available_cores, make_parser, number_at_least, run_script, status, write_json
 
 JPEG_QUALITY = 95  # of what is cropped or resized
 
@@ -433,7 +434,7 @@ def prepare(
     plan = _plan(recipe, source, crop)
     _refuse_missing(name, source, plan, allow_missing)
     for note in plan.notes:
-        say(f"note: {note}")
+        status(f"note: {note}")
     digests = _write_images(source, plan, work, side or 0)
     for path, text in plan.tables.items():
         digests[path] = _write(work / path, text.encode())
@@ -538,7 +539,7 @@ def _refuse_missing(name: str, source: Source, plan: Plan, allow_missing: bool) 
         raise InputError(
             f"expected all of {name}; {found}. Get a complete source, or take what there is with -allow_missing"
         )
-    say(f"warning: {name} will be incomplete: {found}")
+    status(f"warning: {name} will be incomplete: {found}")
 
 
 def _summary(plan: Plan) -> str:
@@ -572,7 +573,7 @@ def _continue_or_clear(work: Path, state: dict[str, Any]) -> None:
     except (OSError, ValueError):
         earlier = None
     if earlier == state:
-        say(f"continuing in {work}")
+        status(f"continuing in {work}")
         return
     for path in work.iterdir():  # of another source, or with other options
         if path.name != DOWNLOADS:

@@ -40,7 +40,7 @@ from dataloader.checks import SHRUNK_TO, compare_classes, compare_counts, is_shr
 from dataloader.dataset import read_image
 from dataloader.published import published_classes, published_images, published_twins
 from dataloader.readers import is_hidden, names_image, row_paths, table_rows
-from utils import InputError, available_cores, check_writable, file_hash, make_parser, run_script, some, write_json
+from utils import InputError, available_cores, check_writable, file_hash, first_few, make_parser, run_script, write_json
 
 # The scripts read omniglot as "-dataset folder -data_dir <data_dir>/omniglot".
 SPECS = {
@@ -364,7 +364,7 @@ def check_places(tree: Tree) -> Iterator[Finding]:
     missing = tree.problems["no split"]
     if tree.name == "folder" and tree.splits:  # a script needs only those that it reads
         if missing:
-            yield Finding(f"there is no {some(missing)}; scripts that read it will say so", is_fault=False)
+            yield Finding(f"there is no {first_few(missing)}; scripts that read it will say so", is_fault=False)
     else:
         yield from _many("missing, with a whole split", missing, f"Get the data set again: {tree.spec.obtain}")
 
@@ -478,7 +478,7 @@ def check_resolution(tree: Tree) -> Iterator[Finding]:
     images, of_class = Counter(tree.images.values()), Counter(tree.images[path] for path in small)
     classes = sorted(label for label, number in of_class.items() if number > MOST_SMALL_IN_CLASS * images[label])
     if len(small) > MOST_SMALL * len(tree.images) or classes:
-        which = f"; classes with many of them: {some([' '.join(label) for label in classes])}" if classes else ""
+        which = f"; classes with many of them: {first_few([' '.join(label) for label in classes])}" if classes else ""
         yield Finding(
             f"images of {SHRUNK_TO} pixels or less, where the published ones are larger: {len(small)} of {len(tree.images)}, "
             f"first {small[0]}{which}. This costs 8-10 points of accuracy; get the original size: {tree.spec.obtain}"

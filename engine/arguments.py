@@ -9,34 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 
 from engine.distributed import Ranks
-from engine.evaluation import Evaluation, Evaluator
+from engine.evaluation import Evaluator
+from engine.run import LAST_STATE, deciding
 from engine.stopping import StopRequest
-from utils import (
-    BEST_WEIGHTS,
-    LAST_STATE,
-    InputError,
-    OtherRank,
-    RunFolder,
-    available_cores,
-    environment,
-    file_hash,
-    number_above_zero,
-    number_at_least,
-    write_json,
-)
+from utils import InputError, available_cores, number_above_zero, number_at_least
 
 # Flags that belong to one stage of training and say nothing about the next.
 OF_ONE_STAGE = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_every")
-# Flags that do not decide the result of a run, and may differ when it is resumed.
-FREE_TO_DIFFER = (
-    *("num_workers", "gpu", "data_dir", "save_every", "save_all", "solver_threads"),
-    *("feature_cache", "episode_batch", "checkpoint_activations"),  # the same but for float rounding
-    *("resume", "extra_dir", "json", "log_images"),  # where it is written, and what beside it
-)
 
 
 def add_training_arguments(
@@ -127,88 +109,6 @@ def parse_run(
             "start another with -extra_dir"
         )
     return args, folder
-
-
-def open_run(
-    script: str,
-    args: argparse.Namespace,
-    folder: Path,
-    ranks: Ranks,
-    *,
-    weights: nn.Module,
-    data: dict[str, Any],
-    started_from: dict[str, str | None] | None = None,
-) -> RunFolder | OtherRank:
-    """The folder of the run, new or resumed; the first rank alone writes to it, and to ``run.json`` in it.
-
-    Args:
-        weights: the module whose weights the run is going to save.
-        data: fingerprints of the data; those of a run that is resumed have to be the same.
-        started_from: path and hash of the weights that a new run starts from.
-
-    Raises:
-        InputError: as :class:`utils.RunFolder`, or other data than that of the run.
-    """
-    ranks.gather([0])  # no rank is still reading what an earlier run left in the folder
-    run = None
-    if ranks.is_first:
-        kept = args.max_epoch if args.save_all else 0
-        run = RunFolder(folder, vars(args), resume=args.resume is not None, weights=weights, kept=kept)
-        path = folder / "run.json"
-        start = {"versions": environment(), "device": str(ranks.device), "processes": ranks.size}
-        if run.state:
-            known = json.loads(path.read_text())
-            different = [split for split in data if known["data"].get(split, data[split]) != data[split]]
-            if different:
-                raise InputError(
-                    f"-resume: expected the data of the run in {folder}; its {different[0]} images have other names or sizes"
-                )
-            known["resumed"] = [*known.get("resumed", []), start]
-        else:
-            known = {"script": script, **start, "data": data, "weights": started_from}
-        write_json(path, {**known, "flags": vars(args)})
-    state = ranks.from_first(run.state if run else None)
-    return run or OtherRank(folder, state)
-
-
-def is_finished(args: argparse.Namespace, run: RunFolder | OtherRank) -> bool:
-    """Whether the run that was resumed has nothing left to do."""
-    return bool(run.state and run.state.get("finished") and run.state["progress"]["epoch"] > args.max_epoch)
-
-
-def deciding(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that decide a result."""
-    return {name: value for name, value in vars(args).items() if name not in FREE_TO_DIFFER}
-
-
-def results(
-    args: argparse.Namespace,
-    evaluation: Evaluation,
-    weights: str | Path,
-    seconds: float,
-    *,
-    data: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """What ``results.json`` says of an evaluation; ``data`` is the fingerprint of its images."""
-    return {
-        "accuracy": evaluation.accuracy,
-        "interval": evaluation.interval,
-        "accuracies": evaluation.accuracies,
-        "loss": evaluation.loss,
-        "flags": vars(args),
-        "versions": environment(),
-        "seconds": seconds,
-        "weights": fingerprint(weights),
-        "data": data,
-    }
-
-
-def fingerprint(weights: str | Path) -> dict[str, str | None] | None:
-    """Path and hash of a checkpoint; None for "none"."""
-    if str(weights) == "none":
-        return None
-    path = Path(weights) / BEST_WEIGHTS if Path(weights).is_dir() else Path(weights)
-    return {"path": str(path), "sha256": file_hash(path) if path.is_file() else None}
 
 
 def training_settings(args: argparse.Namespace) -> dict[str, Any]:

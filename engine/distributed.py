@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import Sampler
 
-from utils import InputError, choose_device, gpu_numbers
+from engine.start import choose_device, gpu_numbers
+from utils import InputError
 
 # How long a process waits for the others, who may be in the middle of a long validation group.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)

@@ -4,29 +4,24 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from engine import cache
+from engine.cache import Group, NodeTable, PixelCache, Queue, plan_groups
 from engine.distributed import Ranks
-from engine.loading import make_loader, stream
-from engine.progress import progress_bar
+from engine.loading import make_loader, progress_bar, stream
 from engine.stopping import Stopped, StopRequest
 from utils import Stopwatch, mean_confidence_interval, named_generator, write_json
 
-# An image as a data set is asked for it: its index, or its index and the seed of its random view.
-Item = int | tuple[int, int]
-
 # Images (patches) encoded at once, per device.
 ENCODE_BATCH = {"cpu": 8, "cuda": 256}
-# The share of free memory that nodes may take, and that decoded images may take.
-CACHE_SHARE = 1 / 4
 SECONDS_BETWEEN_RECORDS = 10.0
 
 
@@ -70,7 +65,7 @@ class Evaluator:
 
     Args:
         dataset: gives ``(pixels, label)`` for an :data:`Item`. Its ``view`` says whether it ``is_random`` and how many
-            ``patches`` an image has, and turns pixels on any device into what the model takes, by ``normalize``.
+            ``patches`` an image has.
         way, shot: W and K of the episodes.
         device: of the model.
         seed: of the draws inside the model; those of episode k of an epoch depend on it, the epoch and k alone.
@@ -100,8 +95,8 @@ class Evaluator:
         self.dataset, self.way, self.shot, self.device, self.seed = dataset, way, shot, device, seed
         self.feature_cache, self.episode_batch = feature_cache, episode_batch
         self.ranks, self.stop = ranks or Ranks(), stop or StopRequest()
-        self.pixels = _PixelCache(self._share() * free_memory(torch.device("cpu")) if keep_pixels else 0)
-        self.queue = _Queue()
+        self.pixels = PixelCache(self._share() * cache.free_memory(torch.device("cpu")) if keep_pixels else 0)
+        self.queue = Queue()
         self.loader = make_loader(dataset, self.queue, num_workers=num_workers, device=device)
 
     @torch.no_grad()
@@ -136,7 +131,7 @@ class Evaluator:
         ranks, size = self.ranks, self.episode_batch
         repeats = not self.dataset.view.is_random or getattr(episodes, "fixed_seeds", None) is not None
         most = len(self.dataset) if repeats and self.feature_cache == "auto" else 0
-        table = _NodeTable(self.device, most=most, share=self._share())
+        table = NodeTable(self.device, most=most, share=self._share())
         scores = list(known)
         ready = self._ready(model, episodes, len(known), table)
         with progress_bar(title, total=len(episodes), initial=len(known), disable=not ranks.is_first) as bar:
@@ -147,7 +142,7 @@ class Evaluator:
                     for batch in group.batches:
                         fresh = next(loaded)[0] if batch.missing else None
                         pixels = self.pixels.complete(batch, fresh, keep=repeats).to(self.device, non_blocking=True)
-                        table.put(batch.row, model.encode(self.dataset.view.normalize(pixels)), group.rows.numel())
+                        table.put(batch.row, model.encode(pixels), group.rows.numel())
                     logits = self._match(model, table.get(group.rows), episodes, first + ranks.rank * size, solver)
                     own = _score(logits)
                 padding = [[0.0, 0, 0]] * (size - len(own))
@@ -170,11 +165,11 @@ class Evaluator:
 
     def _share(self) -> float:
         """The part of the free memory of this machine that one cache of this process may take."""
-        return CACHE_SHARE / self.ranks.local_size
+        return cache.CACHE_SHARE / self.ranks.local_size
 
     def _ready(
-        self, model: nn.Module, episodes: Sequence, start: int, table: "_NodeTable"
-    ) -> Iterator[tuple["_Group", Iterator]]:
+        self, model: nn.Module, episodes: Sequence, start: int, table: NodeTable
+    ) -> Iterator[tuple[Group, Iterator]]:
         """This rank's groups of episodes, each with the stream that its missing pixels come from."""
         batch_size = max(1, len(getattr(model, "device_ids", ()))) * ENCODE_BATCH.get(self.device.type, 8)
         batch_size = max(1, batch_size // self.dataset.view.patches)
@@ -188,7 +183,7 @@ class Evaluator:
         )
         # The first group alone: its nodes tell how many images fit in memory, on which the plan of the rest depends.
         for part in (itertools.islice(groups, 1), groups):
-            plan, ahead = itertools.tee(_plan(part, table, self.pixels, batch_size))
+            plan, ahead = itertools.tee(plan_groups(part, table, self.pixels, batch_size))
             # The loader runs through the plan a few batches ahead of what is encoded.
             self.queue.batches = (batch.missing for group in ahead for batch in group.batches if batch.missing)
             loaded = stream(self.loader)
@@ -223,6 +218,21 @@ def _score(logits: Tensor) -> list[Score]:
     if not all(math.isfinite(loss) for loss, _ in rows):
         raise DivergenceError("the logits are not finite: the encoder's weights have diverged")
     return [Score(loss, hits, queries) for loss, hits in rows]
+
+
+@torch.no_grad()
+def encode_images(model: nn.Module, images: Tensor, *, device: torch.device) -> Tensor:
+    """8-bit images ``(B, 3, S, S)``, or patches ``(B, P, 3, S, S)``, to nodes ``(B, C, N)`` on the device, in batches.
+
+    Raises:
+        DivergenceError: the nodes are not finite.
+    """
+    patches = images.shape[1] if images.dim() == 5 else 1
+    batches = images.split(max(1, ENCODE_BATCH.get(device.type, 8) // patches))
+    nodes = torch.cat([model.encode(batch.to(device, non_blocking=True)) for batch in batches])
+    if not bool(nodes.isfinite().all()):
+        raise DivergenceError("the encoder's features are not finite: its weights have diverged")
+    return nodes
 
 
 class Recorder:
@@ -260,120 +270,3 @@ class Recorder:
     def remove(self) -> None:
         """The evaluation is over."""
         self.path.unlink(missing_ok=True)
-
-
-# --- What is encoded when, and kept where -----------------------------------------------------------------------------
-
-
-class _Batch(NamedTuple):
-    items: list[Item]  # to encode together
-    row: int  # the place of the first of them in the table of nodes
-    missing: list[Item]  # those whose pixels have to be loaded
-
-
-class _Group(NamedTuple):
-    batches: list[_Batch]  # what has to be encoded before the episodes can be matched
-    rows: Tensor  # (E, images): the places of their images
-
-
-class _Queue:
-    """A batch sampler that is given its batches anew for every pass, so that one loader serves them all."""
-
-    batches: Iterable[list[Item]] = ()
-
-    def __iter__(self) -> Iterator[list[Item]]:
-        return iter(self.batches)
-
-
-def _plan(
-    groups: Iterable[list[list[Item]]], table: "_NodeTable", pixels: "_PixelCache", batch_size: int
-) -> Iterator[_Group]:
-    """What each group of episodes needs to have encoded, in batches, and where in the table its nodes will lie."""
-    for group in groups:
-        wanted = [item for episode in group for item in episode]
-        first, new = table.places_for(wanted)
-        batches = [
-            _Batch(part, first + start, [item for item in part if item not in pixels])
-            for start in range(0, len(new), batch_size)
-            for part in (new[start : start + batch_size],)
-        ]
-        rows = [table.place[item] for item in wanted] if table.most else range(len(wanted))
-        yield _Group(batches, torch.tensor(rows).view(len(group), -1))
-
-
-class _NodeTable:
-    """The nodes of images: a row each, on the device, or in pinned host memory where that has more room.
-
-    Args:
-        most: images worth keeping; 0 keeps none beyond its group.
-        share: of free memory, that it may take.
-    """
-
-    def __init__(self, device: torch.device, *, most: int, share: float = CACHE_SHARE) -> None:
-        self.device, self.most, self.share = device, most, share
-        self.capacity = math.inf  # known with the first nodes
-        self.place: dict[Item, int] = {}
-        self.nodes: Tensor | None = None  # (capacity, C, N)
-
-    def places_for(self, wanted: list[Item]) -> tuple[int, list[Item]]:
-        """Give a row to each image that has none: the first of those rows, and the images. A full table starts anew."""
-        if not self.most:
-            return 0, wanted
-        new = [item for item in dict.fromkeys(wanted) if item not in self.place]
-        if len(self.place) + len(new) > self.capacity:
-            self.place.clear()
-            new = list(dict.fromkeys(wanted))
-        first = len(self.place)
-        self.place.update(zip(new, itertools.count(first), strict=False))
-        return first, new
-
-    def put(self, row: int, nodes: Tensor, least: int) -> None:
-        """Write ``(B, C, N)`` from that row on. The first call makes the table, of ``least`` rows at least."""
-        if self.nodes is None:
-            size = nodes[0].numel() * nodes.element_size()
-            here, host = (int(self.share * free_memory(place)) // size for place in (self.device, torch.device("cpu")))
-            wanted = max(least, self.most)
-            on_host = self.device.type == "cuda" and here < wanted and here < host
-            self.capacity = max(least, min(wanted, host if on_host else here))
-            place = {"pin_memory": True} if on_host else {"device": self.device}
-            self.nodes = torch.empty(self.capacity, *nodes.shape[1:], dtype=nodes.dtype, **place)
-        self.nodes[row : row + len(nodes)] = nodes
-
-    def get(self, rows: Tensor) -> Tensor:
-        """Rows ``(E, images)`` to nodes ``(E, images, C, N)`` on the device."""
-        nodes = self.nodes[rows.flatten().to(self.nodes.device)]
-        return nodes.to(self.device, non_blocking=True).unflatten(0, rows.shape)
-
-
-class _PixelCache(dict[Item, Tensor]):
-    """Decoded images, up to ``room`` bytes of them."""
-
-    def __init__(self, room: float) -> None:
-        super().__init__()
-        self.room = room
-
-    def complete(self, batch: _Batch, fresh: Tensor | None, *, keep: bool) -> Tensor:
-        """The pixels of a batch, of which ``fresh`` are those that were missing."""
-        if fresh is None:
-            return torch.stack([self[item] for item in batch.items])
-        pixels = fresh
-        if len(fresh) < len(batch.items):
-            loaded = dict(zip(batch.missing, fresh, strict=True))
-            pixels = torch.stack([loaded[item] if item in loaded else self[item] for item in batch.items])
-        if keep and self.room >= fresh.nbytes:
-            self.room -= fresh.nbytes
-            # Out of the memory shared with the loader's processes, of which there is little.
-            self.update(zip(batch.missing, fresh.clone(), strict=True))
-        return pixels
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take on a device; in a container, as its control group says."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    try:
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no such group, or "max"
-        return free
-    return min(free, max(0, limit - used))

@@ -1,12 +1,17 @@
-"""Batches of images from worker processes."""
+"""Batches of images from worker processes, and the progress bars of passes over them."""
 
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from engine.stopping import ignore_signals
+
+SECONDS_BETWEEN_LINES = 60.0
 
 
 class LoaderError(RuntimeError):
@@ -43,3 +48,31 @@ def stream(loader: DataLoader) -> Iterator[Any]:
             f"a process that loads images was lost ({str(error).splitlines()[0]}) Shared memory may be short: give a "
             "container more of it (--shm-size 8g), or lower -num_workers; 0 loads in the main process"
         ) from error
+
+
+class _Lines(tqdm):
+    """A bar that writes whole lines, one a minute at the most, and never goes back in one."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+        super().__init__(bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]", **settings)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        if msg == "" or self.disable or time.monotonic() < self.next_line:
+            return False
+        self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+        self.fp.write(f"{self}\n")
+        self.fp.flush()
+        return True
+
+    def clear(self, nolock: bool = False) -> None:
+        pass
+
+
+def progress_bar(
+    desc: str, *, total: int | None, initial: int = 0, disable: bool = False, unit_scale: bool = False
+) -> tqdm:
+    """A progress bar on standard error, or lines where that is a file; ``unit_scale`` counts in thousands or millions."""
+    settings = {"desc": desc, "total": total, "initial": initial, "disable": disable, "leave": False}
+    settings["unit_scale"] = unit_scale
+    return tqdm(dynamic_ncols=True, **settings) if sys.stderr.isatty() else _Lines(**settings)

@@ -1,25 +1,9 @@
 """Data that several test files build on: generated here, so that the tests need no download."""
 
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "datasets"))
-
-
-def write_images(folder: Path, count: int, *, seed: int = 0, size: int = 20, suffix: str = ".png") -> list[str]:
-    """Random colour images of one tint; returns their names."""
-    random = np.random.RandomState(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    tint = random.randint(0, 200, 3)
-    names = [f"{number:04d}{suffix}" for number in range(count)]
-    for name in names:
-        noise = random.randint(0, 55, (size, size, 3))
-        Image.fromarray((tint + noise).astype(np.uint8)).save(folder / name)
-    return names
+from helpers import write_images
 
 
 @pytest.fixture(scope="session")

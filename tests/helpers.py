@@ -1,12 +1,24 @@
-"""What several test files share: golden files, formula weights."""
+"""What several test files share: golden files, formula weights, images, and scripts run in this process or their own."""
 
+import contextlib
+import importlib
+import io
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-GOLDEN = Path(__file__).parent / "golden"
+from utils import run_script
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
 
 
 def golden(name: str) -> dict[str, Tensor]:
@@ -48,3 +60,66 @@ def relative(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what was expected."""
     found, expected = found.double(), expected.double()
     return float((found - expected).norm() / expected.norm())
+
+
+def write_images(folder: Path, count: int, *, seed: int = 0, size: int = 20, suffix: str = ".png") -> list[str]:
+    """Random colour images of one tint; returns their names."""
+    random = np.random.RandomState(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    tint = random.randint(0, 200, 3)
+    names = [f"{number:04d}{suffix}" for number in range(count)]
+    for name in names:
+        noise = random.randint(0, 55, (size, size, 3))
+        Image.fromarray((tint + noise).astype(np.uint8)).save(folder / name)
+    return names
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def run(script: str, *flags: object, cwd: Path) -> Outcome:
+    """A script as its own process would run it, in this one."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    before, argv = Path.cwd(), sys.argv
+    os.chdir(cwd)
+    sys.argv = [script]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main = importlib.import_module(script.removesuffix(".py")).main
+            run_script(lambda: main([str(flag) for flag in flags]))
+    except SystemExit as end:
+        status = end.code
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def succeed(script: str, *flags: object, cwd: Path) -> str:
+    done = run(script, *flags, cwd=cwd)
+    assert done.status == 0, done.err
+    return done.out
+
+
+def start(words: list[object], cwd: Path, *launcher: object) -> subprocess.Popen:
+    command = [*map(str, launcher), str(ROOT / words[0]), *map(str, words[1:])]
+    command = command if launcher else [sys.executable, *command]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> Outcome:
+    out, err = process.communicate(timeout=240)
+    return Outcome(process.returncode, out, err)
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def torchrun(count: int) -> list[object]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]

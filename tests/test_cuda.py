@@ -7,18 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import formula_weights, normal_images, relative
-from test_runs import finish, start, torchrun
+from helpers import ROOT, finish, formula_weights, normal_images, relative, start, torchrun
 from torch import nn
 from torch.nn import functional as F
 
 from dataloader import EpisodeSampler, ImageDataset, SeededEpisodes, make_view
-from engine import evaluation
+from engine import cache, evaluation
 from engine.evaluation import Evaluator
+from engine.start import set_seed
 from engine.training import StepGuard, make_optimizer
 from Models import Classifier, DeepEMD
 from Models.emd import SOLVERS, emd, scale_to_mass
-from utils import set_seed
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -66,7 +65,7 @@ def test_solver_equals_the_cpu(solver, nodes):
 
 
 def evaluate(folder: Path, device: torch.device, **settings) -> evaluation.Evaluation:
-    view = make_view("fcn", train=False, image_size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
+    view = make_view("fcn", train=False, image_size=32)
     data = ImageDataset("folder", "test", data_dir=str(folder), view=view)
     episodes = SeededEpisodes(EpisodeSampler(data.labels, 12, 5, 4), seed=1, name="test")
     model = network(sfc_update_step=3, **settings).to(device)
@@ -95,7 +94,7 @@ def test_nodes_in_pinned_host_memory(folder, monkeypatch):
         return real(self, rows)
 
     monkeypatch.setattr(evaluation._NodeTable, "get", get)
-    monkeypatch.setattr(evaluation, "free_memory", lambda device: 1 << 30 if device.type == "cpu" else 0)
+    monkeypatch.setattr(cache, "free_memory", lambda device: 1 << 30 if device.type == "cpu" else 0)
     found = evaluate(folder, GPU)
     assert all(table.is_pinned() for table in tables)
     assert found == expected
@@ -162,7 +161,7 @@ def test_ipm_from_two_threads_of_a_fresh_process():
         "    a, b = pool.map(lambda _: emd(cost, one, one, solver='ipm').value, range(2))\n"
         "assert torch.equal(a, b)"
     )
-    root = Path(__file__).parents[1]
+    root = ROOT
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 

@@ -12,24 +12,22 @@ import pytest
 import torch
 
 import utils
+from engine.run import RunFolder
+from engine.start import choose_device, choose_seed, set_seed
 from Models import DeepEMD, ResNet12
 from Models.emd import SolverError
+from Models.weights import load_encoder_weights
 from utils import (
     InputError,
-    RunFolder,
     append_line,
     available_cores,
-    choose_device,
-    choose_seed,
     folder_name,
-    load_encoder_weights,
     mean_confidence_interval,
     named_generator,
     number_above_zero,
     number_at_least,
     number_between,
     run_script,
-    set_seed,
     whole_numbers,
 )
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_scripts import ROOT, Outcome, run, succeed
+from helpers import ROOT, finish, run, start, succeed, torchrun, wait_for
 
 from engine import distributed, stopping
 from engine.distributed import Ranks, Shard
 from engine.evaluation import Evaluator
-from utils import InputError, RunFolder
+from engine.run import RunFolder
+from utils import InputError
 
 TINY = ["-gpu", "cpu", "-image_size", "16", "-query", "2", "-way", "2", "-dataset", "folder", "-episode_batch", "1"]
 PRETRAIN = ["train_pretrain.py", *TINY, "-max_epoch", "2", "-num_episode", "2", "-bs", "14", "-lr", "0.01"]
@@ -252,33 +253,16 @@ def test_what_was_run_on_what(folder, tmp_path):
 
 
 def test_a_log_has_lines(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("engine.loading.SECONDS_BETWEEN_LINES", 0.0)
     done = run(*PRETRAIN, *HERE, "-data_dir", folder, cwd=tmp_path)
     assert "\r" not in done.err + done.out
     assert re.search(r"^epoch 1: 2/3 \[.*loss \d+\.\d+, acc \d+\.\d+ %\]$", done.err, re.M)
-    monkeypatch.setattr("engine.progress.SECONDS_BETWEEN_LINES", 60.0)
+    monkeypatch.setattr("engine.loading.SECONDS_BETWEEN_LINES", 60.0)
     done = run(*PRETRAIN, *HERE, "-data_dir", folder, cwd=tmp_path)
     assert done.err == "device: cpu\n"
 
 
 # --- in processes of their own ---
-
-
-def start(words: list[object], cwd: Path, *launcher: object) -> subprocess.Popen:
-    command = [*map(str, launcher), str(ROOT / words[0]), *map(str, words[1:])]
-    command = command if launcher else [sys.executable, *command]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen) -> Outcome:
-    out, err = process.communicate(timeout=240)
-    return Outcome(process.returncode, out, err)
-
-
-def wait_for(condition, process: subprocess.Popen) -> None:
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
 
 
 def test_kill_9_loses_nothing_that_was_saved(whole, folder, tmp_path):
@@ -321,10 +305,6 @@ def test_two_runs_in_one_folder(folder, tmp_path):
 
 
 # --- ranks ---
-
-
-def torchrun(count: int) -> list[object]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
 
 
 def test_shards():
@@ -443,8 +423,8 @@ def fails_once(rank: int) -> None:
     from test_engine import Batches, Samples
     from torch import nn
 
+    from engine.run import OtherRank
     from engine.training import StepGuard, make_optimizer, train_epoch
-    from utils import OtherRank
 
     for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", 2)):
         os.environ[name] = str(value)

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
-from helpers import GOLDEN
+from helpers import GOLDEN, ROOT, write_images
 from PIL import Image
 
 from dataloader import (
@@ -27,12 +26,11 @@ from dataloader import (
 )
 from dataloader import dataset as dataset_module
 from dataloader.views import Box, GridView, grid_boxes
+from Models import ResNet12
 from utils import InputError, make_parser, named_generator
 
-ROOT = Path(__file__).parents[1]
-
-STATS = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
-FCN = make_view("fcn", train=False, image_size=16, **STATS)
+ENCODER = ResNet12(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+FCN = make_view("fcn", train=False, image_size=16)
 
 
 def open_split(name: str, data_dir, split: str = "test", **settings) -> ImageDataset:
@@ -177,7 +175,7 @@ def test_folder_layouts(tmp_path, name, folder):
 def test_constants():
     assert CATALOG["cifar_fs"].mean == (0.5071, 0.4866, 0.4409)
     for name in ("miniimagenet", "cub", "tieredimagenet", "fc100"):
-        assert CATALOG[name].std == (63.0 / 255, 62.1 / 255, 66.7 / 255)
+        assert CATALOG[name].std is None  # the encoder's own
     classes = {name: tuple(spec.classes.values()) for name, spec in CATALOG.items() if spec.classes}
     assert classes == {
         "miniimagenet": (64, 16, 20),
@@ -344,7 +342,7 @@ def test_16_bit_images_are_scaled(tmp_path, values, suffix, mode):
     file = tmp_path / "test" / "a" / f"ramp{suffix}"
     Image.fromarray(values).save(file, **({"compress_level": 0} if suffix == ".png" else {}))
     assert Image.open(file).mode == mode
-    view = make_view("grid", train=False, image_size=64, patch_list=(1,), patch_ratio=1.0, **STATS)
+    view = make_view("grid", train=False, image_size=64, patch_list=(1,), patch_ratio=1.0)
     pixels = open_split("folder", tmp_path, view=view)[0][0][0]
     assert np.array_equal(pixels.numpy(), np.broadcast_to(np.rint(RAMP / 257), (3, 64, 64)))
     file.write_bytes(file.read_bytes()[:-2000])
@@ -376,7 +374,7 @@ def test_palette_and_transparency(tmp_path):
         picture.save(
             tmp_path / "test" / "a" / f"{name}.png", **({"transparency": b"\0\x7f"} if name == "palette" else {})
         )
-    view = make_view("grid", train=False, image_size=16, patch_list=(1,), patch_ratio=1.0, **STATS)
+    view = make_view("grid", train=False, image_size=16, patch_list=(1,), patch_ratio=1.0)
     data = open_split("folder", tmp_path, view=view)
     for index, path in enumerate(data.paths):
         expected = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
@@ -396,7 +394,7 @@ def test_huge_images_are_named_once(tmp_path):
         from PIL import Image
         from dataloader import ImageDataset, make_view
         Image.MAX_IMAGE_PIXELS = 399
-        view = make_view("fcn", train=False, image_size=16, mean=(0, 0, 0), std=(1, 1, 1))
+        view = make_view("fcn", train=False, image_size=16)
         data = ImageDataset("folder", "test", data_dir=sys.argv[1], view=view)
         data[0], data[1], data[0]
         Image.MAX_IMAGE_PIXELS = 199
@@ -430,12 +428,13 @@ def test_views_golden(tmp_path, image):
         picture.save(tmp_path / "image.png")
         picture = Image.open(tmp_path / "image.png").convert("RGB")
         for name in ("miniimagenet", "cifar_fs"):
-            stats = {"mean": CATALOG[name].mean, "std": CATALOG[name].std}
-            found = make_view("fcn", train=False, **stats)(picture)[:, ::6, ::6]
+            encoder = ResNet12(mean=CATALOG[name].mean, std=CATALOG[name].std)
+            found = encoder.normalize(make_view("fcn", train=False)(picture))[:, ::6, ::6]
             assert np.array_equal(found.numpy(), figures[f"{name}_fcn_{image}"])
-        stats = {"mean": CATALOG["miniimagenet"].mean, "std": CATALOG["miniimagenet"].std}
         for patch_list in ((2, 3), (5,), (1, 2)):
-            found = make_view("grid", train=False, patch_list=patch_list, **stats)(picture)[:, :, ::12, ::12]
+            found = ResNet12().normalize(make_view("grid", train=False, patch_list=patch_list)(picture))[
+                :, :, ::12, ::12
+            ]
             expected = figures[f"miniimagenet_grid_{'_'.join(map(str, patch_list))}_{image}"]
             assert np.array_equal(found.numpy(), expected)
 
@@ -445,28 +444,24 @@ def test_views_golden(tmp_path, image):
 )
 @pytest.mark.parametrize("train", [True, False])
 def test_items_are_bytes(folder, deepemd, shape, train):
-    view = make_view(deepemd, train=train, image_size=16, num_patch=4, **STATS)
+    view = make_view(deepemd, train=train, image_size=16, num_patch=4)
     pixels, label = open_split("folder", folder, view=view)[8, 5]
     assert (pixels.shape, pixels.dtype, label) == (shape, torch.uint8, 1)
     assert pixels.is_contiguous()
     before = pixels.clone()
-    images = view.normalize(pixels.expand(2, *shape))  # a batch of them
-    assert (images.shape, images.dtype) == ((2, *shape), torch.float32)
+    assert ENCODER.normalize(pixels.expand(2, *shape)).shape == (2, *shape)  # a batch of them
     assert torch.equal(pixels, before)
-    floats = pixels.float()
-    view.normalize(floats)
-    assert torch.equal(floats, before.float())
     with torch.random.fork_rng():
         torch.manual_seed(5)
         picture = Image.open(folder / "test" / "class1" / "0001.png").convert("RGB")
-        assert torch.equal(view(picture), images[1])
+        assert torch.equal(view(picture), pixels)
 
 
 def published(deepemd: str, train: bool, picture: Image.Image, patch_list, num_patch: int) -> torch.Tensor:
     """What torchvision's transforms make of an image, put together as the published system does."""
     from torchvision import transforms
 
-    last = [transforms.ToTensor(), transforms.Normalize(**STATS)]
+    last = [transforms.ToTensor(), transforms.Normalize(ENCODER.mean, ENCODER.std)]
     flip = [transforms.RandomHorizontalFlip()]
     if deepemd == "grid":
         patches = []
@@ -490,7 +485,7 @@ def published(deepemd: str, train: bool, picture: Image.Image, patch_list, num_p
 def test_views_equal_torchvision_to_the_bit(deepemd, train, size):
     pixels = np.random.RandomState(0).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
-    view = make_view(deepemd, train=train, image_size=30, patch_list=(3, 2, 1), num_patch=5, **STATS)
+    view = make_view(deepemd, train=train, image_size=30, patch_list=(3, 2, 1), num_patch=5)
     with torch.random.fork_rng():
         for seed in range(4):
             torch.manual_seed(seed)
@@ -499,7 +494,7 @@ def test_views_equal_torchvision_to_the_bit(deepemd, train, size):
             torch.manual_seed(seed)
             boxes = view.boxes(size)
             assert torch.equal(torch.get_rng_state(), state)  # as many draws, and all of them here
-            found = view.normalize(view.render(picture, boxes))
+            found = ENCODER.normalize(view.render(picture, boxes))
             assert torch.equal(torch.get_rng_state(), state)
             assert torch.equal(found, expected)
 
@@ -511,14 +506,14 @@ def test_middle_of_the_evaluation_view(image_size):
     picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (60, 70, 3), dtype=np.uint8))
     resized = round(image_size * 92 / 84)
     middle = transforms.Compose([transforms.Resize([resized, resized]), transforms.CenterCrop(image_size)])(picture)
-    view = make_view("fcn", train=False, image_size=image_size, **STATS)
+    view = make_view("fcn", train=False, image_size=image_size)
     found = view.render(picture, view.boxes(picture.size))
     assert np.array_equal(found.numpy(), np.asarray(middle).transpose(2, 0, 1))
 
 
 def test_boxes_of_evaluation():
     assert FCN.boxes((50, 40)) == [Box(0, 0, 50, 40)]
-    grid = make_view("grid", train=False, patch_list=(1, 2), patch_ratio=1.0, **STATS)
+    grid = make_view("grid", train=False, patch_list=(1, 2), patch_ratio=1.0)
     quarters = [Box(0, 0, 24, 20), Box(25, 0, 49, 20), Box(0, 20, 24, 40), Box(25, 20, 49, 40)]
     assert grid.boxes((50, 40)) == [Box(0, 0, 50, 40), *quarters]
 
@@ -536,13 +531,13 @@ def test_boxes_of_evaluation():
 def test_grid_finer_than_the_pixels(settings, size):
     message = rf"for {settings['patch_list'][-1]} cells along each edge \(-patch_list\); got {size[0]}x{size[1]} pixels"
     with pytest.raises(InputError, match=message):
-        GridView(image_size=16, **settings, **STATS).boxes(size)
+        GridView(image_size=16, **settings).boxes(size)
 
 
 def test_grid_as_fine_as_the_pixels(folder):
-    view = GridView(train=False, image_size=16, patch_list=(20,), patch_ratio=2.0, **STATS)
+    view = GridView(train=False, image_size=16, patch_list=(20,), patch_ratio=2.0)
     assert view.boxes((20, 20))[21] == Box(0, 0, 2, 2)
-    too_fine = make_view("grid", train=False, image_size=16, patch_list=(21,), **STATS)
+    too_fine = make_view("grid", train=False, image_size=16, patch_list=(21,))
     with pytest.raises(InputError, match=r"class0/0000.png: expected an image large enough for 21 cells"):
         open_split("folder", folder, view=too_fine)[0]
 
@@ -554,7 +549,7 @@ def test_torchvision_is_not_imported_before_it_is_needed():
         assert "torchvision" not in sys.modules
         from PIL import Image
         image = Image.new("RGB", (20, 20))
-        stats = {"mean": (0, 0, 0), "std": (1, 1, 1), "image_size": 16}
+        stats = {"image_size": 16}
         dataloader.make_view("fcn", train=False, **stats)(image)
         dataloader.make_view("grid", train=True, **stats)(image)
         assert "torchvision" not in sys.modules
@@ -567,7 +562,7 @@ def test_torchvision_is_not_imported_before_it_is_needed():
 
 def test_what_is_random(folder):
     def is_random(deepemd, train):
-        data = open_split("folder", folder, view=make_view(deepemd, train=train, image_size=16, **STATS))
+        data = open_split("folder", folder, view=make_view(deepemd, train=train, image_size=16))
         assert torch.equal(data[0, 5][0], data[0, 5][0])  # the same seed gives the same view
         return not torch.equal(data[0, 5][0], data[0, 6][0])
 
@@ -576,7 +571,7 @@ def test_what_is_random(folder):
 
 
 def test_grid_ratio_in_training_is_drawn_per_level():
-    view = GridView(train=True, image_size=16, patch_list=(2, 3), patch_ratio=2.0, **STATS)
+    view = GridView(train=True, image_size=16, patch_list=(2, 3), patch_ratio=2.0)
     torch.manual_seed(0)
     ratios = [1 + 2 * torch.rand(()).item() for _ in range(2)]
     torch.manual_seed(0)
@@ -593,12 +588,12 @@ def test_one_decode_per_image(folder, monkeypatch):
     monkeypatch.setattr(
         dataset_module, "read_image", lambda path, **settings: calls.append(path) or real(path, **settings)
     )
-    open_split("folder", folder, view=make_view("sampling", train=False, image_size=16, **STATS))[0]
+    open_split("folder", folder, view=make_view("sampling", train=False, image_size=16))[0]
     assert len(calls) == 1
 
 
 def test_seeded_items_leave_the_global_generator_alone(folder):
-    data = open_split("folder", folder, view=make_view("sampling", train=False, image_size=16, **STATS))
+    data = open_split("folder", folder, view=make_view("sampling", train=False, image_size=16))
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image
 
 import predict as module
-from dataloader import CATALOG, make_view
+from dataloader import make_view
+from engine.start import set_seed
 from Models import DeepEMD
 from predict import main
-from utils import InputError, set_seed
+from utils import InputError
 
-ROOT = Path(__file__).parents[1]
 TINY = ["-model_dir", "none", "-gpu", "cpu", "-image_size", "32", "-solver", "simplex", "-sfc_update_step", "3"]
 
 
@@ -70,9 +71,7 @@ def test_answers_are_those_of_the_head(images, capsys, kshot):
     )
     set_seed(1)
     model = DeepEMD(solver="simplex", kshot=kshot, sfc_lr=100.0, sfc_update_step=3).folded()
-    view = make_view(
-        "fcn", train=False, mean=CATALOG["miniimagenet"].mean, std=CATALOG["miniimagenet"].std, image_size=32
-    )
+    view = make_view("fcn", train=False, image_size=32)
 
     def encode(*paths: Path) -> torch.Tensor:
         return model.encode(torch.stack([view(Image.open(path).convert("RGB")) for path in paths]))
@@ -156,7 +155,7 @@ def test_pictures(images, tmp_path, arguments):
 
 def test_patches_are_drawn_by_name_alone(images):
     """Whatever the other threads draw at the time."""
-    view = make_view("sampling", train=False, mean=(0, 0, 0), std=(1, 1, 1), image_size=32, num_patch=9)
+    view = make_view("sampling", train=False, image_size=32, num_patch=9)
     encoder = module.Encoder(DeepEMD(solver="simplex"), view, seed=1, device=torch.device("cpu"))
     files = [str(path) for path in sorted(images.glob("query/[a-z]*/*.png"))]
     alone = [encoder.see(file).pixels for file in files]
@@ -195,7 +194,7 @@ def test_queries_are_read_as_they_are_needed(images, monkeypatch):
     see = module.Encoder.see
     monkeypatch.setattr(module.Encoder, "see", lambda self, file: seen.append(file) or see(self, file))
     model = DeepEMD(solver="simplex").folded()
-    view = make_view("fcn", train=False, mean=(0, 0, 0), std=(1, 1, 1), image_size=32)
+    view = make_view("fcn", train=False, image_size=32)
     encoder = module.Encoder(model, view, seed=1, device=torch.device("cpu"))
     prototypes = module.fit(model, encoder, str(images / "support"))
     seen.clear()

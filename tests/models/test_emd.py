@@ -9,11 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment, linprog
@@ -29,8 +29,6 @@ from Models.emd import (
     on_cpu,
     scale_to_mass,
 )
-
-ROOT = Path(__file__).parents[1]
 
 EXACT = ["opencv", "simplex"]
 EVERY = list(SOLVERS)

@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from helpers import write_images
 from PIL import Image
 
 import visualize
 from dataloader.arguments import draw_episodes, open_dataset
 from dataloader.views import make_view
-from engine import drawing
-from utils import RunFolder, run_script, write_json
+from engine.run import RunFolder
+from pictures import drawing
+from utils import run_script, write_json
 
 SMALL = ["-gpu", "cpu", "-image_size", "32", "-query", "2", "-num_workers", "0", "-way", "3", "-model_dir", "none"]
 
@@ -166,7 +167,7 @@ def test_boxes_are_those_of_the_view(glyphs):
 
 
 def test_boxes_of_a_large_image_shrink_with_it():
-    view = make_view("grid", train=False, mean=(0, 0, 0), std=(1, 1, 1), image_size=16, patch_list=(2,), patch_ratio=1)
+    view = make_view("grid", train=False, image_size=16, patch_list=(2,), patch_ratio=1)
     seen = visualize.see(Image.new("RGB", (960, 480)), view, 1)
     overview, _ = visualize.panels_of(seen, view, 4)
     assert overview.pixels.shape == (240, 480, 3)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from helpers import ROOT, write_images
 from torch.nn import functional as F
 
 import eval as eval_script
@@ -21,7 +21,6 @@ from Models.heads import HEADS, head_logits, knn_logits, takes_solver
 from Models.sfc import FitError, fit_prototypes, mean_prototypes
 from utils import InputError, run_script
 
-ROOT = Path(__file__).parents[1]
 COMPARED = [name for name in HEADS if name != "deepemd"]
 WAY, SHOT = 3, 2
 

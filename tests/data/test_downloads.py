@@ -18,8 +18,8 @@ from pathlib import Path
 import fetch as module
 import pytest
 from fetch import DOWNLOADS, FetchError, fetch, main
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 PUBLISHED = {  # reference: Google Drive id, the folder inside
     "miniimagenet": ("191cFzwwNTzG_mHUDABF0Nh77cI6pa-qq", "datasets/miniimagenet"),
     "tieredimagenet": ("1ANczVwnI1BDHIF65TgulaGALFnXBvRfs", "datasets/tiered_imagenet"),

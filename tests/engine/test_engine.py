@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from engine import arguments, evaluation
+from engine import arguments, cache, evaluation
 from engine.arguments import folder_number, next_command
 from engine.distributed import Ranks, Shard
 from engine.evaluation import DivergenceError, Evaluation, Evaluator
 from engine.loading import LoaderError, make_loader, stream
+from engine.run import RunFolder
 from engine.training import MAX_SKIPPED_IN_A_ROW, StepGuard, fit, make_optimizer, train_epoch
-from utils import RunFolder, make_parser, named_generator, whole_numbers
+from utils import make_parser, named_generator, whole_numbers
 
 CPU = torch.device("cpu")
 
@@ -24,7 +25,7 @@ class Samples(torch.utils.data.Dataset):
     """Sample i is the vector of i; its view is random or not, as one is told. Counts what it is asked for."""
 
     def __init__(self, is_random=False):
-        self.view = argparse.Namespace(is_random=is_random, patches=1, normalize=lambda pixels: pixels)
+        self.view = argparse.Namespace(is_random=is_random, patches=1)
         self.asked = []
 
     def __len__(self):
@@ -138,8 +139,8 @@ def test_random_views_are_loaded_for_every_use():
 
 
 def test_a_cache_that_is_full_starts_anew(monkeypatch):
-    monkeypatch.setattr(evaluation, "CACHE_SHARE", 1.0)
-    monkeypatch.setattr(evaluation, "free_memory", lambda device: 20 * 2 * 4)  # room for the nodes of 20 images
+    monkeypatch.setattr(cache, "CACHE_SHARE", 1.0)
+    monkeypatch.setattr(cache, "free_memory", lambda device: 20 * 2 * 4)  # room for the nodes of 20 images
     episodes = [episode(*range(k, k + 6)) for k in range(0, 60, 2)] * 2
     data, model = Samples(), FixedLogits()
     result = Evaluator(data, episode_batch=2, **SHAPE)(model, episodes)
@@ -164,7 +165,7 @@ def test_nodes_go_where_there_is_room(monkeypatch):
         (5, 2, (10, False)),
     ):
         room = {"cuda": 4 * 8 * on_device, "cpu": 4 * 8 * on_host}  # of which a quarter may be taken
-        monkeypatch.setattr(evaluation, "free_memory", lambda device, room=room: room[device.type])
+        monkeypatch.setattr(cache, "free_memory", lambda device, room=room: room[device.type])
         table = evaluation._NodeTable(torch.device("cuda"), most=500)
         table.put(0, real(3, 2, 1), least=10)
         assert made.pop() == expected

@@ -30,7 +30,6 @@ from engine.run import fingerprint
 from engine.start import choose_device, choose_seed, set_seed
 from Models import DeepEMD
 from Models.arguments import add_model_arguments, open_model
-from Models.heads import takes_solver
 from pictures import drawing
 from pictures.drawing import FORMATS
 from utils import (
@@ -249,7 +248,7 @@ def _as_flag(name: str, value: Any) -> str:
 def answers(model: DeepEMD, encoder: Encoder, prototypes: Prototypes, files: Iterable[str]) -> Iterator[Answer]:
     """An answer per image that can be read; the others are named on standard error."""
 
-    moves = takes_solver(model.head["head"])
+    moves = model.settings.uses_solver
     proto = prototypes.nodes.to(encoder.device)
     for names, nodes in encoder(files, skip=True):
         with torch.no_grad():
@@ -257,7 +256,7 @@ def answers(model: DeepEMD, encoder: Encoder, prototypes: Prototypes, files: Ite
         for file, row in zip(names, logits, strict=True):
             probability = row.double().softmax(0)
             order = row.argsort(descending=True, stable=True).tolist()
-            cost = 1 - float(row[order[0]]) / model.head["temperature"] if moves else None
+            cost = 1 - float(row[order[0]]) / model.settings.temperature if moves else None
             yield Answer(file, [(prototypes.classes[k], float(probability[k])) for k in order], cost, row)
 
 

@@ -191,8 +191,9 @@ def check_solver(settings: HeadSettings) -> None:
     except EmdError:
         raise
     except Exception as error:  # an installed library that does not work fails in its own ways
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"-solver {settings.solver} does not work here ({reason})") from error
+        options = ",".join(f"{option}={value}" for option, value in settings.solver_options.items())
+        named = f"{settings.solver}:{options}" if options else settings.solver
+        raise InputError(f"-solver {named} does not work here ({type(error).__name__}: {error})") from error
 
 
 def _table(rows: dict[str, Any]) -> str:

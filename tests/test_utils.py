@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import utils
+from engine.arguments import folder_name
 from engine.run import RunFolder
 from engine.start import choose_device, choose_seed, set_seed
 from Models import DeepEMD, ResNet12
@@ -21,7 +22,6 @@ from utils import (
     InputError,
     append_line,
     available_cores,
-    folder_name,
     mean_confidence_interval,
     named_generator,
     number_above_zero,

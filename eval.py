@@ -20,37 +20,39 @@ from dataloader.arguments import (
     open_dataset,
     pixel_statistics,
 )
-from engine import arguments, distributed
-from engine.arguments import add_evaluation_arguments, add_rank_arguments
+from engine import arguments
+from engine.arguments import (
+    add_evaluation_arguments,
+    add_json_argument,
+    add_rank_arguments,
+    add_run_arguments,
+    add_set_argument,
+    add_test_episode_argument,
+)
 from engine.results import final_test
 from engine.run import deciding
-from engine.start import choose_seed, set_seed
+from engine.start import start
 from engine.stopping import stop_request
 from engine.weights_flags import adopt_trained_flags, as_words
 from Models.arguments import add_model_arguments, open_model
 from Models.emd import set_threads
-from utils import add_run_arguments, append_line, check_writable, make_parser, number_at_least, run_script, write_output
+from utils import append_line, check_writable, make_parser, run_script, write_output
 
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     group = parser.add_argument_group("test protocol")
-    group.add_argument("-set", choices=("train", "val", "test"), default="test", help="split to draw from")
-    group.add_argument(
-        "-test_episode",
-        type=number_at_least(1, int),
-        default=5000,
-        help="episodes; the paper takes 5000 for 1-shot, 600 for 5-shot",
-    )
+    add_set_argument(group)
+    add_test_episode_argument(group)
     group.add_argument(
         "-model_dir",
         help='checkpoint, or its folder, or "none" for random weights '
         "(default: deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth)",
     )
     group.add_argument(
-        "-resume", action="store_true", help="continue an evaluation that was interrupted, if there is one"
+        "-resume", action="store_true", help="continue an interrupted evaluation with the same flags, if there is one"
     )
-    group.add_argument("-json", metavar="FILE", help='also write the results to FILE; "-" prints them and nothing else')
+    add_json_argument(group)
     add_data_arguments(parser)
     add_episode_arguments(parser)
     add_model_arguments(parser, sfc_lr=100.0)
@@ -71,10 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
 
-    ranks, device, device_ids = distributed.start(args.gpu)
+    ranks, device, device_ids = start(args)
     set_threads(arguments.solver_threads(args, ranks))
-    args.seed = ranks.from_first(choose_seed(args.seed))
-    set_seed(args.seed, deterministic=args.deterministic)
     adopt_trained_flags(parser, args, argv)
     folder = Path("checkpoint", "eval", args.extra_dir)
     if ranks.is_first:  # what cannot be written is reported before the evaluation

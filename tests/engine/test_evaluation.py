@@ -66,7 +66,7 @@ class Episodes(list):
 
 
 class Endless:
-    """More episodes than anyone can draw, all the same. Counts those drawn."""
+    """More episodes than can be drawn, all the same. Counts those drawn."""
 
     epoch, fixed_seeds, drawn = 0, None, 0
 
@@ -75,6 +75,7 @@ class Endless:
 
     def __getitem__(self, k):
         self.drawn += 1
+        assert self.drawn < 1000
         return episode(0, 5, 6, 7, 8, 9)
 
 
@@ -191,14 +192,16 @@ def test_random_views_are_loaded_for_every_use():
     assert not evaluator.pixels
 
 
-def test_a_full_cache_is_emptied(monkeypatch):
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_a_full_cache_is_emptied(monkeypatch, num_workers):
+    """Its size is known with the first nodes: the workers load no later group before."""
     monkeypatch.setattr(cache, "CACHE_SHARE", 1.0)
     monkeypatch.setattr(cache, "free_memory", lambda device: 20 * 2 * 4)  # room for the nodes of 20 images
     episodes = Episodes([episode(*range(k, k + 6)) for k in range(0, 60, 2)] * 2)
-    data, model = Samples(), FixedLogits()
-    result = Evaluator(data, episode_batch=2, **SHAPE)(model, episodes)
+    model = FixedLogits()
+    result = Evaluator(Samples(), num_workers=num_workers, episode_batch=2, **SHAPE)(model, episodes)
     assert result.accuracies == [25.0 * min(k, 4) for k in range(0, 60, 2)] * 2
-    assert 66 < len(data.asked) < len(episodes) * 6 / 2
+    assert 66 < sum(model.encoded) < len(episodes) * 6 / 2
 
 
 def test_decoded_images_are_kept_over_calls():

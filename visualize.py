@@ -31,7 +31,7 @@ from dataloader.arguments import (
 )
 from dataloader.dataset import ImageDataset, read_image
 from dataloader.views import View
-from engine.arguments import add_evaluation_arguments, add_rank_arguments, solver_threads
+from engine.arguments import add_evaluation_arguments, add_rank_arguments, add_run_arguments, solver_threads
 from engine.distributed import Ranks
 from engine.evaluation import ENCODE_BATCH, DivergenceError
 from engine.start import choose_device, choose_seed, set_seed
@@ -43,7 +43,6 @@ from pictures import drawing
 from pictures.drawing import FORMATS, Panel, Run, Scales, cell_panels, draw_match, patch_panels, scales_of, to_pixels
 from utils import (
     InputError,
-    add_run_arguments,
     check_writable,
     make_parser,
     mean_confidence_interval,

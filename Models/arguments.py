@@ -200,7 +200,6 @@ def _table(rows: dict[str, Any]) -> str:
     """The choices for a help text: what each is, and its options."""
     described = []
     for name, row in rows.items():
-        options = row.options.items() if isinstance(row.options, dict) else ((option, "...") for option in row.options)
-        taken = ", ".join(f"{option}={default}" for option, default in options)
+        taken = ", ".join(f"{option}={default}" for option, default in row.options.items())
         described.append(f"{name}: {row.summary}" + (f" (options: {taken})" if taken else ""))
     return "; ".join(described)

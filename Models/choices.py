@@ -16,7 +16,7 @@ def parse_choice(what: str, text: str, known: Mapping[str, Any]) -> tuple[str, d
 
     Args:
         what: the kind of choice, for messages.
-        known: the rows to choose from. The ``options`` of a row are the names it takes, with defaults where they are a mapping.
+        known: the rows to choose from. The ``options`` of a row are the names that it takes, with their defaults.
 
     Raises:
         ValueError: an unknown name or option, or a value of another type than the default. The message lists the known ones.
@@ -29,12 +29,11 @@ def parse_choice(what: str, text: str, known: Mapping[str, Any]) -> tuple[str, d
         check_option(f"{what} {name}", option, known[name].options)
         if not equals or option in options:
             raise ValueError(f"{what} {text!r}: write each option once, as in {name}:{option}=VALUE")
-        defaults = known[name].options if isinstance(known[name].options, Mapping) else {}
-        options[option] = _parse_value(f"{what} {name}: {option}", value, defaults.get(option))
+        options[option] = _parse_value(f"{what} {name}: {option}", value, known[name].options[option])
     return name, options
 
 
-def check_option(owner: str, option: str, known: Mapping[str, Any] | tuple[str, ...]) -> None:
+def check_option(owner: str, option: str, known: Mapping[str, Any]) -> None:
     """Raise ValueError unless ``owner`` takes the option."""
     if option not in known:
         raise ValueError(f"{owner} has no option {option!r}; its options are: {', '.join(known) or 'none'}")

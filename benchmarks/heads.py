@@ -39,6 +39,7 @@ from engine.arguments import (
 )
 from engine.run import environment, fingerprint
 from engine.start import set_seed, start
+from engine.weights_flags import adopt_trained_flags
 from Models import DeepEMD
 from Models.arguments import add_model_arguments, add_weights_arguments, build_model, head_choice, open_model
 from Models.choices import check_choice
@@ -229,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json not in (None, "-"):
         check_writable(Path(args.json))
     _, device, _ = start(args, one_process=True)
+    adopt_trained_flags(parser, args, argv, ignore=("head", "kshot"))
 
     rows = []
     for shot, count in zip(args.shots, counts, strict=True):

@@ -164,13 +164,26 @@ PUBLISHED = {
 }
 
 
+def defaults_of(script: str) -> dict[str, str]:
+    parser = importlib.import_module(script).build_parser()
+    return {action.option_strings[0]: str(action.default) for action in parser._actions if action.option_strings}
+
+
 @pytest.mark.parametrize("script", ["train_pretrain", "train_meta", "eval"])
 def test_published_flags_have_published_defaults(script):
-    parser = importlib.import_module(script).build_parser()
-    defaults = {action.option_strings[0]: action.default for action in parser._actions}
+    defaults = defaults_of(script)
     for flag in f"{PUBLISHED['common']} {PUBLISHED[script]}".split():
         name, default = flag.split("=")
-        assert str(defaults[f"-{name}"]) == default, name
+        assert defaults[f"-{name}"] == default, name
+
+
+def test_the_table_of_defaults_is_that_of_the_parsers():
+    text = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| flag \|(.*)\n\|[-|]+\n((?:\|.*\n)+)", text, re.M)
+    defaults = [defaults_of(script) for script in re.findall(r"`(\w+)\.py`", table[1])]
+    for row in table[2].splitlines():
+        flag, *cells = (cell.strip(" `") for cell in row.strip("|").split("|"))
+        assert [known.get(flag, "") for known in defaults] == cells, flag
 
 
 # --- Documentation ----------------------------------------------------------------------------------------------------

@@ -55,9 +55,7 @@ OPTIONAL_LIBRARIES = {
     *("fcntl", "torch"),  # not on every system; a part of it that only torchrun needs
 }
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 100
-LONGER: dict[str, str] = {  # "path" or "path: function", and the reason
-    "Models/emd/simplex_kernel.py: solve_range": "numba compiles it as a whole, and its steps share eleven arrays"
-}
+LONGER: dict[str, str] = {}  # "path" or "path: function", and the reason
 
 
 def place_of(module: str) -> str:

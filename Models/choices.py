@@ -40,25 +40,13 @@ def check_option(owner: str, option: str, known: Mapping[str, Any]) -> None:
 
 
 def _parse_value(what: str, text: str, default: Any) -> Any:
-    """The value in ``text``: of the type of the default, or of the first type that can read it."""
-    readers = {bool: _truth, int: int, float: _number, str: str}
-    for reader in readers.values() if default is None else (readers.get(type(default), str),):
-        try:
-            return reader(text)
-        except ValueError:
-            continue
-    kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
+    """The value in ``text``, of the type of the default."""
+    readers = {bool: {"true": True, "false": False}.__getitem__, int: int, float: float}
+    try:
+        value = readers.get(type(default), str)(text)
+        if not isinstance(value, float) or math.isfinite(value):
+            return value
+    except (KeyError, ValueError):
+        pass
+    kind = {bool: "true or false", int: "a whole number"}.get(type(default), "a number")
     raise ValueError(f"{what} must be {kind}; got {text[:40]!r}")
-
-
-def _truth(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise ValueError(text)
-    return text == "true"
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(text)
-    return value

@@ -338,7 +338,7 @@ def test_names_that_tell_paths_apart():
             ["episode", "-episode", "5", "-test_episode", "5"],
             "error: -episode 5: expected a number below -test_episode 5",
         ),
-        (["episode", "-model_dir", "nowhere"], "error: expected a checkpoint in nowhere"),
+        (["episode", "-model_dir", "nowhere"], "error: no checkpoint at nowhere"),
         (["episode", "-out", "file"], "error: expected to write file/episode-0.png"),
         (["episode", "-format", "gif"], "argument -format"),
         (["pair", "good.png", "bad.png"], "error: expected an image in bad.png"),

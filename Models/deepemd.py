@@ -20,6 +20,8 @@ from Models.heads import HeadSettings, head_logits, match_with
 from Models.matching import Matching
 from Models.sfc import KSHOT, FitSettings, fit_prototypes, mean_prototypes
 
+_NOT_IN_CONFIG = ("self", "__class__", "encoder", "device_ids")
+
 
 class DeepEMD(nn.Module):
     """An encoder whose feature maps are compared by optimal transport.
@@ -70,8 +72,7 @@ class DeepEMD(nn.Module):
         compiled: bool = False,
         device_ids: Sequence[int] = (),
     ) -> None:
-        left_out = ("self", "__class__", "encoder", "device_ids")
-        given = {name: value for name, value in locals().items() if name not in left_out}
+        given = {name: value for name, value in locals().items() if name not in _NOT_IN_CONFIG}
         super().__init__()
         if encoder is None:
             settings = {"mean": mean, "std": std, "amp": amp, "checkpoint_activations": checkpoint_activations}

@@ -169,12 +169,17 @@ def open_model(
         EmdError: as :func:`build_model`.
     """
     model = build_model(args, device_ids=device_ids, **statistics).to(device)
-    weights = args.model_dir or f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
+    weights = weights_path(args)
     status(f"weights: {weights}")
     if weights != "none":
         hint = "Set -model_dir, or download the published weights: bash download_trained_model.sh"
         load_encoder_weights(model, weights, hint=hint)
     return model, weights
+
+
+def weights_path(args: argparse.Namespace) -> str:
+    """``-model_dir``, or where the published weights for the data set and the variant belong."""
+    return args.model_dir or f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
 
 
 def check_solver(settings: HeadSettings) -> None:

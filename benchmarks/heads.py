@@ -30,18 +30,19 @@ from dataloader.arguments import (
     open_dataset,
     pixel_statistics,
 )
-from engine.arguments import (
-    add_evaluation_arguments,
-    add_json_argument,
-    add_run_arguments,
-    add_set_argument,
-    make_evaluator,
-)
+from engine import arguments
 from engine.run import environment, fingerprint
 from engine.start import set_seed, start
 from engine.weights_flags import adopt_trained_flags
 from Models import DeepEMD
-from Models.arguments import add_model_arguments, add_weights_arguments, build_model, head_choice, open_model
+from Models.arguments import (
+    add_model_arguments,
+    add_weights_arguments,
+    build_model,
+    head_choice,
+    open_model,
+    weights_path,
+)
 from Models.choices import check_choice
 from Models.heads import HEADS
 from Models.sfc import KSHOT, FitError
@@ -83,16 +84,7 @@ class Comparison:
     def encode(self, images: Tensor) -> Tensor:
         return self.encoder.encode(images)
 
-    def match(
-        self,
-        support: Tensor,
-        query: Tensor,
-        *,
-        way: int,
-        shot: int,
-        generator: Sequence[torch.Generator],
-        **settings: Any,
-    ) -> Tensor:
+    def match(self, support: Tensor, query: Tensor, *, way: int, generator: Sequence, **settings: Any) -> Tensor:
         """The logits of the first model that has not failed."""
         first = None
         labels = episode_labels(way, query.shape[1] // way).to(query.device)
@@ -100,11 +92,11 @@ class Comparison:
             if name in self.failed:
                 continue
             if not self.accuracies[name]:  # what is compiled or allocated at the first call is not timed
-                model.match(support[:1, :way], query[:1], way=way, shot=1, **settings)
+                model.match(support[:1, :way], query[:1], way=way, **{**settings, "shot": 1})
             draws = [torch.Generator().set_state(draw.get_state()) for draw in generator]  # the same for each model
             start = _now(query.device)
             try:
-                logits = model.match(support, query, way=way, shot=shot, generator=draws, **settings)
+                logits = model.match(support, query, way=way, generator=draws, **settings)
             except FitError as error:
                 self.failed[name] = str(error)
                 status(f"{', '.join(filter(None, name))}: {error}")
@@ -148,14 +140,14 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "-episodes", type=whole_numbers, default="600,200", help="episodes for each of -shots, or one number for all"
     )
-    add_set_argument(group)
-    add_json_argument(group)
+    arguments.add_set_argument(group)
+    arguments.add_json_argument(group)
     add_data_arguments(parser)
     add_episode_arguments(parser)
     add_model_arguments(parser, sfc_lr=100.0)
     add_weights_arguments(parser)
-    add_evaluation_arguments(parser)
-    add_run_arguments(parser, has_folder=False)
+    arguments.add_evaluation_arguments(parser)
+    arguments.add_run_arguments(parser, has_folder=False)
     return parser
 
 
@@ -170,15 +162,14 @@ def compare(args: argparse.Namespace, device: torch.device, shot: int, count: in
                 model = build_model(flags)
                 model.encoder = next(iter(models.values())).encoder
             else:
-                set_seed(
-                    args.seed, deterministic=args.deterministic
-                )  # random weights do not depend on what is compared
+                # Random weights do not depend on what is compared.
+                set_seed(args.seed, deterministic=args.deterministic)
                 model, _ = open_model(flags, device=device, device_ids=(), **pixel_statistics(args))
             models[head, kshot] = model
     dataset = open_dataset(args, args.set, train=False)
     episodes = draw_episodes(args, dataset, count, seed=args.seed, name=args.set)
     comparison = Comparison(models)
-    make_evaluator(args, dataset, device=device)(comparison, episodes, title=f"{shot}-shot")
+    arguments.make_evaluator(args, dataset, device=device)(comparison, episodes, title=f"{shot}-shot")
 
     baseline = "deepemd", args.kshots[0] if shot > 1 else None
     reference = None if baseline in comparison.failed else comparison.accuracies.get(baseline)
@@ -231,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_writable(Path(args.json))
     _, device, _ = start(args, one_process=True)
     adopt_trained_flags(parser, args, argv, ignore=("head", "kshot"))
+    args.model_dir = weights_path(args)
 
     rows = []
     for shot, count in zip(args.shots, counts, strict=True):

@@ -39,6 +39,7 @@ from engine.arguments import (
 )
 from engine.run import environment, fingerprint
 from engine.start import set_seed, start
+from engine.weights_flags import adopt_trained_flags
 from Models import DeepEMD
 from Models.arguments import add_model_arguments, add_weights_arguments, build_model, head_choice, open_model
 from Models.choices import check_choice
@@ -223,6 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for flag in ("shot", "head", "kshot"):
         if getattr(args, flag) != parser.get_default(flag):
             raise InputError(f"-{flag} is a flag of eval.py. Set -{flag}s, which takes all that are to be compared")
+    adopt_trained_flags(parser, args, argv, ignore=("head", "kshot"))
     if len(args.episodes) not in (1, len(args.shots)):
         raise InputError(f"-episodes takes one number, or one for each of the {len(args.shots)} -shots")
     counts = args.episodes * len(args.shots) if len(args.episodes) == 1 else args.episodes

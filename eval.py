@@ -20,13 +20,12 @@ from dataloader.arguments import (
     pixel_statistics,
 )
 from engine import arguments
-from engine.arguments import add_evaluation_arguments, add_rank_arguments, add_run_arguments
+from engine.arguments import add_evaluation_arguments, add_run_arguments
 from engine.evaluation import Recorder
-from engine.run import deciding, fingerprint, results
+from engine.run import fingerprint, result_flags, results
 from engine.start import start
 from engine.stopping import stop_request
 from Models.arguments import add_model_arguments, open_model
-from Models.emd import set_threads
 from utils import append_line, check_writable, duration, make_parser, number_at_least, run_script, write_json
 
 
@@ -56,7 +55,6 @@ def build_parser() -> ArgumentParser:
     add_episode_arguments(parser)
     add_model_arguments(parser, sfc_lr=100.0)
     add_evaluation_arguments(parser)
-    add_rank_arguments(parser)
     add_run_arguments(parser)
     return parser
 
@@ -66,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     ranks, device, device_ids = start(args)
-    set_threads(arguments.solver_threads(args, ranks))
     folder = Path("checkpoint", "eval", args.extra_dir)
     outputs = [folder / "results.json"] + ([Path(args.json)] if args.json not in (None, "-") else [])
     if ranks.is_first:
@@ -79,13 +76,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     episodes = draw_episodes(args, dataset, args.test_episode, seed=args.seed, name=args.set)
     loaded = fingerprint(weights)
     identity = {
-        "flags": {**deciding(args), "model_dir": None},
+        "flags": {**result_flags(args), "model_dir": None},
         "weights": loaded and loaded["sha256"],
         "data": dataset.fingerprint(),
     }
     recorder = Recorder(folder, identity, resume=args.resume, ranks=ranks)
 
-    go_on = arguments.same_command("eval.py", parser, args) if ranks.is_first and args.json != "-" else None
+    go_on = arguments.resume_command("eval.py", parser, args) if ranks.is_first and args.json != "-" else None
     with stop_request(go_on) as stop:
         evaluator = arguments.make_evaluator(args, dataset, device=device, ranks=ranks, stop=stop)
         result = evaluator(model, episodes, title=args.set, known=recorder.scores, after_round=recorder.note)

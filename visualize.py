@@ -31,13 +31,11 @@ from dataloader.arguments import (
 )
 from dataloader.dataset import ImageDataset, read_image
 from dataloader.views import View
-from engine.arguments import add_evaluation_arguments, add_rank_arguments, add_run_arguments, solver_threads
-from engine.distributed import Ranks
+from engine.arguments import add_evaluation_arguments, add_run_arguments
 from engine.evaluation import ENCODE_BATCH, DivergenceError
 from engine.start import choose_device, choose_seed, set_seed
 from Models import DeepEMD, arguments
 from Models.arguments import add_model_arguments
-from Models.emd import set_threads
 from Models.matching import Matching
 from pictures import drawing
 from pictures.drawing import FORMATS, Panel, Run, Scales, cell_panels, draw_match, patch_panels, scales_of, to_pixels
@@ -82,7 +80,6 @@ def build_parser() -> ArgumentParser:
         add_data_arguments(added)
         add_model_arguments(added, sfc_lr=100.0)
         add_evaluation_arguments(added)
-        add_rank_arguments(added)
         add_run_arguments(added)
 
     weights = (
@@ -361,7 +358,6 @@ def open_model(args: Namespace) -> tuple[DeepEMD, torch.device]:
 
     check_head(args.head)
     device, device_ids = choose_device(args.gpu)
-    set_threads(solver_threads(args, Ranks()))
     args.seed = choose_seed(args.seed)
     set_seed(args.seed, deterministic=args.deterministic)
     model, _ = arguments.open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))

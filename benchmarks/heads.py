@@ -23,19 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dataloader import episode_labels
 from dataloader.arguments import add_data_arguments, add_episode_arguments, draw_episodes, open_dataset
-from engine.arguments import (
-    add_evaluation_arguments,
-    add_rank_arguments,
-    add_run_arguments,
-    make_evaluator,
-    solver_threads,
-)
-from engine.distributed import Ranks
+from engine.arguments import add_evaluation_arguments, add_run_arguments, make_evaluator
 from engine.run import environment, fingerprint
 from engine.start import choose_device, choose_seed, set_seed
 from Models import DeepEMD
 from Models.arguments import add_model_arguments, build_model
-from Models.emd import set_threads
 from Models.heads import HEADS
 from Models.sfc import KSHOT, FitError
 from Models.weights import load_encoder_weights
@@ -149,7 +141,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_episode_arguments(parser)
     add_model_arguments(parser, sfc_lr=100.0)
     add_evaluation_arguments(parser)
-    add_rank_arguments(parser)
     add_run_arguments(parser)
     return parser
 
@@ -236,7 +227,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json not in (None, "-"):
         check_writable(Path(args.json))
     device, _ = choose_device(args.gpu)
-    set_threads(solver_threads(args, Ranks()))
     args.seed = choose_seed(args.seed)
 
     rows = []

@@ -33,6 +33,7 @@ from Models.arguments import add_model_arguments, open_model
 from Models.heads import takes_solver
 from pictures import drawing
 from pictures.drawing import FORMATS
+from pictures.matches import ViewedImage, check_head, panels_of, view_image
 from utils import (
     InputError,
     add_run_arguments,
@@ -47,7 +48,6 @@ from utils import (
     status,
     warn,
 )
-from visualize import Seen, check_head, panels_of, see
 
 FORMAT = 2  # of a file of prototypes
 # Flags that have to be the same for prototypes and queries: they decide what the nodes of an image are, as do those of
@@ -97,7 +97,7 @@ class Prototypes(NamedTuple):
 
     nodes: Tensor
     classes: list[str]
-    examples: list[Seen]
+    examples: list[ViewedImage]
     files: list[str]
 
 
@@ -127,12 +127,12 @@ class Encoder:
     def __init__(self, model: DeepEMD, view: View, *, seed: int, device: torch.device) -> None:
         self.model, self.view, self.seed, self.device = model, view, seed, device
 
-    def see(self, file: str) -> Seen:
+    def see(self, file: str) -> ViewedImage:
         """Read an image as the network sees it; the random draws of the view depend on its name alone."""
 
         image = read_image(file, advice="")
         try:
-            return see(image, self.view, named_generator(self.seed, "predict", Path(file).name).initial_seed())
+            return view_image(image, self.view, named_generator(self.seed, "predict", Path(file).name).initial_seed())
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
 
@@ -233,7 +233,7 @@ def load(path: str, *, settings: dict[str, Any], weights: str) -> Prototypes:
     told = ", ".join(_as_flag(name, value) for name, value in made_with.items() if settings.get(name) != value)
     if told:
         raise InputError(f"-prototypes {path}: expected the flags that they were made with; give {told}")
-    examples = [Seen(**seen) for seen in content["examples"]]
+    examples = [ViewedImage(**seen) for seen in content["examples"]]
     return Prototypes(content["nodes"], content["classes"], examples, content["files"])
 
 

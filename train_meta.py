@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import eval as eval_script
-import visualize
 from dataloader.arguments import (
     add_data_arguments,
     add_episode_arguments,
@@ -32,6 +31,7 @@ from engine.training import fit
 from Models.arguments import add_model_arguments, build_model
 from Models.emd import SOLVERS, ProblemError, SolverError, set_threads
 from Models.weights import load_encoder_weights
+from pictures.matches import FixedMatches, check_head
 from utils import (
     BEST_WEIGHTS,
     InputError,
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     args, folder = arguments.parse_run("train_meta.py", parser, argv, run_folder)
     if args.log_images:
-        visualize.check_head(args.head)
+        check_head(args.head)
     ranks, device, device_ids = distributed.start(args.gpu)
     if args.bs % ranks.size:
         raise InputError(
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluator = arguments.make_evaluator(args, val_set, device=device, keep_pixels=True, ranks=ranks, stop=stop)
 
         drawn = draw_episodes(args, val_set, args.log_images if ranks.is_first else 0, seed=args.seed, name=args.set)
-        matches = visualize.FixedMatches(
+        matches = FixedMatches(
             val_set, list(drawn), way=args.way, shot=args.shot, seed=args.seed, device=device, solver=args.val_solver
         )
 

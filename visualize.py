@@ -10,16 +10,11 @@ if __name__ == "__main__":
 import json
 import math
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
-from torch import Tensor
 
 from dataloader.arguments import (
     add_data_arguments,
@@ -29,18 +24,25 @@ from dataloader.arguments import (
     pixel_statistics,
     view_of,
 )
-from dataloader.dataset import ImageDataset, read_image
-from dataloader.views import View
+from dataloader.dataset import read_image
 from engine.arguments import add_evaluation_arguments, add_rank_arguments, solver_threads
 from engine.distributed import Ranks
-from engine.evaluation import ENCODE_BATCH, DivergenceError
 from engine.start import choose_device, choose_seed, set_seed
 from Models import DeepEMD, arguments
 from Models.arguments import add_model_arguments
 from Models.emd import set_threads
-from Models.matching import Matching
 from pictures import drawing
-from pictures.drawing import FORMATS, Panel, Run, Scales, cell_panels, draw_match, patch_panels, scales_of, to_pixels
+from pictures.drawing import FORMATS, Run
+from pictures.matches import (
+    QUERIES,
+    WRONG_QUERIES,
+    check_head,
+    choose_queries,
+    match_episode,
+    rows_of_sheet,
+    view_image,
+    view_items,
+)
 from utils import (
     InputError,
     add_run_arguments,
@@ -52,12 +54,6 @@ from utils import (
     run_script,
 )
 
-# Queries that `episode` draws when it is not told which: at most as many wrong ones, and as many in all.
-WRONG_QUERIES, QUERIES = 2, 4
-# Queries in a contact sheet.
-MOST_ROWS = 26
-# Photographs are drawn no larger than this, in pixels.
-LARGEST_EDGE = 480
 # What has to be the same in two evaluations, that episode k of one is episode k of the other.
 SAME_EPISODES = ("dataset", "set", "way", "shot", "query", "seed", "verify_images")
 
@@ -136,224 +132,6 @@ def query_numbers(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-# --- Images, as the network sees them ---------------------------------------------------------------------------------
-
-
-class Seen(NamedTuple):
-    """What a view makes of an image, and where patches lie in it.
-
-    Attributes:
-        pixels: ``(3, S, S)`` or ``(P, 3, S, S)``, uint8.
-        image: ``(height, width, 3)`` uint8, no larger than the eye needs; None where the nodes are no patches.
-        boxes: left, upper, right, lower of each patch in ``image``.
-    """
-
-    pixels: Tensor
-    image: Tensor | None
-    boxes: list[tuple[float, ...]]
-
-
-_DRAWS = Lock()  # torch's global generator is one for all threads
-
-
-def see(image: Image.Image, view: View, seed: int) -> Seen:
-    """Look at an RGB image through a view whose random draws come from ``seed``, as those of a data set do."""
-
-    with _DRAWS, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        boxes = view.boxes(image.size)
-    pixels = view.render(image, boxes)
-    if pixels.dim() == 3:
-        return Seen(pixels, None, [])
-    small = image.copy()
-    small.thumbnail((LARGEST_EDGE, LARGEST_EDGE))
-    across, down = (new / old for new, old in zip(small.size, image.size, strict=True))
-    shrunk = [(box.left * across, box.upper * down, box.right * across, box.lower * down) for box in boxes]
-    return Seen(pixels, torch.from_numpy(np.array(small)), shrunk)
-
-
-def see_episode(dataset: ImageDataset, items: Sequence[tuple[int, int]]) -> list[Seen]:
-    """The images of an episode: pairs (index, seed of the view)."""
-
-    found = []
-    for index, seed in items:
-        path = dataset.paths[index]
-        try:
-            found.append(see(read_image(path), dataset.view, seed))
-        except InputError as error:
-            raise InputError(str(error) if path in str(error) else f"{path}: {error}") from None
-    return found
-
-
-def panels_of(seen: Seen, view: View, nodes: int, feature_pyramid: Sequence[int] = ()) -> list[Panel]:
-    """What to draw of an image with that many nodes."""
-
-    if seen.pixels.dim() == 3:
-        cells = math.isqrt(nodes - sum(size**2 for size in feature_pyramid))
-        return cell_panels(seen.pixels.numpy(), [*feature_pyramid, cells])
-    return patch_panels(seen.image, seen.boxes, seen.pixels.numpy(), getattr(view, "patch_list", ()))
-
-
-# --- Episodes, matched ------------------------------------------------------------------------------------------------
-
-
-class Matched(NamedTuple):
-    """An episode: how its queries were matched with the prototypes of its classes, and what to draw of its images."""
-
-    matching: Matching  # logits (Q, W), flow (Q, W, M, N), ...
-    supports: list[list[list[Panel]]]  # W lists of K images
-    queries: list[list[Panel]]
-    nearest: list[int]  # of each class, the shot whose nodes are nearest to those of the prototype
-
-    def draw(
-        self, number: int, *, names: Sequence[str], title: str, top: int, truth: int | None, scales: Scales
-    ) -> Figure:
-        """A query beside every class, shown by its support image or, of several, the nearest to the prototype."""
-
-        shots = len(self.supports[0])
-        notes = [f"class shown by shot {k + 1} of {shots}, nearest to its prototype" for k in self.nearest]
-        return draw_match(
-            self.queries[number],
-            [shown[k] for shown, k in zip(self.supports, self.nearest, strict=True)],
-            names=names,
-            logits=self.matching.logits[number],
-            flow=self.matching.flow[number],
-            supply=self.matching.supply[number],
-            demand=self.matching.demand[number],
-            truth=truth,
-            title=title,
-            notes=notes if shots > 1 else (),
-            top=top,
-            scales=scales,
-        )
-
-    def scales(self) -> Scales:
-
-        return scales_of(self.matching.flow, self.matching.supply, self.matching.demand)
-
-
-def match_episode(
-    model: DeepEMD,
-    view: View,
-    seen: Sequence[Seen],
-    *,
-    way: int,
-    shot: int,
-    device: torch.device,
-    generator: torch.Generator | None = None,
-    solver: str | None = None,
-) -> Matched:
-    """Encode and match the images of an episode, support first.
-
-    Args:
-        model: in evaluation mode.
-        generator: of the order of the support images in the structured fully connected layer.
-        solver: overrides the model's own.
-
-    Raises:
-        DivergenceError: the encoder's features are not finite.
-    """
-
-    with torch.no_grad():
-        size = max(1, ENCODE_BATCH.get(device.type, 8) // view.patches)
-        batches = [torch.stack([one.pixels for one in seen[k : k + size]]) for k in range(0, len(seen), size)]
-        nodes = torch.cat([model.encode(batch.to(device)) for batch in batches])
-        if not bool(nodes.isfinite().all()):
-            raise DivergenceError("the encoder's features are not finite: its weights have diverged")
-        support, query = nodes[None, : way * shot], nodes[None, way * shot :]
-        proto = model.prototypes(support, way=way, shot=shot, solver=solver, generator=generator)
-        matching = Matching(*(part[0].cpu() for part in model.matching(proto, query, solver=solver)))
-        # The mean cosine of node n of an image with node n of its prototype.
-        likeness = torch.cosine_similarity(support[0].unflatten(0, (shot, way)), proto, dim=2).mean(2)  # (K, W)
-    panels = [panels_of(one, view, nodes.shape[-1], model.feature_pyramid) for one in seen]
-    supports = [[panels[k * way + number] for k in range(shot)] for number in range(way)]
-    return Matched(matching, supports, panels[way * shot :], likeness.argmax(0).tolist())
-
-
-class FixedMatches:
-    """The same query of each of the same episodes, drawn with whatever weights a model has at the time.
-
-    Args:
-        dataset: of the episodes.
-        episodes: lists of (index, seed of the view), support first. Of episode k, query ``k % way`` is drawn.
-        solver: overrides the model's own.
-        seed: of the run.
-    """
-
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        episodes: Sequence[Sequence[tuple[int, int]]],
-        *,
-        way: int,
-        shot: int,
-        seed: int,
-        device: torch.device,
-        solver: str | None = None,
-        top: int = 10,
-    ) -> None:
-        self.view, self.way, self.shot, self.seed, self.top = dataset.view, way, shot, seed, top
-        self.device, self.solver = device, solver
-        support = way * shot
-        # The support, and that one query.
-        chosen = [[*items[:support], items[support + k % way]] for k, items in enumerate(episodes)]
-        self.seen = [see_episode(dataset, items) for items in chosen]
-        labels = [[dataset.labels[index] for index, _ in items[:way]] for items in chosen]
-        self.names = [[dataset.class_names[label] for label in row] for row in labels]
-
-    def draw(self, model: DeepEMD) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and pixels of each picture."""
-
-        model = model.folded() if self.seen else model
-        for k, (seen, names) in enumerate(zip(self.seen, self.names, strict=True)):
-            matched = match_episode(
-                model,
-                self.view,
-                seen,
-                way=self.way,
-                shot=self.shot,
-                device=self.device,
-                solver=self.solver,
-                generator=named_generator(self.seed, "sfc", 0, k),
-            )
-            title, truth = f"validation episode {k}, query {k % self.way}", k % self.way
-            figure = matched.draw(0, names=names, title=title, top=self.top, truth=truth, scales=matched.scales())
-            yield f"episode-{k}-query-{k % self.way}", to_pixels(figure)
-
-
-def check_head(head: str) -> None:
-    """Raise InputError for a head that has no flow to draw."""
-    if head != "deepemd":
-        raise InputError(f"-head {head}: expected the head deepemd, whose flow is drawn; {head} matches no regions")
-
-
-def choose_queries(logits: Tensor, way: int) -> list[int]:
-    """A handful of queries: up to :data:`WRONG_QUERIES` wrong ones, then right ones, of different classes where possible."""
-    truths = [number % way for number in range(len(logits))]
-    is_right = [found == truth for found, truth in zip(logits.argmax(1).tolist(), truths, strict=True)]
-    wrong = [number for number, right in enumerate(is_right) if not right]
-    right = [number for number, right in enumerate(is_right) if right]
-    chosen = _of_different_classes(wrong, truths, WRONG_QUERIES, [])
-    chosen = _of_different_classes(right, truths, QUERIES - len(chosen), chosen)
-    return sorted(_of_different_classes(wrong, truths, QUERIES - len(chosen), chosen))
-
-
-def _of_different_classes(numbers: list[int], truths: list[int], most: int, chosen: list[int]) -> list[int]:
-    chosen, limit = list(chosen), len(chosen) + most
-    for distinct in (True, False):
-        for number in numbers:
-            taken = {truths[k] for k in chosen}
-            if len(chosen) < limit and number not in chosen and not (distinct and truths[number] in taken):
-                chosen.append(number)
-    return chosen
-
-
-def rows_of_sheet(queries: int, way: int) -> list[int]:
-    """The queries in a contact sheet: all, or the first of each class, class by class."""
-    per_class = min(queries // way, max(1, MOST_ROWS // way))
-    return [way * k + number for number in range(way) for k in range(per_class)]
-
-
 # --- The commands -----------------------------------------------------------------------------------------------------
 
 
@@ -388,7 +166,7 @@ def draw_episode(args: Namespace) -> None:
     matched = match_episode(
         model,
         dataset.view,
-        see_episode(dataset, items),
+        view_items(dataset, items),
         way=args.way,
         shot=args.shot,
         device=device,
@@ -410,12 +188,9 @@ def draw_episode(args: Namespace) -> None:
         subtitle=shown,
     )
     print(drawing.save(figure, path))
-    scales = matched.scales()
     for number in args.queries or choose_queries(logits, args.way):
         truth = number % args.way
-        figure = matched.draw(
-            number, names=names, title=f"{where}, query {number}", top=args.top, truth=truth, scales=scales
-        )
+        figure = matched.draw(number, names=names, title=f"{where}, query {number}", flows=args.top, truth=truth)
         print(drawing.save(figure, stem.with_name(f"{stem.name}-query-{number}.{args.format}")))
     print(f"{where}: {sum(hits)} of {count} queries right ({100 * sum(hits) / count:.2f} %)")
 
@@ -429,10 +204,10 @@ def draw_pair(args: Namespace) -> None:
     model, device = open_model(args)
     view = view_of(args, train=False)
     seeds = [named_generator(args.seed, "pair", number).initial_seed() for number in range(2)]
-    query, proto = (see(image, view, seed) for image, seed in zip(images, seeds, strict=True))
+    query, proto = (view_image(image, view, seed) for image, seed in zip(images, seeds, strict=True))
     matched = match_episode(model, view, [proto, query], way=1, shot=1, device=device)
     title = f"left: {paths[0].name}, right: {paths[1].name}"
-    figure = matched.draw(0, names=[""], title=title, top=args.top, truth=None, scales=matched.scales())
+    figure = matched.draw(0, names=[""], title=title, flows=args.top, truth=None)
     print(drawing.save(figure, path))
     cost = 1 - float(matched.matching.logits[0, 0]) / args.temperature
     print(f"logit {float(matched.matching.logits[0, 0]):.4f}, cost of the match {cost:.4f}")

@@ -17,10 +17,11 @@ MAY_IMPORT = {
     "dataloader": {"dataloader", "utils"},
     "datasets": {"datasets", "dataloader", "engine", "utils"},
     "eval": {"Models", "dataloader", "engine", "utils"},
-    "visualize": {"Models", "dataloader", "engine", "utils"},
-    "predict": {"Models", "dataloader", "engine", "utils", "visualize"},
+    "pictures": {"pictures", "Models", "dataloader", "engine", "utils"},
+    "visualize": {"pictures", "Models", "dataloader", "engine", "utils"},
+    "predict": {"pictures", "Models", "dataloader", "engine", "utils"},
     # Each stage prints the command of the next.
-    "train_meta": {"Models", "dataloader", "engine", "utils", "eval", "visualize"},
+    "train_meta": {"Models", "dataloader", "engine", "utils", "eval", "pictures"},
     "train_pretrain": {"Models", "dataloader", "engine", "utils", "train_meta"},
 }
 FILES = {

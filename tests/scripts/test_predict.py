@@ -167,7 +167,7 @@ def test_patches_are_drawn_by_name_alone(images):
 def test_heads_without_a_match(images, tmp_path, capsys):
     found, _ = listed(capsys, "-support", images / "support", "-query", images / "query" / "ant", "-head", "cosine")
     assert [item["cost"] for item in found] == [None, None]
-    with pytest.raises(InputError, match="expected the head deepemd"):
+    with pytest.raises(InputError, match="computes no flow"):
         main(["-support", str(images / "support"), "-query", "x", *TINY, "-head", "knn", "-picture", str(tmp_path)])
 
 

@@ -17,7 +17,7 @@ import visualize
 from dataloader.arguments import draw_episodes, open_dataset
 from dataloader.views import make_view
 from engine.run import RunFolder
-from pictures import drawing
+from pictures import drawing, matches
 from utils import run_script, write_json
 
 SMALL = ["-gpu", "cpu", "-image_size", "32", "-query", "2", "-num_workers", "0", "-way", "3", "-model_dir", "none"]
@@ -32,8 +32,8 @@ class Done:
         before = Path.cwd()
         os.chdir(cwd)
         if monkeypatch:
-            for name, seen in (("draw_match", self.matches), ("draw_episode", self.sheets)):
-                monkeypatch.setattr(drawing, name, self.spy(getattr(drawing, name), seen))
+            for place, name, seen in ((matches, "draw_match", self.matches), (drawing, "draw_episode", self.sheets)):
+                monkeypatch.setattr(place, name, self.spy(getattr(place, name), seen))
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 run_script(lambda: script.main([str(flag) for flag in flags]))
@@ -151,11 +151,11 @@ def test_boxes_are_those_of_the_view(glyphs):
             ["episode", "-dataset", "glyphs", "-data_dir", str(glyphs), "-deepemd", deepemd, "-image_size", "16"]
         )
         dataset = open_dataset(args, "test", train=False)
-        (seen,) = visualize.see_episode(dataset, [(3, 77)])
+        (seen,) = matches.view_items(dataset, [(3, 77)])
         pixels, _ = dataset[3, 77]
         assert torch.equal(seen.pixels, pixels)
         boxes = dataset._boxes((seen.image.shape[1], seen.image.shape[0]), 77)
-        overview, *mosaics = visualize.panels_of(seen, dataset.view, len(boxes))
+        overview, *mosaics = matches.panels_of(seen, dataset.view, len(boxes))
         assert overview.boxes == [tuple(map(float, box[:4])) for box in boxes]
         assert np.array_equal(overview.pixels, np.asarray(seen.image))
         shown = [
@@ -168,8 +168,8 @@ def test_boxes_are_those_of_the_view(glyphs):
 
 def test_boxes_of_a_large_image_shrink_with_it():
     view = make_view("grid", train=False, image_size=16, patch_list=(2,), patch_ratio=1)
-    seen = visualize.see(Image.new("RGB", (960, 480)), view, 1)
-    overview, _ = visualize.panels_of(seen, view, 4)
+    seen = matches.view_image(Image.new("RGB", (960, 480)), view, 1)
+    overview, _ = matches.panels_of(seen, view, 4)
     assert overview.pixels.shape == (240, 480, 3)
     assert overview.boxes[3] == (240, 120, 480, 240)
     assert overview.places[3] == (0.75, 0.75)
@@ -192,10 +192,10 @@ def test_strongest_flows():
 
 def test_queries_that_are_drawn_include_wrong_ones():
     logits = torch.eye(2).repeat(5, 1)
-    assert visualize.choose_queries(logits, 2) == [0, 1, 2, 3]
+    assert matches.choose_queries(logits, 2) == [0, 1, 2, 3]
     logits[7], logits[9], logits[5] = (logits[row].flip(0) for row in (7, 9, 5))
-    assert visualize.choose_queries(logits, 2) == [0, 1, 5, 7]
-    assert visualize.choose_queries(torch.eye(2).flip(0), 2) == [0, 1]
+    assert matches.choose_queries(logits, 2) == [0, 1, 5, 7]
+    assert matches.choose_queries(torch.eye(2).flip(0), 2) == [0, 1]
 
 
 def test_long_names_stay_apart():
@@ -331,7 +331,7 @@ def test_names_that_tell_paths_apart():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["episode", "-head", "proto"], "error: -head proto: expected the head deepemd"),
+        (["episode", "-head", "proto"], "error: -head proto computes no flow"),
         (["episode", "-queries", "6"], "error: -queries: expected numbers from 0 to 5 (-way times -query); got 6"),
         (["episode", "-queries", "1,-2"], "expected whole numbers of 0 or more joined by commas"),
         (
@@ -339,10 +339,10 @@ def test_names_that_tell_paths_apart():
             "error: -episode 5: expected a number below -test_episode 5",
         ),
         (["episode", "-model_dir", "nowhere"], "error: expected a checkpoint in nowhere"),
-        (["episode", "-out", "file"], "error: expected to write file/episode-0.png"),
+        (["episode", "-out", "file"], "error: cannot write file/episode-0.png"),
         (["episode", "-format", "gif"], "argument -format"),
         (["pair", "good.png", "bad.png"], "error: expected an image in bad.png"),
-        (["pair", "good.png", "good.png", "-head", "knn"], "error: -head knn: expected the head deepemd"),
+        (["pair", "good.png", "good.png", "-head", "knn"], "error: -head knn computes no flow"),
         (["curves", "nowhere"], "error: expected the curves of a run in nowhere; it cannot be read"),
         (["curves", "empty"], "error: expected the curves of a run in empty/trlog.json; no epoch of it is finished"),
         (["curves", "good.json"], "error: expected the curves of a run in good.json; it has another content"),
@@ -416,7 +416,7 @@ def test_log_images(data, tmp_path):
     assert tensorboard_images(folder) == {f"images/{names[0]}": [1, 2], f"images/{names[1]}": [1]}
     refused = Done(train_meta, [*flags, "-head", "proto", "-log_images", 1], tmp_path)
     assert refused.status == 1
-    assert refused.err.startswith("error: -head proto: expected the head deepemd")
+    assert refused.err.startswith("error: -head proto computes no flow")
 
 
 def test_pictures_of_an_epoch_that_is_done_again(tmp_path):

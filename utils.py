@@ -29,9 +29,9 @@ T = TypeVar("T")
 
 
 class InputError(ValueError):
-    """Something the user gave is not as expected. The message is one line: what was expected, what came, what to do."""
+    """Invalid input from the user. The message is one line: what was found, what is needed, how to fix it."""
 
-    is_user_error = True  # run_script prints errors that say so as one line
+    is_user_error = True  # run_script prints errors with this attribute as one line
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------
@@ -39,9 +39,7 @@ class InputError(ValueError):
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # A switch is off and an empty value is empty: nothing to say about either.
-        says_nothing = action.default is None or action.default is False or action.default == ""
-        return action.help if says_nothing else super()._get_help_string(action)
+        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,11 +47,11 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} -h)\n")
 
     def _get_option_tuples(self, option_string: str) -> list:
-        return []  # allow_abbrev=False leaves -k an abbreviation of -kshot; this does not
+        return []  # allow_abbrev=False covers flags with two dashes only: -k would still be read as -kshot
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that shows every default, and answers bad flags with one line and exit status 2."""
+    """A parser that shows every default, and reports bad flags in one line, with exit status 2."""
     return _Parser(description=description, allow_abbrev=False, formatter_class=_Formatter)
 
 
@@ -123,33 +121,34 @@ def folder_name(text: str) -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; errors of the user's making end it with one line and exit status 1."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun then shows the error of the process that failed first
+    """Run a script's ``main``; user errors are printed as one line, with exit status 1."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # so that torchrun shows the error of the process that failed first
         from torch.distributed.elastic.multiprocessing.errors import record
 
         main = record(main)
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may be in another encoding, as on stderr
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be in another encoding; stderr does the same
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as scripts set it while they import
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("\ninterrupted; what was saved stays saved", file=sys.stderr)
+        print("\ninterrupted; files saved so far are kept", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever read standard output has left
+    except BrokenPipeError:  # the reader of standard output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
         message = _user_message(error)
         if message is None:
             raise
-        status = getattr(error, "exit_status", None)  # set by exceptions that are not errors
-        if status:
+        exit_status = getattr(error, "exit_status", None)  # of exceptions that are not errors
+        if exit_status:
             status(message)
         else:
             print(f"error: {message}", file=sys.stderr)
-        sys.exit(status or 1)
+        sys.exit(exit_status or 1)
 
 
 def _user_message(error: Exception) -> str | None:
@@ -157,19 +156,17 @@ def _user_message(error: Exception) -> str | None:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"out of GPU memory ({lines[0]}). Try a smaller -query, fewer patches, -checkpoint_activations, or more GPUs "
-            "with -gpu 0,1"
+            f"out of GPU memory ({lines[0]}). Use a smaller -query, fewer patches, -checkpoint_activations, or more GPUs "
+            "(-gpu 0,1)"
         )
     if isinstance(error, MemoryError) or re.search(r"can't allocate memory|bad_alloc", str(error)):
-        return f"out of memory ({lines[0]}). Try a smaller -query, -episode_batch or -image_size, or fewer patches"
+        return f"out of memory ({lines[0]}). Use a smaller -query, -episode_batch or -image_size, or fewer patches"
     if _process.size > 1 and re.search("gloo|NCCL|Connection (closed|reset)", str(error)):
         return f"another process of the run was lost ({lines[0]})"
     if not (getattr(error, "is_user_error", False) or isinstance(error, OSError)):
         return None
-    if any(
-        line.startswith("Traceback") for line in lines
-    ):  # of a loader's worker or a replica; the last line is the error
-        return re.sub(r"^[A-Za-z_.]+Error: ", "", lines[-1])
+    if "Traceback (most recent call last)" in str(error):  # from a loader's worker; the message comes last
+        lines = re.split(r"^[\w.]+(?:Error|Exception): ", str(error).strip(), flags=re.MULTILINE)[-1].splitlines()
     return " ".join(lines)
 
 
@@ -255,20 +252,11 @@ def save_plain(path: Path, content: Any) -> None:
 
 
 def write_output(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that the user named, whatever stands there.
-
-    A file is replaced atomically, behind links too, and keeps its mode. Devices, pipes and files with several hard links are
-    opened and written.
-    """
+    """Write a file that the user named: as :func:`write_atomically`, but several hard links to a file stay one file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = os.stat(path) if path.exists() else None
-        is_stream = found and (
-            not stat.S_ISREG(found.st_mode) or Path(os.path.abspath(path)).parts[1] in ("dev", "proc")
-        )
-        if is_stream or (found and found.st_nlink > 1):
-            with open(path, "ab" if is_stream else "wb") as file:
-                file.write(content)
+        if path.is_file() and path.stat().st_nlink > 1:
+            path.write_bytes(content)
             return
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror})") from error
@@ -278,15 +266,20 @@ def write_output(path: Path, content: bytes | memoryview) -> None:
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that a reader sees the old content or the new one, whenever the process is killed or power is lost.
 
-    Links are followed, and an existing file keeps its mode.
+    Links are followed, and an existing file keeps its mode. Devices, pipes and the like are opened and written.
 
     Raises:
         InputError: it cannot be written; what was there before is intact.
     """
-    path, partial = Path(os.path.realpath(path)), None
+    partial = None
     try:
         before = os.stat(path) if path.exists() else None
-        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}."[-100:], suffix=".part")
+        if before and (not stat.S_ISREG(before.st_mode) or Path(os.path.abspath(path)).parts[1] in ("dev", "proc")):
+            with open(path, "ab") as file:
+                file.write(content)
+            return
+        path = Path(os.path.realpath(path))
+        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name[:100]}.", suffix=".part")
         with open(descriptor, "wb") as file:
             file.write(content)
             file.flush()
@@ -339,10 +332,10 @@ def load_plain(path: Path, what: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # whatever a file that is no checkpoint makes the unpickler say
+    except Exception as error:  # whatever another kind of file makes the unpickler raise
         wants = re.search(r"(?:GLOBAL|[Uu]nsupported class) (\w+\.[\w.]+)", str(error))
-        reason = f"it asks to run {wants[1]}, which is refused" if wants else "it is damaged or another format"
-        raise InputError(f"expected a {what} of plain tensors in {path}; {reason}") from error
+        reason = f"it would run {wants[1]}, which is refused" if wants else "it is damaged or in another format"
+        raise InputError(f"{path} is not a {what} of plain tensors: {reason}") from error
 
 
 def file_hash(path: str | Path) -> str:

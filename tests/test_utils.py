@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import stat
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,22 @@ from utils import (
     InputError,
     append_line,
     available_cores,
+    check_writable,
     folder_name,
+    make_parser,
     mean_confidence_interval,
     named_generator,
     number_above_zero,
     number_at_least,
     number_between,
+    printable,
+    read_json,
     run_script,
+    status,
+    warn,
     whole_numbers,
+    write_atomically,
+    write_output,
 )
 
 
@@ -246,10 +255,19 @@ def test_good_values_of_flags():
             PermissionError(errno.EACCES, "Permission denied", "data/a"),
             "error: [Errno 13] Permission denied: 'data/a'\n",
         ),
-        (InputError("Caught InputError in worker\n  File x\nutils.InputError: that image"), "error: that image\n"),
+        (InputError("no image at a\nb.png"), "error: no image at a b.png\n"),
         (
-            torch.OutOfMemoryError("CUDA out of memory.\nmore"),
-            "error: out of GPU memory (CUDA out of memory.) Try a smaller",
+            InputError(
+                "Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+                '  File "x"\nutils.InputError: no image at a\nb.png'
+            ),
+            "error: no image at a b.png\n",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "error: out of GPU memory (CUDA out of memory.). Use "),
+        (MemoryError("Unable to allocate 9 TiB"), "error: out of memory (Unable to allocate 9 TiB). Use a smaller"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+            "error: out of memory ([enforce fail]",
         ),
     ],
 )
@@ -313,9 +331,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_saved(tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(utils.os, "fsync", full)
-    with pytest.raises(
-        InputError, match="max_acc.pth; it cannot be written .No space left.*was saved before is intact$"
-    ):
+    with pytest.raises(InputError, match="cannot write .*max_acc.pth .No space left.*was saved before is intact$"):
         run.save_weights("max_acc.pth", {"w": torch.ones(1000)})
     assert path.read_bytes() == before
     assert not list(tmp_path.rglob("*.part"))
@@ -327,5 +343,126 @@ def test_append_line(tmp_path):
     append_line(tmp_path / "a" / "results.txt", "one")
     append_line(tmp_path / "a" / "results.txt", "two")
     assert (tmp_path / "a" / "results.txt").read_text() == "one\ntwo\n"
-    with pytest.raises(InputError, match="expected to write to .*results.txt; it cannot be written"):
+    with pytest.raises(InputError, match="cannot write to .*results.txt"):
         append_line(tmp_path / "a" / "results.txt" / "results.txt", "three")
+
+
+# --- files that the user named ---
+
+
+def test_an_output_replaces_the_file_behind_a_link_and_keeps_its_mode(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "real").chmod(0o600)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "link").symlink_to("../real")
+    write_output(tmp_path / "folder" / "link", b"new")
+    assert (tmp_path / "folder" / "link").is_symlink()
+    assert (tmp_path / "real").read_bytes() == b"new"
+    assert stat.S_IMODE((tmp_path / "real").stat().st_mode) == 0o600
+    (tmp_path / "dangling").symlink_to("made")
+    check_writable(tmp_path / "dangling")
+    write_output(tmp_path / "dangling", b"new")
+    assert (tmp_path / "made").read_bytes() == b"new"
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_names_of_one_file_stay_names_of_one_file(tmp_path):
+    (tmp_path / "one").write_text("old")
+    os.link(tmp_path / "one", tmp_path / "other")
+    write_output(tmp_path / "other", b"new")
+    assert (tmp_path / "one").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("write", [write_output, write_atomically])
+def test_devices_are_written_to_and_stay_devices(tmp_path, write):
+    master, slave = os.openpty()  # a device that nobody misses if it is replaced
+    (tmp_path / "link").symlink_to(os.ttyname(slave))
+    check_writable(tmp_path / "link")
+    write(tmp_path / "link", b"content")
+    assert os.read(master, 100) == b"content"
+    assert stat.S_ISCHR((tmp_path / "link").stat().st_mode)
+
+
+def test_a_pipe_is_written_once_and_read_whole(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
+    reader.start()
+    check_writable(tmp_path / "pipe")  # a reader would take an open and close for the whole content
+    write_output(tmp_path / "pipe", b"content")
+    reader.join(10)
+    assert read == [b"content"]
+    end, start = os.pipe()
+    check_writable(Path(f"/dev/fd/{start}"))  # what >(...) is in a shell
+    write_output(Path(f"/dev/fd/{start}"), b"content")
+    assert os.read(end, 100) == b"content"
+
+
+def test_what_cannot_be_written_is_reported_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "below", tmp_path / ("n" * 300)):
+        with pytest.raises(InputError, match="cannot write"):
+            check_writable(path)
+    (tmp_path / ("n" * 250)).touch()
+    write_output(tmp_path / ("n" * 250), b"new")  # the partial file beside it has a name of its own
+    assert (tmp_path / ("n" * 250)).read_bytes() == b"new"
+
+
+# --- files of ours ---
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"a": 1}', b"[" * 100_000, b"null"])
+def test_a_damaged_file_is_named(tmp_path, content):
+    path = tmp_path / "run.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="run.json is damaged, or not the flags of a run"):
+        read_json(path, "the flags of a run", lambda found: found["flags"])
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(InputError, match="cannot read the flags of a run from .*run.json .No such file"):
+        read_json(tmp_path / "run.json", "the flags of a run")
+    (tmp_path / "run.json").write_text('{"flags": {"way": 5}}')
+    assert read_json(tmp_path / "run.json", "the flags of a run", lambda found: found["flags"]) == {"way": 5}
+
+
+# --- names ---
+
+
+def test_a_printable_name_is_one_line_that_can_be_encoded():
+    assert printable("a\nb\x1b[31m\udce9 \u200f\u8c93 $x$") == "a?b?[31m? ?\u8c93 $x$"
+
+
+# --- processes ---
+
+
+def test_only_the_first_process_of_a_run_reports(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")  # what a launcher left in the environment decides nothing
+    status("one")
+    monkeypatch.setattr(utils, "_process", utils.Process(rank=1, size=2))
+    status("two")
+    warn("three")
+    assert capsys.readouterr().err == "one\n"
+
+
+def test_processes_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(utils.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(utils, "_process", utils.Process(0, 4, 4))
+    assert available_cores() == 2
+    monkeypatch.setattr(utils, "_process", utils.Process(0, 16, 16))
+    assert available_cores() == 1
+
+
+# --- flags ---
+
+
+@pytest.mark.parametrize("given", ["-k 5", "-ks 5", "-kshot2 5", "--kshot 5", "-k=5"])
+def test_flags_are_not_abbreviated(given, capsys):
+    parser = make_parser("a script")
+    parser.add_argument("-kshot", type=int)
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(given.split())
+    assert end.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
+    assert parser.parse_args(["-kshot", "-5"]).kshot == -5
+    assert parser.parse_args(["-kshot=5"]).kshot == 5

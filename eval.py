@@ -19,24 +19,15 @@ from dataloader.arguments import (
     open_dataset,
     pixel_statistics,
 )
-from engine import arguments, distributed
-from engine.arguments import add_evaluation_arguments, add_rank_arguments
+from engine import arguments
+from engine.arguments import add_evaluation_arguments, add_rank_arguments, add_run_arguments
 from engine.evaluation import Recorder
 from engine.run import deciding, fingerprint, results
-from engine.start import choose_seed, set_seed
+from engine.start import start
 from engine.stopping import stop_request
 from Models.arguments import add_model_arguments, open_model
 from Models.emd import set_threads
-from utils import (
-    add_run_arguments,
-    append_line,
-    check_writable,
-    duration,
-    make_parser,
-    number_at_least,
-    run_script,
-    write_json,
-)
+from utils import append_line, check_writable, duration, make_parser, number_at_least, run_script, write_json
 
 
 def build_parser() -> ArgumentParser:
@@ -74,10 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
 
-    ranks, device, device_ids = distributed.start(args.gpu)
+    ranks, device, device_ids = start(args)
     set_threads(arguments.solver_threads(args, ranks))
-    args.seed = ranks.from_first(choose_seed(args.seed))
-    set_seed(args.seed, deterministic=args.deterministic)
     folder = Path("checkpoint", "eval", args.extra_dir)
     outputs = [folder / "results.json"] + ([Path(args.json)] if args.json not in (None, "-") else [])
     if ranks.is_first:

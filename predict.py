@@ -25,6 +25,7 @@ from dataloader.catalog import DatasetSpec
 from dataloader.dataset import read_image
 from dataloader.readers import is_hidden, names_image, read_split
 from dataloader.views import VIEWS, View
+from engine.arguments import add_run_arguments
 from engine.evaluation import ENCODE_BATCH, DivergenceError
 from engine.run import fingerprint
 from engine.start import choose_device, choose_seed, set_seed
@@ -36,7 +37,6 @@ from pictures.drawing import FORMATS
 from pictures.matches import ViewedImage, check_head, panels_of, view_image
 from utils import (
     InputError,
-    add_run_arguments,
     available_cores,
     check_writable,
     load_plain,

@@ -22,10 +22,10 @@ from dataloader.arguments import (
 )
 from dataloader.episodes import episode_labels
 from engine import arguments, distributed
-from engine.arguments import add_evaluation_arguments, add_rank_arguments, add_training_arguments
+from engine.arguments import add_evaluation_arguments, add_rank_arguments, add_run_arguments, add_training_arguments
 from engine.loading import make_loader
 from engine.run import LAST_STATE, fingerprint, is_finished, open_run, results
-from engine.start import choose_seed, set_seed
+from engine.start import start
 from engine.stopping import Stopped, stop_request
 from engine.training import fit
 from Models.arguments import add_model_arguments, build_model
@@ -36,7 +36,6 @@ from utils import (
     BEST_WEIGHTS,
     InputError,
     Stopwatch,
-    add_run_arguments,
     make_parser,
     named_generator,
     number_at_least,
@@ -103,14 +102,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, folder = arguments.parse_run("train_meta.py", parser, argv, run_folder)
     if args.log_images:
         check_head(args.head)
-    ranks, device, device_ids = distributed.start(args.gpu)
+    ranks, device, device_ids = start(args)
     if args.bs % ranks.size:
         raise InputError(
             f"-bs {args.bs}: expected a multiple of the {ranks.size} processes, which share the tasks of a step"
         )
     set_threads(arguments.solver_threads(args, ranks))
-    args.seed = ranks.from_first(choose_seed(args.seed))
-    set_seed(args.seed, deterministic=args.deterministic)
 
     train_set = open_dataset(args, "train", train=True)
     val_set = open_dataset(args, args.set, train=False)

@@ -23,16 +23,22 @@ from dataloader.arguments import (
 )
 from dataloader.episodes import SeededBatches
 from engine import arguments, distributed
-from engine.arguments import add_evaluation_arguments, add_rank_arguments, add_training_arguments, folder_number
+from engine.arguments import (
+    add_evaluation_arguments,
+    add_rank_arguments,
+    add_run_arguments,
+    add_training_arguments,
+    folder_number,
+)
 from engine.loading import make_loader
 from engine.run import is_finished, open_run
-from engine.start import choose_seed, set_seed
+from engine.start import start
 from engine.stopping import stop_request
 from engine.training import fit
 from Models.arguments import add_model_arguments, build_model
 from Models.classifier import Classifier
 from Models.emd import set_threads
-from utils import BEST_WEIGHTS, InputError, add_run_arguments, make_parser, number_at_least, run_script, status
+from utils import BEST_WEIGHTS, InputError, make_parser, number_at_least, run_script, status
 
 
 def build_parser() -> ArgumentParser:
@@ -63,14 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
 
     args, folder = arguments.parse_run("train_pretrain.py", parser, argv, run_folder)
-    ranks, device, device_ids = distributed.start(args.gpu)
+    ranks, device, device_ids = start(args)
     if args.bs < ranks.size:
         raise InputError(f"-bs {args.bs}: expected at least one image for each of the {ranks.size} processes")
     if args.sync_bn and (device.type != "cuda" or ranks.size == 1):
         raise InputError("-sync_bn goes with several processes on GPUs (torchrun); leave it out")
     set_threads(arguments.solver_threads(args, ranks))
-    args.seed = ranks.from_first(choose_seed(args.seed))
-    set_seed(args.seed, deterministic=args.deterministic)
 
     train_set = open_dataset(args, "train", train=True, deepemd="fcn")  # whole images, whatever the variant
     val_set = open_dataset(args, args.set, train=False)

@@ -55,26 +55,6 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return _Parser(description=description, allow_abbrev=False, formatter_class=_Formatter)
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, *, has_folder: bool = True) -> None:
-    """The flags that :func:`choose_device`, :func:`choose_seed` and :func:`set_seed` read, and :class:`RunFolder` perhaps."""
-    group = parser.add_argument_group("run")
-    group.add_argument("-gpu", help='GPUs to use, as in 0 or 0,1,2,3, or "cpu" (default: one GPU, else the CPU)')
-    group.add_argument(
-        "-seed", type=number_between(0, LARGEST_SEED, int), default=1, help="of every random draw; 0 draws a seed"
-    )
-    group.add_argument(
-        "-deterministic", action="store_true", help="on a GPU, use deterministic kernels: repeatable, and slower"
-    )
-    if has_folder:
-        group.add_argument(
-            "-extra_dir",
-            type=folder_name,
-            default="",
-            help="a folder below the run folder, to keep runs apart; eval.py adds its result to "
-            "checkpoint/eval/<extra_dir>/results.txt",
-        )
-
-
 def number_at_least(minimum: float, kind: type) -> Callable[[str], Any]:
     """An argparse type: ``int`` or ``float``, finite and not below ``minimum``."""
     return _number(kind, lambda value: value >= minimum, f"of {minimum} or more")
@@ -108,16 +88,6 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text.strip()):
         raise argparse.ArgumentTypeError(f"expected whole numbers above 0 joined by commas, as in 2,3; got {text!r}")
     return tuple(int(part) for part in text.split(","))
-
-
-def folder_name(text: str) -> str:
-    """An argparse type: a relative path that stays below the folder it is joined to."""
-    path = Path(text)
-    if path.is_absolute() or ".." in path.parts or "\0" in text:
-        raise argparse.ArgumentTypeError(
-            f"expected the name of a folder below checkpoint/, as in trial-2; got {text!r}"
-        )
-    return text
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -25,7 +25,7 @@ from dataloader.arguments import (
     view_of,
 )
 from dataloader.dataset import read_image
-from engine.arguments import add_evaluation_arguments, add_rank_arguments, solver_threads
+from engine.arguments import add_evaluation_arguments, add_rank_arguments, add_run_arguments, solver_threads
 from engine.distributed import Ranks
 from engine.start import choose_device, choose_seed, set_seed
 from Models import DeepEMD, arguments
@@ -45,7 +45,6 @@ from pictures.matches import (
 )
 from utils import (
     InputError,
-    add_run_arguments,
     check_writable,
     make_parser,
     mean_confidence_interval,

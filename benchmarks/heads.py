@@ -23,7 +23,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dataloader import episode_labels
 from dataloader.arguments import add_data_arguments, add_episode_arguments, draw_episodes, open_dataset
-from engine.arguments import add_evaluation_arguments, add_rank_arguments, make_evaluator, solver_threads
+from engine.arguments import (
+    add_evaluation_arguments,
+    add_rank_arguments,
+    add_run_arguments,
+    make_evaluator,
+    solver_threads,
+)
 from engine.distributed import Ranks
 from engine.run import environment, fingerprint
 from engine.start import choose_device, choose_seed, set_seed
@@ -35,7 +41,6 @@ from Models.sfc import KSHOT, FitError
 from Models.weights import load_encoder_weights
 from utils import (
     InputError,
-    add_run_arguments,
     check_writable,
     make_parser,
     mean_confidence_interval,

@@ -15,7 +15,7 @@ from engine.distributed import Ranks
 from engine.evaluation import Evaluator
 from engine.run import LAST_STATE, deciding
 from engine.stopping import StopRequest
-from utils import InputError, available_cores, number_above_zero, number_at_least
+from utils import LARGEST_SEED, InputError, available_cores, number_above_zero, number_at_least, number_between
 
 # Flags that belong to one stage of training and say nothing about the next.
 OF_ONE_STAGE = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_every")
@@ -134,6 +134,58 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: encode each image once per set of weights, where its view is not random",
     )
     group.add_argument("-episode_batch", type=number_at_least(1, int), default=8, help="episodes matched together")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, has_folder: bool = True) -> None:
+    """The flags that :func:`engine.start.start` reads, and ``-extra_dir`` where the script writes to a folder."""
+    group = parser.add_argument_group("run")
+    group.add_argument("-gpu", help='GPUs to use, as in 0 or 0,1,2,3, or "cpu" (default: one GPU, else the CPU)')
+    group.add_argument(
+        "-seed", type=number_between(0, LARGEST_SEED, int), default=1, help="of every random draw; 0 draws a seed"
+    )
+    group.add_argument(
+        "-deterministic", action="store_true", help="on a GPU, use deterministic kernels: repeatable, and slower"
+    )
+    if has_folder:
+        group.add_argument(
+            "-extra_dir",
+            type=folder_name,
+            default="",
+            help="subfolder of the run folder, to keep runs apart; eval.py adds its result to "
+            "checkpoint/eval/<extra_dir>/results.txt",
+        )
+
+
+def folder_name(text: str) -> str:
+    """An argparse type: a relative path that stays below the folder it is joined to."""
+    path = Path(text)
+    if path.is_absolute() or ".." in path.parts or "\0" in text:
+        raise argparse.ArgumentTypeError(
+            f"expected the name of a folder below checkpoint/, as in trial-2; got {text!r}"
+        )
+    return text
+
+
+def add_set_argument(
+    group: Any,
+    choices: Sequence[str] = ("train", "val", "test"),
+    default: str = "test",
+    help: str = "split to draw from",
+) -> None:
+    """The flag ``-set``."""
+    group.add_argument("-set", choices=choices, default=default, help=help)
+
+
+def add_test_episode_argument(
+    group: Any, help: str = "episodes; the paper takes 5000 for 1-shot, 600 for 5-shot"
+) -> None:
+    """The flag ``-test_episode``."""
+    group.add_argument("-test_episode", type=number_at_least(1, int), default=5000, help=help)
+
+
+def add_json_argument(group: Any, what: str = "the results") -> None:
+    """The flag ``-json``."""
+    group.add_argument("-json", metavar="FILE", help=f'also write {what} to FILE; "-" prints them and nothing else')
 
 
 def add_rank_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

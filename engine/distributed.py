@@ -1,17 +1,18 @@
 """The processes of a run: started by torchrun or SLURM, through torch.distributed. One process needs none of it."""
 
 import atexit
+import contextlib
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import Sampler
 
-from engine.start import choose_device, gpu_numbers
 from utils import InputError
 
 # How long a process waits for the others, who may be in the middle of a long validation group.
@@ -76,58 +77,90 @@ class Ranks:
             tensor.copy_(mean.view_as(tensor))
 
 
-def start(gpu: str | None) -> tuple[Ranks, torch.device, list[int]]:
-    """Join the other processes of the run, if there are any; choose the device.
+class Launch(NamedTuple):
+    """What torchrun or srun says of this process."""
 
-    Returns:
-        The ranks, this process's device, and the CUDA ids that DataParallel spreads over (one process only).
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    by_slurm: bool = False
+
+
+def read_launch() -> Launch | None:
+    """How this process was launched; None if it was started by itself.
+
+    WORLD_SIZE tells of torchrun, a step of several tasks of srun. Without either, the other variables are left over from
+    something else and are ignored, as empty ones are.
 
     Raises:
-        InputError: a ``-gpu`` that does not go with the number of processes on this machine.
+        InputError: variables are missing, are not numbers, or contradict each other.
     """
-    _launched_by_slurm()
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        device, ids = choose_device(gpu)
-        return Ranks(device=device), device, ids
-    rank, size, local_rank, local_size = (
-        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    )
-    ids = gpu_numbers(gpu)
-    if ids:
-        # srun can show each task a GPU of its own, which is then the only one that it sees.
-        is_bound = gpu is None and len(ids) == 1 and "SLURM_STEP_NUM_TASKS" in os.environ
-        if len(ids) < local_size and not is_bound:
-            raise InputError(
-                f"expected a GPU for each of the {local_size} processes on this machine; got {len(ids)}. Start fewer "
-                "(torchrun --nproc_per_node), name more with -gpu, or give -gpu cpu"
-            )
-        ids = [ids[0 if is_bound else local_rank]]
-    device, _ = choose_device(",".join(map(str, ids)) or "cpu")
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
-    atexit.register(distributed.destroy_process_group)
-    return Ranks(rank, size, local_size, device), device, []
+    environ = {name: value for name, value in os.environ.items() if value.strip()}
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    by_slurm = "WORLD_SIZE" not in environ
+    if by_slurm:
+        if environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+            return None
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+        with contextlib.suppress(LookupError, ValueError):
+            counts = _tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])
+            environ["SLURM_STEP_TASKS_PER_NODE"] = str(counts[int(environ["SLURM_NODEID"])])
+    elif environ["WORLD_SIZE"] == "1" and not {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} & set(environ):
+        return None
+    given = [environ.get(name, "") for name in names]
+    numbers = [int(text) if re.fullmatch(r"[0-9]{1,6}", text) else -1 for text in given]
+    rank, size, local_rank, local_size = numbers
+    if min(numbers) < 0 or not (rank < size and local_rank < local_size <= size):
+        found = ", ".join(f"{name}={os.environ[name]}" if name in environ else f"no {name}" for name in names)
+        raise InputError(
+            f"the environment has {found}, which is not the state of a launched process. Start the processes with torchrun "
+            f"or srun, or unset {names[1]} to run a single one"
+        )
+    return Launch(*numbers, by_slurm)
 
 
-def _launched_by_slurm() -> None:
-    """Where torchrun's variables are missing and srun has started several tasks, say the same in torchrun's words."""
-    environ = os.environ
-    if "WORLD_SIZE" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
-        return
-    environ["RANK"], environ["LOCAL_RANK"] = environ["SLURM_PROCID"], environ["SLURM_LOCALID"]
-    environ["WORLD_SIZE"] = environ["SLURM_STEP_NUM_TASKS"]
-    counts = [  # "4(x2),3" is four tasks on each of two nodes and three on the last
-        count
-        for part in environ["SLURM_STEP_TASKS_PER_NODE"].split(",")
+def _tasks_per_node(text: str) -> list[int]:
+    """ "4(x2),3" is four tasks on each of two nodes and three on the last."""
+    return [
+        int(count)
+        for part in text.split(",")
         for count in [part.split("(x")[0]] * int(part.partition("(x")[2].rstrip(")") or 1)
     ]
-    environ["LOCAL_WORLD_SIZE"] = counts[int(environ["SLURM_NODEID"])]
-    if "MASTER_ADDR" not in environ:  # the host of rank 0
-        hosts = ["127.0.0.1"]
-        if len(counts) > 1:
-            command = ["scontrol", "show", "hostnames", environ["SLURM_STEP_NODELIST"]]
-            hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        environ["MASTER_ADDR"] = hosts[0]
-    environ.setdefault("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000))
+
+
+def join(launch: Launch, device: torch.device) -> Ranks:
+    """Connect to the other processes of the run.
+
+    Raises:
+        InputError: the environment does not say where the first process is.
+    """
+    environ = os.environ
+    if launch.by_slurm:
+        environ.setdefault("MASTER_ADDR", _first_host())
+        environ.setdefault("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000))
+    if not environ.get("MASTER_ADDR") or not re.fullmatch("[0-9]{1,5}", environ.get("MASTER_PORT", "")):
+        raise InputError("several processes need MASTER_ADDR and MASTER_PORT in the environment; torchrun sets them")
+    distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=launch.rank,
+        world_size=launch.size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    atexit.register(distributed.destroy_process_group)
+    return Ranks(launch.rank, launch.size, launch.local_size, device)
+
+
+def _first_host() -> str:
+    """The host of rank 0 of a step of srun."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST", "")
+    if os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1" and not re.search(r"[\[,]", nodes):
+        return "127.0.0.1"
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return done.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        raise InputError(f"scontrol does not name the nodes of this step ({error}). Set MASTER_ADDR") from error
 
 
 class Shard(Sampler[list[Any]]):

@@ -1,12 +1,57 @@
 """The start of every script: processes, device, seed."""
 
+import argparse
 import os
 import re
 
 import numpy as np
 import torch
 
-from utils import InputError, status
+from engine.distributed import Launch, Ranks, join, read_launch
+from utils import InputError, Process, set_process, status
+
+
+def start(args: argparse.Namespace, *, one_process: bool = False) -> tuple[Ranks, torch.device, list[int]]:
+    """Join the other processes of the run, if there are any, choose the device, and seed everything.
+
+    Args:
+        args: the flags of :func:`engine.arguments.add_run_arguments`. A ``seed`` of 0 is replaced by a drawn one, which is the
+            same on every rank.
+        one_process: for scripts that ignore a launcher.
+
+    Returns:
+        The ranks, this process's device, and the CUDA ids that DataParallel spreads over (one process only).
+
+    Raises:
+        InputError: a ``-gpu`` that this machine does not have, fewer GPUs than processes, or launcher variables that make no
+            sense.
+    """
+    launch = None if one_process else read_launch()
+    if launch is None or launch.size == 1:
+        set_process(Process())
+        device, device_ids = choose_device(args.gpu)
+        ranks = Ranks(device=device)
+    else:
+        set_process(Process(launch.rank, launch.size, launch.local_size))
+        device, device_ids = _device_of_rank(args.gpu, launch), []
+        ranks = join(launch, device)
+    args.seed = ranks.from_first(choose_seed(args.seed))
+    set_seed(args.seed, deterministic=args.deterministic)
+    return ranks, device, device_ids
+
+
+def _device_of_rank(gpu: str | None, launch: Launch) -> torch.device:
+    ids = gpu_numbers(gpu)
+    if ids:
+        # srun can show each task a GPU of its own, which is then the only one that it sees.
+        is_bound = launch.by_slurm and gpu is None and len(ids) == 1
+        if len(ids) < launch.local_size and not is_bound:
+            raise InputError(
+                f"{launch.local_size} processes on this machine need as many GPUs; there are {len(ids)} to use. Start fewer "
+                "processes (torchrun --nproc_per_node), name more GPUs with -gpu, or use -gpu cpu"
+            )
+        ids = [ids[0 if is_bound else launch.local_rank]]
+    return choose_device(",".join(map(str, ids)) or "cpu")[0]
 
 
 def choose_seed(seed: int) -> int:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import utils
+from engine.arguments import folder_name
 from engine.run import RunFolder
 from engine.start import choose_device, choose_seed, set_seed
 from Models import DeepEMD, ResNet12
@@ -23,7 +24,6 @@ from utils import (
     append_line,
     available_cores,
     check_writable,
-    folder_name,
     make_parser,
     mean_confidence_interval,
     named_generator,

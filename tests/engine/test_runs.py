@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, resumed, repeated, and spread over processes."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -16,6 +17,8 @@ import pytest
 import torch
 from helpers import ROOT, finish, run, start, succeed, torchrun, wait_for
 
+import engine.start
+import train_meta
 from engine import distributed, stopping
 from engine.distributed import Ranks, Shard
 from engine.evaluation import Evaluator
@@ -329,37 +332,129 @@ def test_shards():
     assert shard(0, 2, False, 2) == (5, [[20, 21, 22, 23], [40]])
 
 
-def test_slurm_speaks_torchruns_words(monkeypatch):
-    environ: dict[str, str] = {}
-    monkeypatch.setattr(distributed.os, "environ", environ)
-    distributed._launched_by_slurm()
-    assert environ == {}
-    slurm = {"STEP_NUM_TASKS": "7", "PROCID": "5", "LOCALID": "1", "STEP_TASKS_PER_NODE": "2(x2),3", "JOB_ID": "77"}
-    slurm |= {"NODEID": "2", "STEP_NODELIST": "node[1-3]"}
-    environ.update({f"SLURM_{name}": value for name, value in slurm.items()})
+TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+SRUN = {f"SLURM_{name}": value for name, value in {
+    "STEP_NUM_TASKS": "7", "PROCID": "5", "LOCALID": "1", "NODEID": "2", "STEP_TASKS_PER_NODE": "2(x2),3",
+    "STEP_NODELIST": "node[1-3]", "JOB_ID": "77",
+}.items()}  # fmt: skip
+
+
+@pytest.fixture
+def environ(monkeypatch) -> dict[str, str]:
+    """An empty environment, as distributed.py sees it."""
+    found: dict[str, str] = {}
+    monkeypatch.setattr(distributed, "os", argparse.Namespace(environ=found))
+    return found
+
+
+def test_launchers_tell_each_process_its_place(environ, monkeypatch):
+    environ.update(TORCHRUN)
+    assert distributed.read_launch() == (2, 4, 0, 2, False)
+    environ.update(SRUN)  # srun torchrun: torchrun has the last word
+    assert distributed.read_launch() == (2, 4, 0, 2, False)
+    environ.clear()
+    environ.update(SRUN)
+    assert distributed.read_launch() == (5, 7, 1, 3, True)
 
     def scontrol(command, **_):
         assert command == ["scontrol", "show", "hostnames", "node[1-3]"]
         return subprocess.CompletedProcess(command, 0, stdout="node1\nnode2\nnode3\n")
 
     monkeypatch.setattr(distributed.subprocess, "run", scontrol)
-    distributed._launched_by_slurm()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    assert [environ[name] for name in names] == ["5", "7", "1", "3", "node1", "20077"]
+    monkeypatch.setattr(distributed.distributed, "init_process_group", lambda *_, **settings: joined.append(settings))
+    joined: list[dict] = []
+    monkeypatch.setattr(distributed.atexit, "register", lambda _: None)
+    ranks = distributed.join(distributed.read_launch(), torch.device("cpu"))
+    assert (ranks.rank, ranks.size, ranks.local_size) == (5, 7, 3)
+    assert (joined[0]["rank"], joined[0]["world_size"]) == (5, 7)
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("node1", "20077")
     environ.clear()
-    environ.update(SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="1", SLURM_LOCALID="1", SLURM_NODEID="0")
-    environ["SLURM_STEP_TASKS_PER_NODE"] = "2"
-    distributed._launched_by_slurm()
-    assert (environ["LOCAL_WORLD_SIZE"], environ["MASTER_ADDR"]) == ("2", "127.0.0.1")
+    environ.update(SRUN, SLURM_STEP_NODELIST="node7")
+    distributed.join(distributed.read_launch(), torch.device("cpu"))
+    assert environ["MASTER_ADDR"] == "127.0.0.1"
 
 
-def test_too_few_gpus_for_the_processes(monkeypatch):
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "1"},
+        {"RANK": "abc", "LOCAL_RANK": "7"},
+        {"WORLD_SIZE": "", "RANK": ""},
+        {"WORLD_SIZE": "1"},
+        {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"},  # a batch script that srun did not start
+        {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+    ],
+)
+def test_variables_left_over_from_elsewhere_are_ignored(environ, variables):
+    environ.update(variables)
+    assert distributed.read_launch() is None
+
+
+@pytest.mark.parametrize(
+    ("base", "changed", "found"),
+    [
+        (TORCHRUN, {"LOCAL_RANK": None}, "no LOCAL_RANK"),
+        (TORCHRUN, {"RANK": None, "LOCAL_RANK": None, "LOCAL_WORLD_SIZE": None}, "no RANK, WORLD_SIZE=4"),
+        (TORCHRUN, {"RANK": ""}, "RANK="),
+        (TORCHRUN, {"RANK": "4"}, "RANK=4"),
+        (TORCHRUN, {"RANK": "-1"}, "RANK=-1"),
+        (TORCHRUN, {"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc"),
+        (TORCHRUN, {"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        (TORCHRUN, {"WORLD_SIZE": "1"}, "WORLD_SIZE=1"),
+        (TORCHRUN, {"WORLD_SIZE": "2.5"}, "WORLD_SIZE=2.5"),
+        (TORCHRUN, {"LOCAL_RANK": "2"}, "LOCAL_RANK=2"),
+        (TORCHRUN, {"LOCAL_WORLD_SIZE": "8"}, "LOCAL_WORLD_SIZE=8"),
+        (SRUN, {"SLURM_PROCID": None}, "no SLURM_PROCID"),
+        (SRUN, {"SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS=many"),
+        (SRUN, {"SLURM_STEP_TASKS_PER_NODE": "2(x"}, "SLURM_STEP_TASKS_PER_NODE=2(x"),
+        (SRUN, {"SLURM_NODEID": "9"}, "SLURM_STEP_TASKS_PER_NODE=2(x2),3"),
+    ],
+)
+def test_contradictory_launcher_variables_are_reported(environ, base, changed, found):
+    environ.update({name: value for name, value in (base | changed).items() if value is not None})
+    with pytest.raises(InputError, match=re.escape(found)) as error:
+        distributed.read_launch()
+    assert "unset" in str(error.value)
+
+
+def test_processes_that_cannot_find_the_first_are_told_what_is_missing(environ):
+    environ.update(TORCHRUN)
+    for port in ("", "abc"):
+        environ.update(MASTER_ADDR="localhost", MASTER_PORT=port)
+        with pytest.raises(InputError, match="MASTER_PORT"):
+            distributed.join(distributed.read_launch(), torch.device("cpu"))
+    environ.clear()
+    environ.update(SRUN)  # and no scontrol here
+    with pytest.raises(InputError, match="Set MASTER_ADDR"):
+        distributed.join(distributed.read_launch(), torch.device("cpu"))
+
+
+def test_a_launcher_in_the_environment_silences_nobody(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    done = run(*EVAL, *HERE, "-data_dir", folder, cwd=tmp_path)
+    assert done.err.startswith("device: cpu\nweights: none\n")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = run(*EVAL, *HERE, "-data_dir", folder, cwd=tmp_path)
+    assert (done.status, len(done.err.splitlines())) == (1, 1)
+    assert "RANK=1, WORLD_SIZE=2, no LOCAL_RANK" in done.err
+    args = argparse.Namespace(gpu="cpu", seed=1, deterministic=False)
+    assert engine.start.start(args, one_process=True)[0].size == 1
+
+
+@pytest.mark.parametrize(("by_slurm", "gpu", "good"), [(True, None, True), (True, "0", False), (False, None, False)])
+def test_a_single_visible_gpu_serves_a_process_that_srun_bound_to_it(environ, monkeypatch, by_slurm, gpu, good):
+    environ.update(SRUN)
+    if not by_slurm:
+        environ.update(TORCHRUN)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(InputError, match="a GPU for each of the 2 processes on this machine; got 1"):
-        distributed.start(None)
+    monkeypatch.setattr(engine.start, "choose_device", lambda gpu: (torch.device("cuda", int(gpu)), [int(gpu)]))
+    launch = distributed.read_launch()
+    if good:
+        assert engine.start._device_of_rank(gpu, launch) == torch.device("cuda", 0)
+        return
+    with pytest.raises(InputError, match=f"{launch.local_size} processes on this machine need as many GPUs"):
+        engine.start._device_of_rank(gpu, launch)
 
 
 def test_evaluation_by_several_processes_is_that_of_one(folder, tmp_path):
@@ -393,7 +488,7 @@ def test_training_by_two_processes(folder, tmp_path, monkeypatch):
     # Running statistics are the mean over the ranks, each of which has seen one of the two tasks.
     key = "encoder.layer1.0.bn1.running_mean"
     assert states[1][0]["network"][key].isfinite().all()
-    monkeypatch.setattr(distributed, "start", lambda gpu: (Ranks(0, 2, 2), torch.device("cpu"), []))
+    monkeypatch.setattr(train_meta, "start", lambda args: (Ranks(0, 2, 2), torch.device("cpu"), []))
     done = run(*words, "-bs", "3", cwd=tmp_path)
     assert (done.status, "-bs 3: expected a multiple of the 2 processes" in done.err) == (1, True)
 
@@ -428,7 +523,7 @@ def fails_once(rank: int) -> None:
 
     for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", 2)):
         os.environ[name] = str(value)
-    ranks, device, _ = distributed.start("cpu")
+    ranks, device, _ = engine.start.start(argparse.Namespace(gpu="cpu", seed=1, deterministic=False))
     torch.manual_seed(0)
     network = nn.Linear(2, 2)
     shard = Shard(Batches([[k, k + 1] for k in range(8)]), ranks, by_image=False)

@@ -348,7 +348,7 @@ def test_an_error_has_a_line_of_its_own(bad_place, monkeypatch):
 
 
 def test_compile_on_several_gpus_is_refused(bad_place, monkeypatch):
-    monkeypatch.setattr("engine.distributed.choose_device", lambda gpu: (torch.device("cpu"), [0, 1]))
+    monkeypatch.setattr("engine.start.choose_device", lambda gpu: (torch.device("cpu"), [0, 1]))
     done = run("eval.py", *GOOD, "-compile", "-gpu", "0,1", cwd=bad_place)
     assert done.err.endswith("-compile works on one GPU; got -gpu 0,1. Name one GPU, or leave -compile out\n")
 

@@ -16,13 +16,13 @@ from dataloader.views import View
 from engine.evaluation import encode_images
 from Models import DeepEMD
 from Models.matching import Matching
-from pictures.drawing import Panel, Scales, cell_panels, draw_match, patch_panels, scales_of, to_pixels
+from pictures.canvas import to_pixels
+from pictures.match import Panel, Scales, cell_panels, draw_match, patch_panels, scales_of
 from utils import InputError, named_generator
 
 LARGEST_EDGE = 480  # photographs are drawn no larger than this, in pixels
 # Queries of an episode that are drawn by default: so many, of which at most so many are wrong where right ones remain.
 QUERIES, WRONG_QUERIES = 4, 2
-LARGEST_SHEET = 26  # queries in a contact sheet
 
 
 class ViewedImage(NamedTuple):
@@ -94,11 +94,8 @@ class MatchedEpisode(NamedTuple):
         return draw_match(
             self.queries[number],
             [images[k] for images, k in zip(self.supports, self.nearest, strict=True)],
+            Matching(*(part[number] for part in self.matching)),
             names=names,
-            logits=self.matching.logits[number],
-            flow=self.matching.flow[number],
-            supply=self.matching.supply[number],
-            demand=self.matching.demand[number],
             truth=truth,
             title=title,
             notes=notes if shots > 1 else (),
@@ -136,8 +133,8 @@ def match_episode(
     similarity = torch.cosine_similarity(support[0].unflatten(0, (shot, way)), proto, dim=2).mean(2)  # (K, W)
     panels = [panels_of(one, view, nodes.shape[-1], model.feature_pyramid) for one in viewed]
     supports = [[panels[k * way + number] for k in range(shot)] for number in range(way)]
-    scales = scales_of(matching.flow, matching.supply, matching.demand)
-    return MatchedEpisode(matching, supports, panels[way * shot :], similarity.argmax(0).tolist(), scales)
+    nearest = similarity.argmax(0).tolist()
+    return MatchedEpisode(matching, supports, panels[way * shot :], nearest, scales_of(matching))
 
 
 class FixedMatches:
@@ -210,9 +207,3 @@ def choose_queries(logits: Tensor, way: int) -> list[int]:
                 if len(chosen) < most and number not in chosen and not is_repeat:
                     chosen.append(number)
     return sorted(chosen)
-
-
-def rows_of_sheet(queries: int, way: int) -> list[int]:
-    """The queries in a contact sheet: all, or the first ones of each class, class by class."""
-    per_class = min(queries // way, max(1, LARGEST_SHEET // way))
-    return [way * k + number for number in range(way) for k in range(per_class)]

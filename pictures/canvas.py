@@ -29,7 +29,9 @@ FONT = "DejaVu Sans"  # comes with matplotlib
 
 def make_figure(width: float, height: float) -> Figure:
     """A figure of that size in inches, whose parts matplotlib lays out."""
-    return Figure(figsize=(width, height), dpi=DOTS_PER_INCH, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.07)  # inches
+    return figure
 
 
 def picture_path(folder: Path, stem: str, suffix: str) -> Path:

@@ -193,8 +193,8 @@ def draw_match(
     rows = -(-way // columns)
     unit = 1.7 if way > 1 else 2.6  # inches
     height = max(lower for panels in (query, *protos) for *_, lower in _layout(panels, 0))
-    row_height = height * unit + (1.05 if any(notes) else 0.9)
-    width, full_height = columns * ((2 + GAP) * unit + 0.35), rows * row_height + 0.6
+    text = 0.2 * (2 + (way > 1) + any(notes)) + 0.3
+    width, full_height = columns * ((2 + GAP) * unit + 0.35), rows * (height * unit + text) + (0.6 if way > 1 else 0.4)
     figure = make_figure(width, full_height + 0.85)
     classes, key = figure.subfigures(2, 1, height_ratios=(full_height, 0.85))
     names = display_names(names, 44)
@@ -218,7 +218,7 @@ def draw_match(
         axes.set_title("\n".join(label if way > 1 else label[1:]), loc="left", fontsize=9.5, color=color)
         caption = f"{drawn}\n{display_names([notes[number]], 58)[0]}" if any(notes) else str(drawn)
         axes.set_xlabel(caption, loc="left", fontsize=8.5)
-    _draw_key(key, scales)
+    _draw_key(key, scales, width)
     return figure
 
 
@@ -331,12 +331,12 @@ def _line_width(strength: float) -> float:
     return 0.7 + 3.3 * strength
 
 
-def _draw_key(figure: SubFigure, scales: Scales) -> None:
+def _draw_key(figure: SubFigure, scales: Scales, width: float) -> None:
     """The scale of brightness and the scale of widths."""
     bar, lines = figure.subplots(1, 2)
     grey = LinearSegmentedColormap.from_list("weight", [(DARKEST,) * 3, (1, 1, 1)])
     figure.colorbar(ScalarMappable(Normalize(0, scales.weight), grey), cax=bar, orientation="horizontal", extend="max")
-    bar.set_box_aspect(0.06)
+    bar.set_box_aspect(0.25 / width)
     bar.tick_params(labelsize=8)
     bar.set_title("brightness: weight of a node (mean 1)", loc="left", fontsize=8.5)
     lines.set_axis_off()

@@ -59,16 +59,16 @@ def draw_sheet(
         shown = range(block * rows, min((block + 1) * rows, count))
         _draw_table(axes, logits[shown.start : shown.stop], [truths[k] for k in shown], rows)
         for row, k in enumerate(shown):
-            axes.annotate(f"query {numbers[k]}", (-1.45, row), fontsize=8, va="center", annotation_clip=False)
+            place = {"xy": (-1.1, row), "ha": "right", "va": "center", "annotation_clip": False}
+            axes.annotate(f"query {numbers[k]}", fontsize=8, **place)
             _draw_thumbnail(axes, queries[k], THUMB, (-0.8, row))
         for number, (images, label) in enumerate(zip(supports, labels, strict=True)):
             columns = math.ceil(len(images) ** 0.5)
-            size = SUPPORT / columns
+            size, upper = SUPPORT / columns, -0.6 - SUPPORT / columns / ROW * -(-len(images) // columns)
             for k, image in enumerate(images):
-                across = (k % columns - (columns - 1) / 2) * size / CELL
-                down = (k // columns - (columns - 1) / 2) * size / ROW
-                _draw_thumbnail(axes, image, 0.95 * size, (number + across, -1.4 + down))
-            axes.annotate(label, (number, -2.25), fontsize=8, ha="center", va="bottom", annotation_clip=False)
+                across = number + (k % columns - (columns - 1) / 2) * size / CELL
+                _draw_thumbnail(axes, image, 0.95 * size, (across, upper + (k // columns + 0.5) * size / ROW))
+            axes.annotate(label, (number, upper - 0.1), fontsize=8, ha="center", va="bottom", annotation_clip=False)
     words = (f"{subtitle}; " if subtitle else "") + (
         "numbers: logits; shade: softmax probability\nsolid frame: predicted class; "
         "dashed frame: true class, where another was predicted"
@@ -85,7 +85,7 @@ def _draw_table(axes: Axes, logits: np.ndarray, truths: Sequence[int], rows: int
     shades = LinearSegmentedColormap.from_list("probability", ["#FFFFFF", SERIES[5]])
     mesh = {"edgecolors": "#CCCCCC", "linewidth": 0.6, "cmap": shades, "vmin": 0, "vmax": 1.15}
     axes.pcolormesh(np.arange(way + 1) - 0.5, np.arange(count + 1) - 0.5, probability, **mesh)
-    axes.set(xlim=(-1.5, way + 0.2), ylim=(rows - 0.5, -2.3))
+    axes.set(xlim=(-1.7, way + 0.2), ylim=(rows - 0.5, -1.6))
     for row, (values, truth) in enumerate(zip(logits, truths, strict=True)):
         predicted = int(values.argmax())
         for number, value in enumerate(values):

@@ -32,8 +32,7 @@ from engine.evaluation import encode_images
 from engine.run import fingerprint
 from engine.start import start
 from Models import DeepEMD
-from Models.arguments import add_model_arguments, open_model
-from Models.heads import takes_solver
+from Models.arguments import add_model_arguments, add_weights_arguments, open_model
 from pictures.canvas import FORMATS, picture_path, save, short_names
 from pictures.match import draw_match
 from pictures.matches import ViewedImage, check_head, panels_of, view_image
@@ -67,11 +66,6 @@ def build_parser() -> ArgumentParser:
     kept = "instead of -support: a file that -save wrote, with the same weights and flags"
     group.add_argument("-prototypes", metavar="FILE", help=kept)
     group.add_argument("-query", nargs="+", default=[], metavar="PATH", help="images, or folders of them at any depth")
-    group.add_argument(
-        "-model_dir",
-        help='checkpoint, or its folder, or "none" for random weights '
-        "(default: deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth)",
-    )
     group = parser.add_argument_group("results")
     add_json_argument(group, "a list of the results")
     group.add_argument("-top", type=count, default=1, help="classes listed for each image, the most probable first")
@@ -80,6 +74,7 @@ def build_parser() -> ArgumentParser:
     group.add_argument("-format", choices=FORMATS, default="png", help="of the pictures")
     group.add_argument("-flows", type=count, default=10, help="flows drawn per class, the strongest first")
     add_data_arguments(parser, has_splits=False)
+    add_weights_arguments(parser)
     add_model_arguments(parser, sfc_lr=100.0)
     add_run_arguments(parser, has_folder=False)
     return parser
@@ -269,8 +264,7 @@ def answers(
         for (file, viewed), of_image, row in zip(batch, nodes, logits, strict=True):
             probability = row.double().softmax(0)
             order = row.argsort(descending=True, stable=True).tolist()
-            has_cost = takes_solver(model.head["head"])
-            cost = 1 - float(row[order[0]]) / model.head["temperature"] if has_cost else None
+            cost = 1 - float(row[order[0]]) / model.settings.temperature if model.settings.uses_solver else None
             yield Answer(file, [(prototypes.classes[k], float(probability[k])) for k in order], cost), viewed, of_image
 
 

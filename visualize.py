@@ -22,19 +22,10 @@ from dataloader.arguments import (
     view_of,
 )
 from dataloader.dataset import read_image
-from engine.arguments import (
-    add_evaluation_arguments,
-    add_rank_arguments,
-    add_run_arguments,
-    add_set_argument,
-    add_test_episode_argument,
-    solver_threads,
-)
-from engine.distributed import Ranks
+from engine.arguments import add_evaluation_arguments, add_run_arguments, add_set_argument, add_test_episode_argument
 from engine.start import start
 from Models import DeepEMD, arguments
-from Models.arguments import add_model_arguments
-from Models.emd import set_threads
+from Models.arguments import add_model_arguments, add_weights_arguments
 from pictures import canvas, plots, sheet
 from pictures.matches import QUERIES, WRONG_QUERIES, check_head, choose_queries, match_episode, view_image, view_items
 from utils import InputError, check_writable, make_parser, named_generator, number_at_least, run_script
@@ -58,15 +49,10 @@ def build_parser() -> ArgumentParser:
         group = added.add_argument_group("flows")
         group.add_argument("-flows", type=count, default=10, help="flows drawn per class, the strongest first")
         group.add_argument("-top", type=count, dest="flows", default=SUPPRESS, help=SUPPRESS)  # its earlier name
-        group.add_argument(
-            "-model_dir",
-            help='checkpoint, or its folder, or "none" for random weights '
-            "(default: deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth)",
-        )
+        add_weights_arguments(added)
         add_data_arguments(added)
         add_model_arguments(added, sfc_lr=100.0)
         add_evaluation_arguments(added)
-        add_rank_arguments(added)
         add_run_arguments(added)
 
     added = command("episode", "draw an episode that eval.py evaluates with the same flags")
@@ -112,7 +98,6 @@ def open_model(args: Namespace) -> tuple[DeepEMD, torch.device]:
     """The model for evaluation that the flags describe, and its device."""
     check_head(args.head)
     _, device, device_ids = start(args, one_process=True)
-    set_threads(solver_threads(args, Ranks()))
     model, _ = arguments.open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
     return model.folded(), device
 

@@ -190,14 +190,7 @@ def add_json_argument(group: Any, what: str = "the results") -> None:
 
 def add_rank_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The flag that :func:`solver_threads` reads; returns its group, for a script to add to."""
-    group = parser.add_argument_group("several processes (torchrun, or srun)")
-    group.add_argument(
-        "-solver_threads",
-        type=number_at_least(1, int),
-        help="threads of the solvers on the CPU (default: the cores that this process may use, divided by the processes of "
-        "the run on this machine)",
-    )
-    return group
+    return parser.add_argument_group("several processes (torchrun, or srun)")
 
 
 def loader_processes(args: argparse.Namespace, ranks: Ranks) -> int:

@@ -51,7 +51,7 @@ def draw_sheet(
     labels = [wrap(name, 11) for name in display_names(names, 30)]
     width = max(blocks * (way * CELL + 2.0), 5.2)
     figure = make_figure(width, rows * ROW + 0.15 * max(label.count("\n") for label in labels) + 2.1)
-    title = display_names([title], int(width * 9))[0]
+    title = display_names([title], int(width * 11))[0]
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     plots = figure.subplots(1, blocks, squeeze=False)[0]
     for block, axes in enumerate(plots):

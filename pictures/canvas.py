@@ -69,7 +69,8 @@ def _use_plain_text(figure: Figure) -> None:
     texts = figure.findobj(Text)
     families = [FONT, *sorted(set(_find_fonts("".join(text.get_text() for text in texts)).values()) - {FONT, None})]
     for text in texts:
-        text.set(parse_math=False, usetex=False, fontfamily=families)
+        lines = "\n".join(map(printable, text.get_text().split("\n")))
+        text.set(text=lines, parse_math=False, usetex=False, fontfamily=families)
 
 
 # --- Names ------------------------------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ class FixedMatches:
 
 def check_head(head: str) -> None:
     """Raise InputError for a head that has no flow to draw."""
-    if head != "deepemd":
+    if head.partition(":")[0] != "deepemd":
         raise InputError(f"-head {head} computes no flow, so there is no match to draw; only -head deepemd does")
 
 

@@ -49,6 +49,7 @@ def test_the_support_image_nearest_to_the_prototype_is_shown(tmp_path, monkeypat
     for seed, name in enumerate("ab"):
         write_images(tmp_path / name, 1, seed=seed)
     a, b = (matches.view_image(Image.open(tmp_path / name / "0000.png"), view, 1) for name in "ab")
+    torch.manual_seed(0)
     model = DeepEMD(kshot="mean", solver="simplex").folded()
     support = [a, b, b, a, a, a]  # shots of class 0: A B A; of class 1: B A A
     episode = matches.match_episode(model, view, [*support, b, b], way=2, shot=3, device=torch.device("cpu"))

@@ -62,6 +62,8 @@ class Comparison:
         failed: why there is nothing of a row: its prototypes diverged.
     """
 
+    device_ids = ()
+
     def __init__(self, models: dict[Row, DeepEMD]) -> None:
         self.models, self.encoder = models, next(iter(models.values()))
         self.accuracies: dict[Row, list[float]] = {row: [] for row in models}

@@ -117,7 +117,7 @@ def fit_prototypes(
 
     Raises:
         ValueError: shapes or numbers that do not fit.
-        FitError: the fitted prototypes are not finite, though the support is.
+        FitError: the fitted prototypes or their logits are not finite, though the support is.
     """
     fit = FitSettings(lr, weight_decay, steps, batch_size)
     settings = settings or HeadSettings.of(**head)
@@ -144,7 +144,9 @@ def fit_prototypes(
                 proto.grad = torch.autograd.grad(loss / chosen.shape[1], proto)[0]
             optimizer.step()
     proto = torch.where(is_fixed, start, proto.detach())
-    if not bool(proto.isfinite().all()) and bool(support.isfinite().all()):
+    # Prototypes may be finite and yet too large to be compared with anything.
+    is_finite = proto.isfinite().all() and head_logits(proto, support[:, :1], settings).isfinite().all()
+    if not bool(is_finite) and bool(support.isfinite().all()):
         raise FitError(
             f"the prototypes diverged with a learning rate of {lr:g}. Lower -sfc_lr (squared distances, as in -head proto, "
             "need about 0.1), or use -kshot mean"

@@ -24,13 +24,14 @@ from torch import Tensor
 
 from dataloader.arguments import add_data_arguments, pixel_statistics, view_of
 from dataloader.catalog import DatasetSpec
-from dataloader.dataset import read_image
-from dataloader.readers import is_hidden, names_image, read_split
+from dataloader.images import read_image
+from dataloader.readers import image_files, read_split
 from dataloader.views import VIEWS, View
 from engine.arguments import add_json_argument, add_run_arguments
 from engine.evaluation import encode_images
 from engine.run import fingerprint
 from engine.start import start
+from engine.weights_flags import adopt_trained_flags, as_words
 from Models import DeepEMD
 from Models.arguments import add_model_arguments, add_weights_arguments, open_model
 from pictures.canvas import FORMATS, picture_path, save, short_names
@@ -152,28 +153,14 @@ def encode(model: DeepEMD, viewed: Sequence[tuple[str, ViewedImage]], device: to
     return encode_images(model, torch.stack([one.pixels for _, one in viewed]), device=device)
 
 
-def image_files(paths: Sequence[str]) -> Iterator[str]:
-    """The files named, and the images in the folders named, in the order of their names."""
-    for path in map(Path, paths):
-        if not path.is_dir():
-            yield str(path)  # a file that is missing is reported when it is read
-            continue
-        files = (file for file in path.rglob("*") if file.is_file() and names_image(file))
-        found = sorted(file for file in files if not any(map(is_hidden, map(Path, file.relative_to(path).parts))))
-        if not found:
-            warn(f"no images in {printable(str(path))}")
-        yield from map(str, found)
-
-
 # --- Prototypes -------------------------------------------------------------------------------------------------------
 
 
 def fit(model: DeepEMD, view: View, folder: str, *, seed: int, device: torch.device) -> Prototypes:
     """Prototypes from ``folder/<class>/<image>``. A class with one image is represented by that image."""
-    if not Path(folder).is_dir():
-        raise InputError(f"-support {folder}: there is no such folder; it needs one folder of images per class")
-    layout = DatasetSpec("folders", folders=(".",), split_folders={"support": "."}, obtain="put images in DIR/<class>/")
-    files, labels, classes = read_split(layout, folder, "support")
+    layout = DatasetSpec("folders", folders=(".",), split_folders={"support": "."}, obtain="")
+    advice = "-support needs a folder of images for each class"
+    files, labels, classes = read_split(layout, folder, "support", advice=advice)
     nodes = torch.cat([encode(model, batch, device) for batch in view_files(files, view, seed)])  # (S, C, N)
     label = torch.tensor(labels)
     with torch.no_grad():
@@ -217,9 +204,9 @@ def load_prototypes(
                 f"-prototypes {path}: made with other weights ({made_by}, not {weights}). Set the same -model_dir, or make "
                 "them again with -support and -save"
             )
-        different = [_as_flag(name, value) for name, value in made_with.items() if settings.get(name) != value]
+        different = {name: value for name, value in made_with.items() if settings.get(name) != value}
         if different:
-            raise InputError(f"-prototypes {path}: made with other flags; set {', '.join(different)}")
+            raise InputError(f"-prototypes {path}: made with other flags; set {as_words(different)}")
         _check(prototypes, model, view, device)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InputError):
@@ -241,12 +228,6 @@ def _check(prototypes: Prototypes, model: DeepEMD, view: View, device: torch.dev
         panels_of(one, view, wanted[2], model.feature_pyramid)
         if one.pixels.shape != blank.pixels.shape or (one.image is None) != (blank.image is None):
             raise ValueError(f"expected examples of shape {tuple(blank.pixels.shape)}; got {tuple(one.pixels.shape)}")
-
-
-def _as_flag(name: str, value: Any) -> str:
-    if value is None or value == ():
-        return f"no -{name}"
-    return f"-{name} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 # --- Answers ----------------------------------------------------------------------------------------------------------
@@ -307,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("give -query PATH, or -save FILE to make prototypes alone")
     if args.json and not args.query:
         parser.error("-json lists answers and requires -query PATH")
+    adopt_trained_flags(parser, args, argv)
     if args.picture:
         check_head(args.head)
     folder = Path(args.picture or ".")

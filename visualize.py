@@ -21,9 +21,10 @@ from dataloader.arguments import (
     pixel_statistics,
     view_of,
 )
-from dataloader.dataset import read_image
+from dataloader.images import read_image
 from engine.arguments import add_evaluation_arguments, add_run_arguments, add_set_argument, add_test_episode_argument
 from engine.start import start
+from engine.weights_flags import adopt_trained_flags
 from Models import DeepEMD, arguments
 from Models.arguments import add_model_arguments, add_weights_arguments
 from pictures import canvas, plots, sheet
@@ -188,7 +189,10 @@ COMMANDS = {"episode": draw_episode, "pair": draw_pair, "curves": draw_curves, "
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if "model_dir" in args:
+        adopt_trained_flags(parser, args, argv)
     COMMANDS[args.command](args)
 
 

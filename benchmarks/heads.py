@@ -30,7 +30,7 @@ from dataloader.arguments import (
     open_dataset,
     pixel_statistics,
 )
-from engine.arguments import add_evaluation_arguments, make_evaluator
+from engine.arguments import add_evaluation_arguments, add_run_arguments, make_evaluator
 from engine.run import environment, fingerprint
 from engine.start import choose_device, choose_seed, set_seed
 from Models import DeepEMD
@@ -40,7 +40,6 @@ from Models.heads import HEADS
 from Models.sfc import KSHOT, FitError
 from utils import (
     InputError,
-    add_run_arguments,
     check_writable,
     make_parser,
     mean_confidence_interval,

@@ -11,14 +11,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from dataloader.dataset import ImageDataset, read_image
+from dataloader.dataset import ImageDataset
+from dataloader.images import read_image
 from dataloader.views import View
 from engine.evaluation import encode_images
 from Models import DeepEMD
 from Models.matching import Matching
 from pictures.canvas import to_pixels
 from pictures.match import Panel, Scales, cell_panels, draw_match, patch_panels, scales_of
-from utils import InputError, named_generator
+from utils import InputError, named_generator, printable
 
 LARGEST_EDGE = 480  # photographs are drawn no larger than this, in pixels
 # Queries of an episode that are drawn by default: so many, of which at most so many are wrong where right ones remain.
@@ -62,11 +63,11 @@ def view_items(dataset: ImageDataset, items: Sequence[tuple[int, int]]) -> list[
     viewed = []
     for index, seed in items:
         path = dataset.paths[index]
-        image = read_image(path)
+        image = read_image(path, upright=dataset.upright)
         try:
             viewed.append(view_image(image, dataset.view, seed))
         except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+            raise InputError(f"{printable(path)}: {error}") from None
     return viewed
 
 

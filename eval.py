@@ -8,9 +8,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the script without a traceback
 
 import json
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dataloader.arguments import (
     add_data_arguments,
@@ -20,37 +21,36 @@ from dataloader.arguments import (
     pixel_statistics,
 )
 from engine import arguments
-from engine.arguments import add_evaluation_arguments, add_run_arguments
-from engine.evaluation import Recorder
-from engine.run import fingerprint, result_flags, results
+from engine.arguments import (
+    add_evaluation_arguments,
+    add_json_argument,
+    add_run_arguments,
+    add_set_argument,
+    add_test_episode_argument,
+)
+from engine.results import final_test
+from engine.run import result_flags
 from engine.start import start
 from engine.stopping import stop_request
+from engine.weights_flags import adopt_trained_flags, as_words
 from Models.arguments import add_model_arguments, open_model
-from utils import append_line, check_writable, duration, make_parser, number_at_least, run_script, write_json
+from utils import append_line, check_writable, make_parser, run_script, write_output
 
 
 def build_parser() -> ArgumentParser:
-
     parser = make_parser(__doc__)
     group = parser.add_argument_group("test protocol")
-    group.add_argument("-set", choices=("train", "val", "test"), default="test", help="split to draw from")
-    group.add_argument(
-        "-test_episode",
-        type=number_at_least(1, int),
-        default=5000,
-        help="episodes; the paper takes 5000 for 1-shot, 600 for 5-shot",
-    )
+    add_set_argument(group)
+    add_test_episode_argument(group)
     group.add_argument(
         "-model_dir",
         help='checkpoint, or its folder, or "none" for random weights '
         "(default: deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth)",
     )
     group.add_argument(
-        "-resume",
-        action="store_true",
-        help="go on with an evaluation that was stopped, or start it where there is none",
+        "-resume", action="store_true", help="continue an interrupted evaluation with the same flags, if there is one"
     )
-    group.add_argument("-json", metavar="FILE", help='write the results there too; "-" prints them and nothing else')
+    add_json_argument(group)
     add_data_arguments(parser)
     add_episode_arguments(parser)
     add_model_arguments(parser, sfc_lr=100.0)
@@ -59,45 +59,53 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def unusual_flags(parser: ArgumentParser, args: Namespace) -> dict[str, Any]:
+    """The flags that decide the result and are not at their default, except those that the line of the result names anyway."""
+    defaults = result_flags(parser.parse_args([]))
+    named = ("dataset", "set", "deepemd", "way", "shot", "test_episode", "model_dir")
+    return {name: value for name, value in result_flags(args).items() if value != defaults[name] and name not in named}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
 
     ranks, device, device_ids = start(args)
+    adopt_trained_flags(parser, args, argv)
     folder = Path("checkpoint", "eval", args.extra_dir)
-    outputs = [folder / "results.json"] + ([Path(args.json)] if args.json not in (None, "-") else [])
-    if ranks.is_first:
-        append_line(folder / "results.txt")  # what cannot be written is reported before the long work
-        for path in outputs:
-            check_writable(path)
+    if ranks.is_first:  # what cannot be written is reported before the evaluation
+        append_line(folder / "results.txt")
+        for path in (folder / "results.json", args.json):
+            if path not in (None, "-"):
+                check_writable(Path(path))
 
     model, weights = open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
     dataset = open_dataset(args, args.set, train=False)
     episodes = draw_episodes(args, dataset, args.test_episode, seed=args.seed, name=args.set)
-    loaded = fingerprint(weights)
-    identity = {
-        "flags": {**result_flags(args), "model_dir": None},
-        "weights": loaded and loaded["sha256"],
-        "data": dataset.fingerprint(),
-    }
-    recorder = Recorder(folder, identity, resume=args.resume, ranks=ranks)
 
-    go_on = arguments.resume_command("eval.py", parser, args) if ranks.is_first and args.json != "-" else None
-    with stop_request(go_on) as stop:
+    command = arguments.resume_command("eval.py", parser, args) if ranks.is_first and args.json != "-" else None
+    with stop_request(command) as stop:
         evaluator = arguments.make_evaluator(args, dataset, device=device, ranks=ranks, stop=stop)
-        result = evaluator(model, episodes, title=args.set, known=recorder.scores, after_round=recorder.note)
+        test = final_test(
+            evaluator,
+            model,
+            episodes,
+            args,
+            folder,
+            weights=weights,
+            data=dataset.fingerprint(),
+            resume=args.resume,
+            title=args.set,
+            keep=True,
+        )
     if not ranks.is_first:
         return
-    line = (
-        f"{args.dataset} {args.set}, {args.deepemd}, {args.way}-way {args.shot}-shot, {args.test_episode} episodes: "
-        f"acc {result} ({duration(recorder.seconds)})"
-    )
-    found = results(args, result, weights, recorder.seconds, data=identity["data"])
-    for path in outputs:
-        write_json(path, found)
-    recorder.remove()
+    settings = as_words(unusual_flags(parser, args))
+    line = f"{args.dataset} {args.set}, {args.deepemd}, {test.line}" + (f", with {settings}" if settings else "")
     append_line(folder / "results.txt", f"{line}, {weights}")
-    print(json.dumps(found) if args.json == "-" else line)
+    if args.json not in (None, "-"):
+        write_output(Path(args.json), json.dumps(test.content, indent=1).encode())
+    print(json.dumps(test.content) if args.json == "-" else line)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,60 @@
-"""The flags of the model, and the model they ask for."""
+"""The flags of the model, and the model that they describe."""
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from Models.deepemd import DeepEMD
-from Models.emd import SOLVERS, EmdError, emd
+from Models.emd import SOLVERS, EmdError, MissingLibraryError, emd, set_threads
 from Models.emd.forms import FORMS
 from Models.emd.simplex import GRADIENTS
 from Models.encoder import AMP
-from Models.heads import HEADS, takes_solver
+from Models.heads import HEADS, HeadSettings
 from Models.matching import METRICS, NORMS
 from Models.sfc import KSHOT
 from Models.weights import load_encoder_weights
-from utils import InputError, number_above_zero, number_at_least, status, whole_numbers
+from utils import InputError, available_cores, number_between, status, whole_numbers
+
+# Bounds that no experiment needs to cross; beyond them, float32 overflows or a run is silent for hours.
+LARGEST_NUMBER, SMALLEST_NUMBER = 1e6, 1e-12
+MOST_STEPS = 10_000
+
+
+def head_choice(text: str) -> str:
+    """An argparse type: a key of HEADS, which may carry options, as in ``knn:k=3``."""
+    try:
+        HeadSettings(head=text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def solver_choice(text: str) -> str:
+    """An argparse type: a key of SOLVERS, which may carry options, as in ``ipm:form=QP,l2_strength=0.1``."""
+    try:
+        settings = HeadSettings(solver=text)
+        if settings.solver_options:
+            check_solver(settings)  # which values an option has, the solver itself knows
+    except MissingLibraryError:
+        raise
+    except (EmdError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1) -> None:
     """The flags that :func:`build_model` reads. ``sfc_lr`` is the script's default."""
-    count, rate = number_at_least(1, int), number_above_zero(float)
+    rate, count = number_between(SMALLEST_NUMBER, LARGEST_NUMBER, float), number_between(1, MOST_STEPS, int)
 
     group = parser.add_argument_group("head")
-    group.add_argument("-head", choices=HEADS, default="deepemd", help="how queries are compared with prototypes")
+    named = {"metavar": "NAME[:OPTION=VALUE,...]"}
+    heads = "how queries are compared with prototypes. " + _table(HEADS)
+    group.add_argument("-head", type=head_choice, default="deepemd", help=heads, **named)
     group.add_argument("-temperature", type=rate, default=12.5, help="scale of the logits; proto has none")
     group.add_argument("-metric", choices=METRICS, default="cosine", help="deepemd: similarity of two nodes")
-    norms = "deepemd: what is done to nodes before they are compared; other heads take them as they are"
+    norms = "deepemd: what is done to nodes before they are compared; other heads do not change them"
     group.add_argument("-norm", choices=NORMS, default="center", help=norms)
     group.add_argument(
         "-feature_pyramid",
@@ -35,18 +64,23 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
     )
 
     group = parser.add_argument_group("solver of the optimal transport, for -head deepemd; other heads ignore it")
-    summaries = "; ".join(f"{name}: {solver.summary}" for name, solver in SOLVERS.items())
-    group.add_argument("-solver", choices=SOLVERS, default="opencv", help=summaries)
+    group.add_argument("-solver", type=solver_choice, default="opencv", help=_table(SOLVERS), **named)
     group.add_argument("-form", choices=FORMS, default="L2", help="form of the quadratic program of qpth and ipm")
     group.add_argument("-l2_strength", type=rate, default=1e-6, help="weight of the quadratic term of form L2")
     gradients = "; ".join(f"{name}: {what}" for name, what in GRADIENTS.items())
     group.add_argument("-emd_gradient", choices=GRADIENTS, default="full", help=f"gradient of simplex: {gradients}")
+    group.add_argument(
+        "-solver_threads",
+        type=number_between(1, 1024, int),
+        help="threads of the solvers on the CPU (default: this process's share of the cores)",
+    )
 
     group = parser.add_argument_group("prototypes, for -shot above 1")
     kshots = "; ".join(f"{name}: {what}" for name, what in KSHOT.items())
     group.add_argument("-kshot", choices=KSHOT, default="sfc", help=kshots)
     group.add_argument("-sfc_lr", type=rate, default=sfc_lr, help="sfc: learning rate")
-    group.add_argument("-sfc_wd", type=number_at_least(0, float), default=0.0, help="sfc: weight decay")
+    decay = number_between(0, LARGEST_NUMBER, float)
+    group.add_argument("-sfc_wd", type=decay, default=0.0, help="sfc: weight decay")
     group.add_argument("-sfc_update_step", type=count, default=100, help="sfc: passes over the support images")
     group.add_argument("-sfc_bs", type=count, default=4, help="sfc: support images per step")
 
@@ -60,25 +94,40 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
     )
 
 
-def build_model(args: argparse.Namespace, *, device_ids: Sequence[int] = (), **statistics: Sequence[float]) -> DeepEMD:
-    """The model that the flags of :func:`add_model_arguments` ask for; ``statistics`` are the ``mean`` and ``std`` of its pixels.
+def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flag that :func:`open_model` reads beside those of :func:`add_model_arguments`."""
+    parser.add_argument_group("weights").add_argument(
+        "-model_dir",
+        help='checkpoint, or its folder, or "none" for random weights '
+        "(default: deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth)",
+    )
+
+
+def build_model(
+    args: argparse.Namespace,
+    *,
+    device_ids: Sequence[int] = (),
+    val_solver: str | None = None,
+    **statistics: Sequence[float],
+) -> DeepEMD:
+    """The model that the flags of :func:`add_model_arguments` describe; also sets the threads of the solvers.
+
+    Args:
+        device_ids: see :class:`Models.deepemd.DeepEMD`.
+        val_solver: a second solver that the script is going to use, which is checked too.
+        statistics: ``mean`` and ``std`` of the pixels.
 
     Raises:
-        InputError: flags that do not go together.
+        InputError: flags that exclude each other.
         EmdError: a solver that the flags name cannot be used here.
     """
     if args.feature_pyramid and args.deepemd != "fcn":
-        raise InputError(
-            f"-feature_pyramid goes with -deepemd fcn; got -deepemd {args.deepemd}, whose nodes are patches"
-        )
+        raise InputError(f"-feature_pyramid requires -deepemd fcn; with -deepemd {args.deepemd}, the nodes are patches")
     if args.compile and args.checkpoint_activations:
-        raise InputError("-compile and -checkpoint_activations do not go together; leave one out")
+        raise InputError("-compile and -checkpoint_activations exclude each other")
     if args.compile and len(device_ids) > 1:
-        raise InputError(f"-compile works on one GPU; got -gpu {args.gpu}. Name one GPU, or leave -compile out")
-    if takes_solver(args.head):
-        for solver in {args.solver, vars(args).get("val_solver", args.solver)}:
-            check_solver(solver)
-    return DeepEMD(
+        raise InputError(f"-compile works on one GPU. Name one with -gpu instead of {args.gpu}, or leave -compile out")
+    model = DeepEMD(
         feature_pyramid=args.feature_pyramid,
         head=args.head,
         temperature=args.temperature,
@@ -99,35 +148,59 @@ def build_model(args: argparse.Namespace, *, device_ids: Sequence[int] = (), **s
         checkpoint_activations=args.checkpoint_activations,
         device_ids=device_ids,
     )
+    edge = args.image_size // model.encoder.stride
+    if max(model.feature_pyramid, default=0) > edge:
+        raise InputError(
+            f"-feature_pyramid {max(model.feature_pyramid)} is larger than the feature map, which is {edge} x {edge} for "
+            f"-image_size {args.image_size}"
+        )
+    if model.settings.uses_solver:
+        for solver in dict.fromkeys((args.solver, val_solver or args.solver)):
+            check_solver(model.settings.with_solver(solver, model.solver_options))
+    set_threads(args.solver_threads or available_cores())
+    return model
 
 
 def open_model(
     args: argparse.Namespace, *, device: torch.device, device_ids: Sequence[int], **statistics: Sequence[float]
 ) -> tuple[DeepEMD, str]:
-    """The model that the flags ask for with the weights of ``-model_dir``, and what those are: a path, or "none".
+    """The model that the flags describe with the weights of ``-model_dir``, and what those are: a path, or "none".
 
     Raises:
-        InputError: flags that do not go together, or weights that cannot be loaded.
+        InputError: flags that exclude each other, or weights that cannot be loaded.
         EmdError: as :func:`build_model`.
     """
     model = build_model(args, device_ids=device_ids, **statistics).to(device)
     weights = args.model_dir or f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
     status(f"weights: {weights}")
     if weights != "none":
-        load_encoder_weights(model, weights, hint="Name yours with -model_dir, or run: bash download_trained_model.sh")
+        hint = "Set -model_dir, or download the published weights: bash download_trained_model.sh"
+        load_encoder_weights(model, weights, hint=hint)
     return model, weights
 
 
-def check_solver(solver: str) -> None:
-    """Solve one small problem, so that a missing or broken library is reported before the run.
+def check_solver(settings: HeadSettings) -> None:
+    """Solve one small problem, so that a missing or broken library, or a bad option, is reported before the run.
 
     Raises:
         EmdError: the solver cannot be used here.
     """
     one = torch.ones(2)
     try:
-        emd(torch.eye(2), one, one, solver=solver)
+        emd(torch.eye(2), one, one, solver=settings.solver, **settings.solver_options)
     except EmdError:
         raise
-    except Exception as error:  # a library that is there and does not work says so in its own ways
-        raise InputError(f"-solver {solver} does not work here ({type(error).__name__}: {error})") from error
+    except Exception as error:  # an installed library that does not work fails in its own ways
+        options = ",".join(f"{option}={value}" for option, value in settings.solver_options.items())
+        named = f"{settings.solver}:{options}" if options else settings.solver
+        raise InputError(f"-solver {named} does not work here ({type(error).__name__}: {error})") from error
+
+
+def _table(rows: dict[str, Any]) -> str:
+    """The choices for a help text: what each is, and its options."""
+    described = []
+    for name, row in rows.items():
+        options = row.options.items() if isinstance(row.options, dict) else ((option, "...") for option in row.options)
+        taken = ", ".join(f"{option}={default}" for option, default in options)
+        described.append(f"{name}: {row.summary}" + (f" (options: {taken})" if taken else ""))
+    return "; ".join(described)

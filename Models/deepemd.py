@@ -5,42 +5,44 @@ Axes: E episodes, W way, K shot, Q queries, C channels, N nodes, P patches, B an
 
 import copy
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import data_parallel
 
+from Models.backbones import BACKBONES
+from Models.choices import check_choice
 from Models.emd import SOLVERS
-from Models.heads import find_head, head_logits, takes_solver
-from Models.matching import Matching, match_nodes
-from Models.resnet import ResNet12
-from Models.sfc import KSHOT, fit_prototypes, mean_prototypes
+from Models.encoder import Encoder
+from Models.heads import HeadSettings, head_logits, match_with
+from Models.matching import Matching
+from Models.sfc import KSHOT, FitSettings, fit_prototypes, mean_prototypes
 
 
 class DeepEMD(nn.Module):
-    """A ResNet-12 whose feature maps are compared by optimal transport.
+    """An encoder whose feature maps are compared by optimal transport.
 
     Args:
         feature_pyramid: sizes of further maps that the feature map is pooled to, as in ``(2, 1)``; whole images only.
-        head: a key of :data:`Models.heads.HEADS`. A head ignores the settings that it has no use for.
-        temperature, metric, norm: see :func:`Models.matching.match_nodes`.
-        solver, form, l2_strength, emd_gradient: see :mod:`Models.emd`. Solvers without such an option are not given it, and
-            heads without a solver none of them.
+        head, temperature, metric, norm, solver: see :class:`Models.heads.HeadSettings`.
+        form, l2_strength, emd_gradient: given to every solver that has such an option (``emd_gradient`` is its ``gradient``),
+            unless ``solver`` sets the option itself.
         kshot: a key of :data:`Models.sfc.KSHOT`: where prototypes come from, for ``shot > 1``.
         sfc_lr, sfc_wd, sfc_update_step, sfc_bs: learning rate, weight decay, passes and batch size of
             :func:`Models.sfc.fit_prototypes`, for ``shot > 1`` and ``kshot`` ``sfc``.
-        mean, std: see :class:`Models.encoder.Encoder`.
-        amp: a key of :data:`Models.encoder.AMP`: the number format of the encoder's convolutions. The head stays in float32
-            and float64.
+        encoder: a ResNet-12 with the four settings that follow if None; otherwise those are the encoder's own.
+        mean, std, amp, checkpoint_activations: see :class:`Models.encoder.Encoder`. The head is always in float32 and float64.
         compiled: run the encoder through ``torch.compile``.
-        checkpoint_activations: see :class:`Models.resnet.ResNet12`.
         device_ids: with more than one CUDA device, the encoder is spread over them by torch's DataParallel, and so is the
-            head if its solver works on the device. The module itself lives on the first.
+            head if its solver works on the device. The module itself is on the first.
+
+    Attributes:
+        config: the arguments above as plain values, without ``encoder`` and ``device_ids``.
 
     Raises:
-        ValueError: an unknown choice, or settings that do not go together.
+        ValueError: an unknown choice, or settings that exclude each other.
     """
 
     def __init__(
@@ -60,35 +62,42 @@ class DeepEMD(nn.Module):
         sfc_wd: float = 0.0,
         sfc_update_step: int = 100,
         sfc_bs: int = 4,
+        encoder: Encoder | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         amp: str = "off",
-        compiled: bool = False,
         checkpoint_activations: bool = False,
+        compiled: bool = False,
         device_ids: Sequence[int] = (),
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        if compiled and checkpoint_activations:
-            raise ValueError("compiled and checkpoint_activations do not go together; leave one out")
+        if encoder is None:
+            settings = {"mean": mean, "std": std, "amp": amp, "checkpoint_activations": checkpoint_activations}
+            encoder = BACKBONES["resnet12"](**settings)
+        elif (mean, std, amp, checkpoint_activations) != (None, None, "off", False):
+            raise ValueError("mean, std, amp and checkpoint_activations are settings of the encoder; set them there")
+        if compiled and encoder.checkpoint_activations:
+            raise ValueError("compiled and checkpoint_activations exclude each other")
         if compiled and len(device_ids) > 1:
             raise ValueError(
-                f"compiled and {len(device_ids)} devices do not go together: DataParallel's replicas cannot be compiled; "
-                "name one device, or leave compiled out"
+                f"compiled works on one device, not on {len(device_ids)}: the replicas of DataParallel cannot be compiled"
             )
-        find_head(head)  # raises for an unknown one
-        if kshot not in KSHOT:
-            raise ValueError(f"expected kshot to be one of {', '.join(KSHOT)}; got {kshot!r}")
-        self.encoder = ResNet12(mean=mean, std=std, amp=amp, checkpoint_activations=checkpoint_activations)
-        self.compiled = compiled
-        if compiled:
-            self.encoder.compile()  # in place: no other module, no other key names
+        check_choice("kshot", kshot, KSHOT)
         self.feature_pyramid = tuple(feature_pyramid or ())
-        self.head = {"head": head, "temperature": temperature, "metric": metric, "norm": norm}
-        self.solver = solver
+        if any(size < 1 for size in self.feature_pyramid):
+            raise ValueError(f"the sizes of feature_pyramid must be 1 or more; got {self.feature_pyramid}")
+        self.encoder, self.compiled, self.kshot, self.device_ids = encoder, compiled, kshot, list(device_ids)
+        if compiled:
+            encoder.compile()  # in place: no other module, no other key names
         self.solver_options = {"form": form, "l2_strength": l2_strength, "gradient": emd_gradient}
-        self.kshot = kshot
-        self.sfc = {"lr": sfc_lr, "weight_decay": sfc_wd, "steps": sfc_update_step, "batch_size": sfc_bs}
-        self.device_ids = list(device_ids)
+        settings = HeadSettings(head=head, temperature=temperature, metric=metric, norm=norm)
+        self.settings = settings.with_solver(solver, self.solver_options)
+        self.sfc = FitSettings(sfc_lr, sfc_wd, sfc_update_step, sfc_bs)
+        given |= {"feature_pyramid": list(self.feature_pyramid), "mean": list(encoder.mean), "std": list(encoder.std)}
+        self.config: dict[str, Any] = {
+            name: value for name, value in given.items() if name not in ("encoder", "device_ids")
+        }
 
     def forward(
         self,
@@ -110,22 +119,36 @@ class DeepEMD(nn.Module):
 
         Returns:
             ``(W*Q, W)``; the label of query i is ``i % W``.
+
+        Raises:
+            ValueError: images of another shape or number.
         """
+        if images.dim() > 0 and len(images) <= way * shot:
+            raise ValueError(
+                f"{way} way {shot} shot needs {way * shot} support images and queries; got {len(images)} images"
+            )
         nodes = self.encode(images)  # support and queries in one batch, so batch norm sees the whole episode
         support, query = nodes[: way * shot], nodes[way * shot :]
         return self.match(support, query, way=way, shot=shot, solver=solver, generator=generator)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images to nodes (section 3.1): ``(B, 3, H, W)`` or ``(B, P, 3, H, W)`` to ``(B, 640, N)``.
+        """Images to nodes (section 3.1): ``(B, 3, H, W)`` or ``(B, P, 3, H, W)`` to ``(B, C, N)``.
 
         A whole image becomes the cells of its feature map, row by row, behind those of its feature pyramid.
         Patches are encoded on their own and averaged to one node each, so N = P.
+
+        Raises:
+            ValueError: images of another shape, or smaller than the feature pyramid needs.
         """
+        if images.dim() not in (4, 5) or 0 in images.shape[1:]:
+            raise ValueError(
+                f"images must have the shape (B, 3, H, W), or (B, P, 3, H, W) as patches; got {tuple(images.shape)}"
+            )
         if images.dim() == 5:
-            maps = self._run_encoder(images.flatten(0, 1))  # (B*P, 640, h, w)
-            return maps.mean((-2, -1)).unflatten(0, images.shape[:2]).transpose(1, 2)
-        maps = self._run_encoder(images)  # (B, 640, h, w)
-        levels = [F.adaptive_avg_pool2d(maps, size) for size in self.feature_pyramid]
+            maps = self._run_encoder(images.flatten(0, 1))  # (B*P, C, h, w)
+            return maps.mean((-2, -1)).unflatten(0, images.shape[:2]).transpose(1, 2)  # (B, C, P)
+        maps = self._run_encoder(images)  # (B, C, h, w)
+        levels = [_pool(maps, size) for size in self.feature_pyramid]
         return torch.cat([level.flatten(2) for level in (*levels, maps)], dim=2)
 
     def match(
@@ -142,14 +165,14 @@ class DeepEMD(nn.Module):
 
         Arguments as for :meth:`forward`; ``generator`` may be one per episode.
         """
-        settings = self._head_settings(solver or self.solver)
         proto = self.prototypes(support, way=way, shot=shot, solver=solver, generator=generator)
-        if len(self.device_ids) < 2 or "solver" not in settings or SOLVERS[settings["solver"]].device == "cpu":
-            return head_logits(proto, query, **settings)
+        settings = self._settings(solver)
+        if len(self.device_ids) < 2 or not settings.uses_solver or SOLVERS[settings.solver].device == "cpu":
+            return head_logits(proto, query, settings)
         # DataParallel cuts dimension 0 of its inputs: the queries there, and one copy of the prototypes per device.
         # Inputs are zipped, so that with fewer cuts than devices the copies left over are dropped.
-        query = query.movedim(-3, 0)
-        copies = proto.expand(len(self.device_ids), *proto.shape)
+        query = query.movedim(-3, 0)  # (Q, ..., C, N)
+        copies = proto.expand(len(self.device_ids), *proto.shape)  # (devices, ..., W, C, N)
         return data_parallel(_Head(settings), (query, copies), self.device_ids).movedim(0, -2)
 
     def prototypes(
@@ -164,15 +187,15 @@ class DeepEMD(nn.Module):
     ) -> Tensor:
         """The sets of nodes that stand for the classes: ``(..., K*W, C, N)`` to ``(..., W, C, N)``.
 
-        Where classes have different numbers of images, ``labels (S,)`` says which of ``support (..., S, C, N)`` are whose.
+        Where classes have different numbers of images, ``labels (S,)`` are the classes of ``support (..., S, C, N)``.
         """
-        if shot == 1:
-            return support
-        if self.kshot == "mean" or support.shape[-3] == way:
-            return mean_prototypes(support, way=way, shot=shot, labels=labels)
+        if self.kshot == "mean" or shot == 1 or support.shape[-3] == way:
+            return mean_prototypes(support, way=way, shot=shot, labels=labels)  # of one image, the image itself
         # Section 3.5: the structured fully connected layer.
-        settings = self._head_settings(solver or self.solver)
-        return fit_prototypes(support, way=way, shot=shot, labels=labels, generator=generator, **self.sfc, **settings)
+        settings = self._settings(solver)
+        return fit_prototypes(
+            support, way=way, shot=shot, labels=labels, generator=generator, settings=settings, **asdict(self.sfc)
+        )
 
     def matching(self, proto: Tensor, query: Tensor, *, solver: str | None = None) -> Matching:
         """How the head ``deepemd`` matches queries ``(..., Q, C, M)`` with prototypes ``(..., W, C, N)``: the flow too.
@@ -180,15 +203,9 @@ class DeepEMD(nn.Module):
         Raises:
             ValueError: another head, which has no flow.
         """
-        if self.head["head"] != "deepemd":
-            raise ValueError(f"expected the head deepemd; got {self.head['head']}, which has no flow")
-        settings = self._head_settings(solver or self.solver)
-        return match_nodes(proto, query, **{key: value for key, value in settings.items() if key != "head"})
-
-    def _run_encoder(self, images: Tensor) -> Tensor:
-        return (
-            self.encoder(images) if len(self.device_ids) < 2 else data_parallel(self.encoder, images, self.device_ids)
-        )
+        if self.settings.head != "deepemd":
+            raise ValueError(f"only the head deepemd has a flow; this model has the head {self.settings.head}")
+        return match_with(proto, query, self._settings(solver))
 
     def folded(self) -> "DeepEMD":
         """A copy for evaluation, with the same weights and a faster encoder (see :meth:`Models.encoder.Encoder.folded`)."""
@@ -198,21 +215,38 @@ class DeepEMD(nn.Module):
             model.encoder.compile()
         return model
 
-    def _head_settings(self, solver: str) -> dict[str, Any]:
-        if not takes_solver(self.head["head"]):
-            return self.head
-        if solver not in SOLVERS:
-            raise ValueError(f"expected solver to be one of {', '.join(SOLVERS)}; got {solver!r}")
-        taken = {key: value for key, value in self.solver_options.items() if key in SOLVERS[solver].options}
-        return {**self.head, "solver": solver, **taken}
+    def _run_encoder(self, images: Tensor) -> Tensor:
+        if len(self.device_ids) < 2:
+            return self.encoder(images)
+        self.encoder.check_images(images)  # an error in a replica would come with its traceback
+        return data_parallel(self.encoder, images, self.device_ids)
+
+    def _settings(self, solver: str | None) -> HeadSettings:
+        return self.settings if solver is None else self.settings.with_solver(solver, self.solver_options)
 
 
 class _Head(nn.Module):
     """What one DataParallel replica does: its share of the queries ``(Q, ..., C, N)`` against ``(1, ..., W, C, N)``."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: HeadSettings) -> None:
         super().__init__()
         self.settings = settings
 
     def forward(self, query: Tensor, proto: Tensor) -> Tensor:
-        return head_logits(proto[0], query.movedim(0, -3), **self.settings).movedim(-2, 0)
+        return head_logits(proto[0], query.movedim(0, -3), self.settings).movedim(-2, 0)
+
+
+def _pool(maps: Tensor, size: int) -> Tensor:
+    """Adaptive average pooling, ``(B, C, h, w)`` to ``(B, C, size, size)``: that of torch has no deterministic CUDA gradient.
+
+    Cell k averages rows ``floor(k h / size)`` to ``ceil((k + 1) h / size)``, then columns likewise.
+    """
+    if size > min(maps.shape[-2:]):
+        height, width = maps.shape[-2:]
+        raise ValueError(f"feature_pyramid has the size {size}, but the feature map is {height} x {width}")
+    for dim in (-2, -1):
+        edge = maps.shape[dim]
+        bounds = [(k * edge // size, -(-(k + 1) * edge // size)) for k in range(size)]
+        means = [maps.narrow(dim, first, last - first).mean(dim, keepdim=True) for first, last in bounds]
+        maps = torch.cat(means, dim)
+    return maps

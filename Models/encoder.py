@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from Models.choices import check_choice
+
 # Of the pixels, in [0, 1], that the published models were trained on.
 MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
 STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
@@ -14,36 +16,59 @@ AMP = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Encoder(nn.Module, ABC):
-    """Images to a feature map. A backbone derives from this class and says ``out_channels``, ``maps`` and ``folded``.
+    """Images to a feature map. A backbone derives from this class, defines ``out_channels``, ``stride``, ``maps`` and
+    ``folded``, and is a row of :data:`Models.backbones.BACKBONES`.
 
     Args:
         mean, std: of the three channels, for pixels in [0, 1]: what 8-bit images are normalised with. None takes :data:`MEAN`
             and :data:`STD`.
-        amp: a key of :data:`AMP`, the number format of the convolutions. The map that comes out is in float32 all the same.
+        amp: a key of :data:`AMP`, the number format of the convolutions. The map is float32 in any case.
+        checkpoint_activations: in training, recompute activations in the backward pass instead of keeping them.
 
     Raises:
-        ValueError: ``amp`` is no key of :data:`AMP`.
+        ValueError: ``amp`` is no key of :data:`AMP`, or ``mean`` and ``std`` are not three numbers each.
     """
 
     out_channels: int  # C of the map
+    stride: int  # pixels along an edge for one cell of the map; also the edge of the smallest image
 
     def __init__(
-        self, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, amp: str = "off"
+        self,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        amp: str = "off",
+        checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        if amp not in AMP:
-            raise ValueError(f"expected amp to be one of {', '.join(AMP)}; got {amp!r}")
-        self.amp = amp
+        check_choice("amp", amp, AMP)
+        self.amp, self.checkpoint_activations = amp, checkpoint_activations
         self.mean, self.std = tuple(mean or MEAN), tuple(std or STD)
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean and std must be three numbers each, std above 0; got {self.mean} and {self.std}")
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)``, 8-bit pixels or floats that are normalised already, to ``(B, C, h, w)``."""
+        """``(B, 3, H, W)``, 8-bit pixels or floats that are normalised already, to ``(B, C, h, w)``.
+
+        Raises:
+            ValueError: images of another shape or type.
+        """
+        self.check_images(images)
         images = images if images.is_floating_point() else self.normalize(images)
         if self.amp == "off":
             return self.maps(images)
         # Here, inside the module: the threads of DataParallel do not inherit the number format of an autocast around them.
         with torch.autocast(images.device.type, dtype=AMP[self.amp]):
             return self.maps(images.contiguous(memory_format=torch.channels_last)).float()
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise ValueError unless ``images`` are ``(B, 3, H, W)``, large enough, and 8-bit pixels or floats."""
+        if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < self.stride:
+            raise ValueError(
+                f"images must have the shape (B, 3, H, W), H and W at least {self.stride}; got {tuple(images.shape)}"
+            )
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ValueError(f"images must be 8-bit pixels (torch.uint8) or normalised floats; got {images.dtype}")
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """8-bit pixels ``(..., 3, H, W)`` to float32: scaled to [0, 1], minus the mean, over the deviation."""
@@ -52,7 +77,7 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def maps(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` to ``(B, C, h, w)``, under autocast where ``amp`` says so."""
+        """``(B, 3, H, W)`` to ``(B, C, h, w)``, under autocast unless ``amp`` is off."""
 
     @abstractmethod
     def folded(self) -> "Encoder":

@@ -1,128 +1,160 @@
-"""The heads: ways to compare queries with prototypes, each ``(proto, query, **settings) -> logits``.
+"""The heads: ways to compare queries with prototypes, each ``(proto, query, settings) -> logits``.
 
-``proto (..., W, C, N)`` and ``query (..., Q, C, M)`` to ``(..., Q, W)``. A new head is a function and a line in ``HEADS``. It
-takes what it uses by name, and the settings of other heads as ``**unused``, which it hands to :func:`_check`.
+``proto (..., W, C, N)`` and ``query (..., Q, C, M)`` to ``(..., Q, W)``. A new head is a function and a row of ``HEADS``.
 
 ``deepemd`` is the method of the paper. The others are those that the paper compares it with on the same features
 (miniImageNet, 5-way 1-shot: ProtoNet 60.37, MatchingNet 63.08, k nearest neighbours 62.52, prediction fusion 62.38,
 DeepEMD 65.91). They compare nodes as the encoder gives them: centring (``norm``) is a part of DeepEMD alone.
 """
 
-import functools
-import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
 
+from Models.choices import check_choice, check_option, parse_choice
 from Models.emd import SOLVERS
-from Models.matching import check_nodes, cosine_similarity_map, emd_logits, match_nodes
+from Models.matching import METRICS, NORMS, Matching, check_nodes, cosine_similarity_map, match_nodes
 
 
-def proto_logits(proto: Tensor, query: Tensor, **unused: Any) -> Tensor:
-    """ProtoNet: ``-||mean_i query_i - mean_j proto_j||^2``, not scaled by the temperature.
+@dataclass(frozen=True)
+class HeadSettings:
+    """How queries are compared with prototypes. A head uses the settings that mean something to it, and ignores the others.
+
+    Args:
+        head: a key of :data:`HEADS`, which may carry options of its own: ``knn:k=3``.
+        temperature, metric, norm: see :func:`Models.matching.match_nodes`.
+        solver: a key of :data:`Models.emd.SOLVERS`, which may carry options too: ``ipm:form=QP``.
+        head_options, solver_options: options by name; those in ``head`` and ``solver`` override them.
 
     Raises:
-        ValueError: shapes that do not fit.
-        TypeError: a setting that no head has.
+        ValueError: an unknown choice or option, or a value out of range.
     """
-    _check(proto, query, unused)
+
+    head: str = "deepemd"
+    temperature: float = 12.5
+    metric: str = "cosine"
+    norm: str = "center"
+    solver: str = "opencv"
+    head_options: Mapping[str, Any] = field(default_factory=dict)
+    solver_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for what, known in (("head", HEADS), ("solver", SOLVERS)):
+            name, options = parse_choice(what, getattr(self, what), known)
+            options = {**getattr(self, f"{what}_options"), **options}
+            for option in options:
+                check_option(f"{what} {name}", option, known[name].options)
+            object.__setattr__(self, what, name)
+            object.__setattr__(self, f"{what}_options", options)
+        check_choice("metric", self.metric, METRICS)
+        check_choice("norm", self.norm, NORMS)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 and finite; got {self.temperature}")
+        HEADS[self.head].check(**self.head_options)
+
+    @classmethod
+    def of(cls, **keywords: Any) -> "HeadSettings":
+        """Settings from plain keywords: the fields above, and beside them the options of the head and of its solver."""
+        given = {part.name: keywords.pop(part.name) for part in fields(cls) if part.name in keywords}
+        name, _ = parse_choice("head", given.get("head", cls.head), HEADS)
+        for option, value in keywords.items():
+            owner = "solver" if HEADS[name].uses_solver and option not in HEADS[name].options else "head"
+            given[f"{owner}_options"] = {**given.get(f"{owner}_options", {}), option: value}
+        return cls(**given)
+
+    def with_solver(self, solver: str, options: Mapping[str, Any]) -> "HeadSettings":
+        """The same with another solver, and of ``options`` those that it takes."""
+        name, _ = parse_choice("solver", solver, SOLVERS)
+        taken = {option: value for option, value in options.items() if option in SOLVERS[name].options}
+        return replace(self, solver=solver, solver_options=taken)
+
+    @property
+    def uses_solver(self) -> bool:
+        """Whether the head solves transportation problems."""
+        return HEADS[self.head].uses_solver
+
+
+def head_logits(proto: Tensor, query: Tensor, settings: HeadSettings | None = None, **keywords: Any) -> Tensor:
+    """Logits ``(..., Q, W)`` by the head that the settings name, or plain keywords as :meth:`HeadSettings.of` takes them.
+
+    Raises:
+        ValueError: shapes that do not fit, or invalid settings.
+        EmdError: see :func:`Models.emd.emd`.
+    """
+    settings = settings or HeadSettings.of(**keywords)
+    check_nodes(proto, query)
+    return HEADS[settings.head].logits(proto, query, settings)
+
+
+def match_with(proto: Tensor, query: Tensor, settings: HeadSettings) -> Matching:
+    """:func:`Models.matching.match_nodes` with the settings of the head ``deepemd``."""
+    names = ("temperature", "metric", "norm", "solver")
+    return match_nodes(proto, query, **{name: getattr(settings, name) for name in names}, **settings.solver_options)
+
+
+def deepemd_logits(proto: Tensor, query: Tensor, settings: HeadSettings) -> Tensor:
+    """The optimal matching of all nodes: ``temperature * (1 - EMD / M)``."""
+    return match_with(proto, query, settings).logits
+
+
+def proto_logits(proto: Tensor, query: Tensor, settings: HeadSettings) -> Tensor:
+    """ProtoNet: ``-||mean_i query_i - mean_j proto_j||^2``, not scaled by the temperature."""
     # (..., Q, 1, C) - (..., 1, W, C). Multiplied out, the square would lose its digits where features are alike.
     return -(query.mean(-1).unsqueeze(-2) - proto.mean(-1).unsqueeze(-3)).square().sum(-1)
 
 
-def cosine_logits(proto: Tensor, query: Tensor, *, temperature: float = 12.5, **unused: Any) -> Tensor:
-    """MatchingNet with one example or prototype per class: ``temperature * cos(mean_i query_i, mean_j proto_j)``.
-
-    Raises:
-        ValueError, TypeError: as :func:`proto_logits`.
-    """
-    _check(proto, query, unused)
-    pooled = query.mean(-1, keepdim=True), proto.mean(-1, keepdim=True)
-    return temperature * cosine_similarity_map(*pooled, norm="none")[..., 0, 0]
+def cosine_logits(proto: Tensor, query: Tensor, settings: HeadSettings) -> Tensor:
+    """MatchingNet with one example or prototype per class: ``temperature * cos(mean_i query_i, mean_j proto_j)``."""
+    pooled = query.mean(-1, keepdim=True), proto.mean(-1, keepdim=True)  # one node an image
+    return settings.temperature * cosine_similarity_map(*pooled, norm="none")[..., 0, 0]
 
 
-def knn_logits(proto: Tensor, query: Tensor, *, temperature: float = 12.5, k: int = 1, **unused: Any) -> Tensor:
+def knn_logits(proto: Tensor, query: Tensor, settings: HeadSettings) -> Tensor:
     """Nearest local features: ``temperature * mean_i sum_{j in kNN(i)} cos(query_i, proto_j)`` (as DN4, with k = 3 there).
 
     With the default k = 1 each query node is matched with the node most like it, which is the optimal matching of DeepEMD
     without the demand that every prototype node be matched too, and means the same for every number of nodes. Three
     neighbours out of the 2 x 2 cells of a 32-pixel image would be nearly all of them. A prototype with fewer than k nodes
     counts all it has.
-
-    Raises:
-        ValueError, TypeError: as :func:`proto_logits`.
     """
-    _check(proto, query, unused)
-    if k < 1:
-        raise ValueError(f"expected k of 1 or more; got {k}")
+    k = min(settings.head_options.get("k", 1), proto.shape[-1])
     similarity = cosine_similarity_map(query, proto, norm="none")  # (..., Q, W, M, N)
-    return temperature * similarity.topk(min(k, proto.shape[-1]), dim=-1).values.sum(-1).mean(-1)
+    return settings.temperature * similarity.topk(k, dim=-1).values.sum(-1).mean(-1)
 
 
-def fusion_logits(proto: Tensor, query: Tensor, *, temperature: float = 12.5, **unused: Any) -> Tensor:
+def fusion_logits(proto: Tensor, query: Tensor, settings: HeadSettings) -> Tensor:
     """Prediction fusion: every query node is classified on its own, and the predictions are averaged.
 
     ``log mean_i softmax_w(temperature * cos(query_i, mean_j proto_wj))``, so that a softmax of the logits is the average.
-
-    Raises:
-        ValueError, TypeError: as :func:`proto_logits`.
     """
-    _check(proto, query, unused)
     similarity = cosine_similarity_map(query, proto.mean(-1, keepdim=True), norm="none")[..., 0]  # (..., Q, W, M)
-    return (temperature * similarity).log_softmax(-2).logsumexp(-1) - math.log(query.shape[-1])
+    return (settings.temperature * similarity).log_softmax(-2).logsumexp(-1) - math.log(query.shape[-1])
 
 
-HEADS: dict[str, Callable[..., Tensor]] = {
-    "deepemd": emd_logits,
-    "proto": proto_logits,
-    "cosine": cosine_logits,
-    "knn": knn_logits,
-    "fusion": fusion_logits,
+def _check_neighbours(k: int = 1) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"head knn: k must be a whole number of 1 or more; got {k}")
+
+
+@dataclass(frozen=True)
+class Head:
+    """One row of :data:`HEADS`."""
+
+    logits: Callable[[Tensor, Tensor, HeadSettings], Tensor]
+    summary: str
+    uses_solver: bool = False  # solves transportation problems, by the solver of the settings
+    reads_node_order: bool = False  # the logits depend on the order of the nodes of an image
+    options: Mapping[str, Any] = field(default_factory=dict)  # the head's own options, and their defaults
+    check: Callable[..., None] = lambda **options: None  # raises ValueError for bad values of those that are given
+
+
+HEADS: dict[str, Head] = {
+    "deepemd": Head(deepemd_logits, "the optimal matching of all nodes", uses_solver=True),
+    "proto": Head(proto_logits, "squared distance of the mean nodes"),
+    "cosine": Head(cosine_logits, "cosine similarity of the mean nodes"),
+    "knn": Head(knn_logits, "each query node by its k nearest nodes", options={"k": 1}, check=_check_neighbours),
+    "fusion": Head(fusion_logits, "each query node classified on its own"),
 }
-
-
-def head_logits(proto: Tensor, query: Tensor, *, head: str = "deepemd", **settings: Any) -> Tensor:
-    """Logits ``(..., Q, W)`` by the head of that name.
-
-    Raises:
-        ValueError: ``head`` is no key of ``HEADS``, or what the head itself raises.
-    """
-    return find_head(head)(proto, query, **settings)
-
-
-def takes_solver(head: str) -> bool:
-    """Whether a head solves transportation problems: it then has a keyword argument ``solver``.
-
-    Raises:
-        ValueError: ``head`` is no key of ``HEADS``.
-    """
-    return "solver" in inspect.signature(find_head(head)).parameters
-
-
-def find_head(head: str) -> Callable[..., Tensor]:
-    """The head of that name.
-
-    Raises:
-        ValueError: ``head`` is no key of ``HEADS``.
-    """
-    if head not in HEADS:
-        raise ValueError(f"expected head to be one of {', '.join(HEADS)}; got {head!r}")
-    return HEADS[head]
-
-
-def _check(proto: Tensor, query: Tensor, unused: dict[str, Any]) -> None:
-    """Raise where shapes do not fit, or a setting is none that any head has."""
-    check_nodes(proto, query)
-    for name in unused:
-        if name not in _settings():
-            raise TypeError(f"no head takes the setting {name!r}; there are: {', '.join(sorted(_settings()))}")
-
-
-@functools.cache
-def _settings() -> frozenset[str]:
-    """What a head may be given and leave alone: the settings of the matching and of its solvers."""
-    parameters = inspect.signature(match_nodes).parameters.values()
-    matching = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-    return frozenset(matching.union(*(solver.options for solver in SOLVERS.values())))

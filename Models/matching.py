@@ -7,13 +7,16 @@ what a node weighs (3.4), what it costs to match two nodes (3.3), and the matchi
 Axes: W way (prototypes), Q queries, C channels, N and M nodes. Any leading axes (episodes) come before them.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from Models.choices import check_choice
 from Models.emd import emd, scale_to_mass
 
+# The choices of -metric and -norm.
 METRICS = {"cosine": "cosine similarity of two nodes"}
 NORMS = {"center": "subtract each node's own mean over channels", "none": "leave the nodes as they are"}
 
@@ -30,8 +33,8 @@ OPENCV_FLOOR = 1e-5
 def cross_reference_weights(nodes: Tensor, other: Tensor) -> Tensor:
     """How much of each node matters, judged by what it is compared with (equation 8).
 
-    A node that looks like the *average* node of the other image is likely to lie on what both images share, and one
-    that does not is likely background: ``weight_i = relu(<node_i, mean_j other_j>) + 1e-3``. Taken on the nodes as the
+    A node that looks like the *average* node of the other image probably belongs to what both images share, and one
+    that does not is probably background: ``weight_i = relu(<node_i, mean_j other_j>) + 1e-3``. Taken on the nodes as the
     encoder gives them, not centred.
 
     Args:
@@ -61,7 +64,7 @@ def cosine_similarity_map(query: Tensor, proto: Tensor, *, norm: str = "center")
     Raises:
         ValueError: ``norm`` is no key of ``NORMS``.
     """
-    _check_choice("norm", norm, NORMS)
+    check_choice("norm", norm, NORMS)
     if norm == "center":
         query, proto = query - query.mean(-2, keepdim=True), proto - proto.mean(-2, keepdim=True)
     # One matrix product per episode, (Q*N, C) x (C, W*M). Dividing it by the lengths touches fewer numbers than normalising
@@ -74,6 +77,7 @@ def cosine_similarity_map(query: Tensor, proto: Tensor, *, norm: str = "center")
     )
     similarity = left @ right / lengths[0] / lengths[1]  # (..., Q*N, W*M)
     nodes = (query.shape[-3], query.shape[-1]), (proto.shape[-3], proto.shape[-1])
+    # (..., Q*N, W*M) -> (..., Q*N, W, M) -> (..., Q, N, W, M) -> (..., Q, W, N, M)
     return similarity.unflatten(-1, nodes[1]).unflatten(-3, nodes[0]).transpose(-3, -2)
 
 
@@ -81,7 +85,7 @@ def cosine_similarity_map(query: Tensor, proto: Tensor, *, norm: str = "center")
 
 
 class Matching(NamedTuple):
-    """All that is known of how queries were matched with prototypes."""
+    """How queries were matched with prototypes."""
 
     logits: Tensor  # (..., Q, W)
     flow: Tensor  # (..., Q, W, M, N): the mass moved from each query node to each prototype node, detached
@@ -111,18 +115,18 @@ def match_nodes(
         temperature: the scale of the logits.
         metric, norm: keys of ``METRICS`` and ``NORMS``.
         solver, options: see :func:`Models.emd.emd`. ``opencv``, and ``simplex`` with the gradient ``cost``, take the
-            weights as the published OpenCV path has them; the others, as its QPTH path.
+            weights as the published OpenCV path does; the other solvers, as its QPTH path does.
 
     Raises:
         ValueError: shapes that do not fit, or an unknown choice.
         EmdError: see :func:`Models.emd.emd`.
     """
     check_nodes(proto, query)
-    _check_choice("metric", metric, METRICS)
+    check_choice("metric", metric, METRICS)
     similarity = cosine_similarity_map(query, proto, norm=norm)  # (..., Q, W, M, N)
     supply = cross_reference_weights(query, proto)  # (..., Q, W, M)
     demand = cross_reference_weights(proto, query).transpose(-3, -2)  # (..., Q, W, N)
-    if solver == "opencv" or options.get("gradient") == "cost":
+    if _has_constant_weights(solver, options):
         supply, demand = supply.detach() + OPENCV_FLOOR, demand.detach() + OPENCV_FLOOR
     mass = similarity.shape[-2]
     supply, demand = scale_to_mass(supply, mass), scale_to_mass(demand, mass)
@@ -133,20 +137,20 @@ def match_nodes(
     return Matching(logits, flow, similarity, supply, demand)
 
 
-def emd_logits(proto: Tensor, query: Tensor, *, solver: str = "opencv", **settings: Any) -> Tensor:
+def emd_logits(proto: Tensor, query: Tensor, **settings: Any) -> Tensor:
     """The logits of :func:`match_nodes`: ``(..., W, C, N)`` and ``(..., Q, C, M)`` to ``(..., Q, W)``."""
-    return match_nodes(proto, query, solver=solver, **settings).logits
+    return match_nodes(proto, query, **settings).logits
+
+
+def _has_constant_weights(solver: str, options: Mapping[str, Any]) -> bool:
+    """Whether no gradient reaches the weights, as on the published OpenCV path."""
+    return solver == "opencv" or options.get("gradient") == "cost"
 
 
 def check_nodes(proto: Tensor, query: Tensor) -> None:
-    """Raise ValueError unless ``proto (..., W, C, N)`` and ``query (..., Q, C, M)`` go together."""
+    """Raise ValueError unless ``proto (..., W, C, N)`` and ``query (..., Q, C, M)`` have the same leading axes and C."""
     if min(proto.dim(), query.dim()) < 3 or proto.shape[:-3] != query.shape[:-3] or proto.shape[-2] != query.shape[-2]:
         raise ValueError(
-            "expected proto (..., W, C, N) and query (..., Q, C, M) with the same leading axes and C; "
-            f"got {tuple(proto.shape)} and {tuple(query.shape)}"
+            f"proto {tuple(proto.shape)} and query {tuple(query.shape)} do not fit: their shapes must be (..., W, C, N) and "
+            "(..., Q, C, M), with the same leading axes and C"
         )
-
-
-def _check_choice(name: str, value: str, known: dict[str, str]) -> None:
-    if value not in known:
-        raise ValueError(f"expected {name} to be one of {', '.join(known)}; got {value!r}")

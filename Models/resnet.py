@@ -65,18 +65,15 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
 class ResNet12(Encoder):
     """Images ``(B, 3, H, W)`` to a feature map ``(B, 640, H // 16, W // 16)``; 84 pixels give 5 x 5.
 
-    12,424,320 parameters. H and W must be at least 16.
-
-    Args:
-        checkpoint_activations: in training, keep only what enters each block and compute the rest again in the backward pass.
-        settings: see :class:`Models.encoder.Encoder`.
+    12,424,320 parameters. Settings as for :class:`Models.encoder.Encoder`; with ``checkpoint_activations``, only what enters
+    each block is kept for the backward pass.
     """
 
     out_channels = WIDTHS[-1]
+    stride = 16  # every block halves
 
-    def __init__(self, *, checkpoint_activations: bool = False, **settings: Any) -> None:
+    def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.checkpoint_activations = checkpoint_activations
         for number, (before, after) in enumerate(zip((3, *WIDTHS[:-1]), WIDTHS, strict=True), start=1):
             # One block to a layer, kept in a Sequential because the released key names say "layer1.0.".
             self.add_module(f"layer{number}", nn.Sequential(ResidualBlock(before, after)))

@@ -5,14 +5,16 @@ of nodes with one *set* of nodes per class, by the EMD. Like the weights of a la
 here from the K support images of each class.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from Models.heads import head_logits
+from Models.heads import HeadSettings, head_logits
 from utils import InputError
 
 KSHOT = {
@@ -26,7 +28,29 @@ MOMENTUM, DAMPENING = 0.9, 0.9
 
 
 class FitError(InputError):
-    """The fit of the prototypes ran away. The message says what to change."""
+    """The prototype fit diverged. The message says what to change."""
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How the prototypes are fitted: passes over the support images, and the SGD steps in each.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    lr: float = 0.1
+    weight_decay: float = 0.0
+    steps: int = 100  # passes
+    batch_size: int = 4  # images per SGD step
+
+    def __post_init__(self) -> None:
+        if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf):
+            raise ValueError(f"lr must be above 0 and weight_decay 0 or more; got {self.lr} and {self.weight_decay}")
+        if self.steps < 0 or self.batch_size < 1:
+            raise ValueError(
+                f"steps must be 0 or more and batch_size 1 or more; got {self.steps} and {self.batch_size}"
+            )
 
 
 def mean_prototypes(support: Tensor, *, way: int, shot: int | None = None, labels: Tensor | None = None) -> Tensor:
@@ -38,19 +62,20 @@ def mean_prototypes(support: Tensor, *, way: int, shot: int | None = None, label
     Raises:
         ValueError: another number of support images, or a class without any.
     """
+    if support.dim() < 3:
+        raise ValueError(f"support must have the shape (..., K*W, C, N); got {tuple(support.shape)}")
+    images = support.shape[-3]
     if labels is not None:
         counts = labels.bincount(minlength=way)
-        if labels.shape != support.shape[-3:-2] or len(counts) != way or not bool((counts > 0).all()):
+        if labels.shape != (images,) or len(counts) != way or not bool((counts > 0).all()):
             raise ValueError(
-                f"expected labels ({support.shape[-3]},) from 0 to {way - 1}, each at least once; got {labels.tolist()}"
+                f"labels must be {images} numbers from 0 to {way - 1}, with every class in them; got {labels.tolist()}"
             )
         return torch.stack([support[..., labels == number, :, :].mean(-3) for number in range(way)], dim=-3)
-    shot = support.shape[-3] // way if shot is None else shot
-    if support.dim() < 3 or support.shape[-3] != way * shot:
-        raise ValueError(
-            f"expected support (..., {way * shot}, C, N) for {way} way {shot} shot; got {tuple(support.shape)}"
-        )
-    return support.unflatten(-3, (shot, way)).mean(-4)
+    shot = images // way if shot is None else shot
+    if shot < 1 or images != way * shot:
+        raise ValueError(f"{way} way {shot} shot needs {way * shot} support images; got {images}")
+    return support.unflatten(-3, (shot, way)).mean(-4)  # (..., K, W, C, N) -> (..., W, C, N)
 
 
 def fit_prototypes(
@@ -65,6 +90,7 @@ def fit_prototypes(
     weight_decay: float = 0.0,
     permutations: Tensor | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    settings: HeadSettings | None = None,
     **head: Any,
 ) -> Tensor:
     """Fit one set of nodes per class to the support images.
@@ -84,46 +110,46 @@ def fit_prototypes(
         permutations: ``(steps, K*W)`` or ``(..., steps, K*W)``, the order of the images in each pass. Drawn from
             ``generator``, episode after episode, when not given.
         generator: a CPU generator, or one per episode; torch's global one when not given.
-        head: keyword arguments of :func:`Models.heads.head_logits`.
+        settings, head: of the head, as for :func:`Models.heads.head_logits`.
 
     Returns:
         ``(..., W, C, N)``, detached: no gradient reaches the support through the fit.
 
     Raises:
-        ValueError: shapes or numbers that do not fit together.
-        FitError: the prototypes are not finite in the end, though the support is.
+        ValueError: shapes or numbers that do not fit.
+        FitError: the fitted prototypes or their logits are not finite, though the support is.
     """
+    fit = FitSettings(lr, weight_decay, steps, batch_size)
+    settings = settings or HeadSettings.of(**head)
     start = mean_prototypes(support.detach(), way=way, shot=shot, labels=labels)
-    images = support.shape[-3]
-    fixed = torch.zeros(way, dtype=torch.bool) if labels is None else labels.bincount(minlength=way) == 1
-    fixed = fixed.view(way, 1, 1).to(support.device)
-    labels = torch.arange(images) % way if labels is None else labels
-    labels = labels.to(support.device)
-    if steps < 0 or batch_size < 1:
-        raise ValueError(f"expected steps >= 0 and batch_size >= 1; got {steps} and {batch_size}")
+    images, device = support.shape[-3], support.device
+    # A class with one image is not fitted.
+    is_fixed = torch.zeros(way, dtype=torch.bool) if labels is None else labels.bincount(minlength=way) == 1
+    is_fixed = is_fixed.view(way, 1, 1).to(device)
+    labels = (torch.arange(images) % way if labels is None else labels).to(device)
     episode_shape, node_shape = support.shape[:-3], support.shape[-2:]
     support = support.detach().reshape(-1, images, *node_shape)  # (E, K*W, C, N)
-    order = _orders(permutations, len(support), steps, images, generator).to(support.device)
-    rows = torch.arange(len(support), device=support.device).unsqueeze(1)
+    order = _orders(permutations, len(support), fit.steps, images, generator).to(device)  # (E, steps, K*W)
+    rows = torch.arange(len(support), device=device).unsqueeze(1)
 
     start = start.reshape(-1, way, *node_shape)  # (E, W, C, N)
     proto = start.clone().requires_grad_()
-    optimizer = torch.optim.SGD([proto], lr, MOMENTUM, DAMPENING, weight_decay)
-    for step in range(steps):
-        for chosen in order[:, step].split(batch_size, dim=1):  # (E, b)
+    optimizer = torch.optim.SGD([proto], fit.lr, MOMENTUM, DAMPENING, fit.weight_decay)
+    for step in range(fit.steps):
+        for chosen in order[:, step].split(fit.batch_size, dim=1):  # (E, b)
             with torch.enable_grad():
-                logits = head_logits(torch.where(fixed, start, proto), support[rows, chosen], **head)  # (E, b, W)
+                logits = head_logits(torch.where(is_fixed, start, proto), support[rows, chosen], settings)  # (E, b, W)
                 # The mean over an episode's images and the sum over episodes: each episode gets the gradient it has alone.
-                loss = (
-                    F.cross_entropy(logits.flatten(0, 1), labels[chosen].flatten(), reduction="sum") / chosen.shape[1]
-                )
-                proto.grad = torch.autograd.grad(loss, proto)[0]
+                loss = F.cross_entropy(logits.flatten(0, 1), labels[chosen].flatten(), reduction="sum")
+                proto.grad = torch.autograd.grad(loss / chosen.shape[1], proto)[0]
             optimizer.step()
-    proto = torch.where(fixed, start, proto.detach())
-    if not bool(proto.isfinite().all()) and bool(support.isfinite().all()):
+    proto = torch.where(is_fixed, start, proto.detach())
+    # Prototypes may be finite and yet too large to be compared with anything.
+    is_finite = proto.isfinite().all() and head_logits(proto, support[:, :1], settings).isfinite().all()
+    if not bool(is_finite) and bool(support.isfinite().all()):
         raise FitError(
-            f"expected a learning rate at which the prototypes stay finite; they diverged with {lr:g}. Lower -sfc_lr "
-            "(squared distances, as in -head proto, need about 0.1), or take -kshot mean"
+            f"the prototypes diverged with a learning rate of {lr:g}. Lower -sfc_lr (squared distances, as in -head proto, "
+            "need about 0.1), or use -kshot mean"
         )
     return proto.reshape(*episode_shape, way, *node_shape)
 
@@ -135,16 +161,16 @@ def _orders(
     images: int,
     generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Tensor:
-    """``(E, steps, K*W)``."""
+    """The order of the support images in every pass: ``(E, steps, K*W)``."""
     if permutations is not None:
         if permutations.shape[-2:] != (steps, images):
-            raise ValueError(f"expected permutations (..., {steps}, {images}); got {tuple(permutations.shape)}")
+            raise ValueError(f"permutations must be (..., {steps}, {images}); got {tuple(permutations.shape)}")
         return permutations.reshape(-1, steps, images).expand(episodes, -1, -1)
     generators = generator if isinstance(generator, Sequence) else [generator] * episodes
     if len(generators) != episodes:
-        raise ValueError(f"expected one generator, or one for each of {episodes} episodes; got {len(generators)}")
+        raise ValueError(f"{episodes} episodes need one generator, or one each; got {len(generators)}")
     order = torch.empty(episodes, steps, images, dtype=torch.long)
-    for episode, own in enumerate(generators):
+    for episode, draws in enumerate(generators):
         for step in range(steps):
-            order[episode, step] = torch.randperm(images, generator=own)
+            order[episode, step] = torch.randperm(images, generator=draws)
     return order

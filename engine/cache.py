@@ -1,14 +1,18 @@
-"""What is encoded when, and kept where: the nodes of images, and decoded images."""
+"""What is loaded and encoded when, and kept where: the nodes of images, and decoded images."""
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+
+from engine.loading import stream
 
 # An image as a data set is asked for it: its index, or its index and the seed of its random view.
 Item = int | tuple[int, int]
@@ -19,17 +23,17 @@ CACHE_SHARE = 1 / 4
 
 class Batch(NamedTuple):
     items: list[Item]  # to encode together
-    row: int  # the place of the first of them in the table of nodes
+    row: int  # of the first one in the table of nodes; the others follow
     missing: list[Item]  # those whose pixels have to be loaded
 
 
 class Group(NamedTuple):
     batches: list[Batch]  # what has to be encoded before the episodes can be matched
-    rows: Tensor  # (E, images): the places of their images
+    rows: Tensor  # (E, images): of the table of nodes
 
 
 class Queue:
-    """A batch sampler that is given its batches anew for every pass, so that one loader serves them all."""
+    """A batch sampler whose batches are set before each pass, so that one loader serves all passes."""
 
     batches: Iterable[list[Item]] = ()
 
@@ -42,7 +46,7 @@ class NodeTable:
 
     Args:
         most: images worth keeping; 0 keeps none beyond its group.
-        share: of free memory, that it may take.
+        share: the part of free memory that it may take.
     """
 
     def __init__(self, device: torch.device, *, most: int, share: float = CACHE_SHARE) -> None:
@@ -51,8 +55,8 @@ class NodeTable:
         self.place: dict[Item, int] = {}
         self.nodes: Tensor | None = None  # (capacity, C, N)
 
-    def places_for(self, wanted: list[Item]) -> tuple[int, list[Item]]:
-        """Give a row to each image that has none: the first of those rows, and the images. A full table starts anew."""
+    def reserve_rows(self, wanted: list[Item]) -> tuple[int, list[Item]]:
+        """Give a row to each image that has none, after emptying a full table; return the first of those rows, and the images."""
         if not self.most:
             return 0, wanted
         new = [item for item in dict.fromkeys(wanted) if item not in self.place]
@@ -63,7 +67,7 @@ class NodeTable:
         self.place.update(zip(new, itertools.count(first), strict=False))
         return first, new
 
-    def put(self, row: int, nodes: Tensor, least: int) -> None:
+    def put(self, row: int, nodes: Tensor, *, least: int) -> None:
         """Write ``(B, C, N)`` from that row on. The first call makes the table, of ``least`` rows at least."""
         if self.nodes is None:
             size = nodes[0].numel() * nodes.element_size()
@@ -88,8 +92,8 @@ class PixelCache(dict[Item, Tensor]):
         super().__init__()
         self.room = room
 
-    def complete(self, batch: Batch, fresh: Tensor | None, *, keep: bool) -> Tensor:
-        """The pixels of a batch, of which ``fresh`` are those that were missing."""
+    def assemble(self, batch: Batch, fresh: Tensor | None, *, keep: bool) -> Tensor:
+        """The pixels of a batch, from those kept and ``fresh``, those that were missing."""
         if fresh is None:
             return torch.stack([self[item] for item in batch.items])
         pixels = fresh
@@ -98,15 +102,16 @@ class PixelCache(dict[Item, Tensor]):
             pixels = torch.stack([loaded[item] if item in loaded else self[item] for item in batch.items])
         if keep and self.room >= fresh.nbytes:
             self.room -= fresh.nbytes
-            # Out of the memory shared with the loader's processes, of which there is little.
+            # Cloned, because memory shared with the loader's processes is scarce.
             self.update(zip(batch.missing, fresh.clone(), strict=True))
         return pixels
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take on a device; in a container, as its control group says."""
+    """Bytes that this process may still take on a device; in a container, within the limit of its control group."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch's allocator
+        return torch.cuda.mem_get_info(device)[0] + unused
     free = psutil.virtual_memory().available
     try:
         limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
@@ -118,10 +123,10 @@ def free_memory(device: torch.device) -> int:
 def plan_groups(
     groups: Iterable[list[list[Item]]], table: NodeTable, pixels: PixelCache, batch_size: int
 ) -> Iterator[Group]:
-    """What each group of episodes needs to have encoded, in batches, and where in the table its nodes will lie."""
+    """What each group of episodes needs to have encoded, in batches, and the rows of the table that its nodes are in."""
     for group in groups:
         wanted = [item for episode in group for item in episode]
-        first, new = table.places_for(wanted)
+        first, new = table.reserve_rows(wanted)
         batches = [
             Batch(part, first + start, [item for item in part if item not in pixels])
             for start in range(0, len(new), batch_size)
@@ -129,3 +134,32 @@ def plan_groups(
         ]
         rows = [table.place[item] for item in wanted] if table.most else range(len(wanted))
         yield Group(batches, torch.tensor(rows).view(len(group), -1))
+
+
+def load_ahead(
+    plan: Iterator[Group], loader: DataLoader, queue: Queue, *, most: int
+) -> Iterator[tuple[Group, Iterator[Any]]]:
+    """The groups of a plan, each with the stream of batches that its missing pixels come from.
+
+    The loader's processes take batches of later groups in advance, which are planned for that. They find none if no image is
+    missing any more: no more than ``most`` groups are planned in search of one.
+    """
+    ahead: deque[Group] = deque()  # planned and not yet complete
+
+    def missing(most: int) -> Iterator[list[Item]]:
+        group: Group | None = ahead[0]
+        while group:
+            yield from (batch.missing for batch in group.batches if batch.missing)
+            group = next(plan, None) if len(ahead) < most else None
+            if group:
+                ahead.append(group)
+
+    # The first group alone: its nodes show how many images fit in memory, on which the plan of the others depends.
+    for limit in itertools.chain([1], itertools.repeat(most)):
+        ahead.extend(itertools.islice(plan, 1))
+        if not ahead:
+            return
+        queue.batches, loaded = missing(limit), stream(loader)  # a pass over the loader
+        while ahead:
+            yield ahead[0], loaded
+            ahead.popleft()

@@ -1,27 +1,30 @@
 """Evaluation: encode each image once, match episodes in batches."""
 
-import hashlib
-import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from engine import cache
-from engine.cache import Group, NodeTable, PixelCache, Queue, plan_groups
+from engine.cache import NodeTable, PixelCache, Queue, load_ahead, plan_groups
 from engine.distributed import Ranks
-from engine.loading import make_loader, progress_bar, stream
+from engine.loading import make_loader, progress_bar
 from engine.stopping import Stopped, StopRequest
-from utils import Stopwatch, mean_confidence_interval, named_generator, write_json
+from utils import InputError, Stopwatch, mean_confidence_interval, named_generator, read_json, warn, write_atomically
 
 # Images (patches) encoded at once, per device.
 ENCODE_BATCH = {"cpu": 8, "cuda": 256}
+# On a GPU, batches have at most this many sizes: cudnn searches for the fastest kernels once per size.
+ENCODE_SIZES = 8
+# Episodes drawn ahead of those being matched, at most, to keep the loader busy.
+EPISODES_AHEAD = 512
 SECONDS_BETWEEN_RECORDS = 10.0
 
 
@@ -31,11 +34,47 @@ class DivergenceError(RuntimeError):
     is_user_error = True
 
 
+class Model(Protocol):
+    """What an :class:`Evaluator` needs of a model, such as :class:`Models.deepemd.DeepEMD`."""
+
+    device_ids: Sequence[int]  # the GPUs that batches are spread over, if there are several
+
+    def folded(self) -> "Model":
+        """A copy for evaluation."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """8-bit images to nodes ``(B, C, N)``."""
+
+    def match(
+        self,
+        support: Tensor,
+        query: Tensor,
+        *,
+        way: int,
+        shot: int,
+        solver: str | None,
+        generator: Sequence[torch.Generator],
+    ) -> Tensor:
+        """Nodes ``(E, K*W, C, N)`` and ``(E, W*Q, C, N)`` to logits ``(E, W*Q, W)``; one generator per episode."""
+
+
+class Episodes(Protocol):
+    """What an :class:`Evaluator` needs of episodes, such as :class:`dataloader.episodes.SeededEpisodes`."""
+
+    epoch: int  # names the draws inside the model
+    fixed_seeds: Tensor | None  # if not None, an image has the same view seed in every episode
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, k: int) -> Sequence[tuple[int, int]]:
+        """Pairs (index, view seed), support first."""
+
+
 class Score(NamedTuple):
-    """What came of one episode."""
+    """The result of one episode."""
 
     loss: float  # mean cross entropy
-    hits: float  # queries classified right
+    hits: float  # queries classified correctly
     queries: float
 
     @property
@@ -48,32 +87,116 @@ class Evaluation(NamedTuple):
     """Accuracies over episodes."""
 
     loss: float  # mean cross entropy
-    accuracy: float  # mean, in percent; the same for the same number of hits
+    accuracy: float  # mean, in percent; equal for equal numbers of hits
     interval: float  # half width of its 95 % interval, in percent
     accuracies: list[float]  # one per episode, in percent
+
+    @classmethod
+    def of(cls, scores: Sequence[Score]) -> "Evaluation":
+        """The summary of one or more scores."""
+        accuracies = [score.accuracy for score in scores]
+        loss = sum(score.loss for score in scores) / len(scores)
+        accuracy = 100 * sum(score.hits for score in scores) / sum(score.queries for score in scores)
+        return cls(loss, accuracy, mean_confidence_interval(accuracies)[1], accuracies)
 
     def __str__(self) -> str:
         return f"{self.accuracy:.2f} +- {self.interval:.2f} %"
 
 
-class Evaluator:
-    """Classifies the queries of episodes from one data set, with whatever weights a model has at the time.
+class _RunningInterval:
+    """Mean and 95 % interval of the accuracies so far, in constant time per score."""
 
-    Episodes are taken a group at a time, in two phases: encode those of their images that have not been encoded yet, then
-    match. Nodes are kept for later groups as long as they fit in memory, and decoded images for later calls, where views
-    are not random.
+    count, total, squares = 0, 0.0, 0.0
+
+    def add(self, scores: Iterable[Score]) -> None:
+        for score in scores:
+            self.count += 1
+            self.total += score.accuracy
+            self.squares += score.accuracy**2
+
+    def __str__(self) -> str:
+        mean = self.total / self.count
+        variance = max(0.0, self.squares / self.count - mean**2)
+        return f"acc {mean:.2f} +- {1.96 * math.sqrt(variance / self.count):.2f} %"
+
+
+class Recorder:
+    """Records the scores of an evaluation in a file from time to time, so that it can be resumed.
 
     Args:
-        dataset: gives ``(pixels, label)`` for an :data:`Item`. Its ``view`` says whether it ``is_random`` and how many
-            ``patches`` an image has.
+        path: of the file.
+        resume: start from the scores in the file, if there are any.
+        episodes, queries: of the evaluation, and in each episode. A file that does not fit is set aside with a warning.
+        ranks: the first one reads and writes.
+
+    Attributes:
+        scores: of the first episodes.
+    """
+
+    def __init__(self, path: Path, *, resume: bool, episodes: int, queries: int, ranks: Ranks) -> None:
+        self.path, self.ranks, self.watch = path, ranks, Stopwatch()
+        self.next_write = SECONDS_BETWEEN_RECORDS
+        content: tuple[list[Score], float] = [], 0.0
+        if resume and ranks.is_first and path.exists():
+            try:
+                content = read_json(
+                    path, "scores of an evaluation", lambda found: _parse_record(found, episodes, queries)
+                )
+            except InputError as error:
+                aside = path.with_suffix(".damaged")
+                path.replace(aside)
+                warn(f"{error}. It is now {aside.name}, and the evaluation starts from its first episode")
+        self.scores, self.earlier_seconds = ranks.from_first(content)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the evaluation, interrupted parts included."""
+        return self.earlier_seconds + self.watch.seconds
+
+    def update(self, *, now: bool) -> None:
+        """Write the scores if it is time, or ``now``."""
+        if not self.ranks.is_first or not (now or self.watch.seconds >= self.next_write):
+            return
+        before = self.watch.seconds
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Compact, as there may be a million of them.
+        write_atomically(self.path, json.dumps({"scores": self.scores, "seconds": self.seconds}).encode())
+        after = self.watch.seconds
+        self.next_write = after + max(SECONDS_BETWEEN_RECORDS, 20 * (after - before))
+
+    def remove(self) -> None:
+        """Delete the file: the evaluation is complete."""
+        self.path.unlink(missing_ok=True)
+
+
+def _parse_record(content: Any, episodes: int, queries: int) -> tuple[list[Score], float]:
+    scores, seconds = [Score(*row) for row in content["scores"]], content["seconds"]
+    fits = len(scores) <= episodes and 0 <= seconds <= sys.float_info.max
+    for loss, hits, count in scores:
+        fits = fits and 0 <= loss <= sys.float_info.max and 0 <= hits <= count == queries and hits % 1 == 0
+    if not fits:
+        raise ValueError("its numbers do not fit this evaluation")
+    return scores, seconds
+
+
+class Evaluator:
+    """Classifies the queries of episodes from one data set, with the weights a model has at the time.
+
+    Episodes are taken a group at a time, in two phases: encode those of their images that have not been encoded yet, then
+    match. Nodes are kept for later groups as long as they fit in memory, and decoded images for later calls, unless views
+    are random.
+
+    Args:
+        dataset: gives ``(pixels, label)`` for an :data:`engine.cache.Item`. Its ``view`` has ``is_random`` and ``patches``,
+            the number of patches per image.
         way, shot: W and K of the episodes.
         device: of the model.
-        seed: of the draws inside the model; those of episode k of an epoch depend on it, the epoch and k alone.
+        seed: of the draws inside the model. Those of episode k of an epoch depend on the seed, the epoch and k alone.
         num_workers: processes that load images.
-        feature_cache: ``"auto"``, or ``"off"`` to encode an image anew for every use.
-        episode_batch: episodes in a group; decides memory and speed, not results.
+        feature_cache: ``"auto"``, or ``"off"`` to encode an image for every use.
+        episode_batch: episodes in a group; affects memory and speed, not results.
         keep_pixels: keep decoded images for later calls.
-        ranks: the processes that take groups in turn; each of them then knows the results of all.
+        ranks: the processes that share the groups. All of them receive all scores.
         stop: whether this process has been asked to stop.
     """
 
@@ -102,111 +225,90 @@ class Evaluator:
     @torch.no_grad()
     def __call__(
         self,
-        model: nn.Module,
-        episodes: Sequence[Sequence[tuple[int, int]]],
+        model: Model,
+        episodes: Episodes,
         *,
         solver: str | None = None,
         title: str = "",
-        known: Sequence[Score] = (),
-        after_round: Callable[[list[Score], bool], None] = lambda scores, is_stopping: None,
+        recorder: Recorder | None = None,
     ) -> Evaluation:
         """Evaluate a model as it is now.
 
         Args:
-            model: has ``folded()``, a copy for evaluation with ``encode(images)`` to nodes ``(B, C, N)`` and
-                ``match(support, query, way=, shot=, solver=, generator=)`` to logits ``(E, W*Q, W)``.
-            episodes: each a list of (index, seed of the view), support first. They are drawn as they are needed. Two
-                attributes may say more: ``epoch`` names the draws, and ``fixed_seeds``, when not None, promises that an
-                image comes with the same seed every time.
+            episodes: drawn as they are needed.
             solver: overrides the model's own.
             title: of the progress bar.
-            known: the scores of the first episodes, which are not evaluated again.
-            after_round: called with all scores so far, and whether the evaluation is going to stop.
+            recorder: the scores that it has are not computed again; new ones are added.
 
         Raises:
             DivergenceError: the model's nodes or logits are not finite.
             Stopped: one of the processes was asked to stop.
         """
         model = model.folded()
-        ranks, size = self.ranks, self.episode_batch
-        repeats = not self.dataset.view.is_random or getattr(episodes, "fixed_seeds", None) is not None
-        most = len(self.dataset) if repeats and self.feature_cache == "auto" else 0
-        table = NodeTable(self.device, most=most, share=self._share())
-        scores = list(known)
-        ready = self._ready(model, episodes, len(known), table)
-        with progress_bar(title, total=len(episodes), initial=len(known), disable=not ranks.is_first) as bar:
-            for first in range(len(known), len(episodes), ranks.size * size):  # a round: a group for every rank
-                own: list[Score] = []
-                if first + ranks.rank * size < len(episodes):
-                    group, loaded = next(ready)
-                    for batch in group.batches:
-                        fresh = next(loaded)[0] if batch.missing else None
-                        pixels = self.pixels.complete(batch, fresh, keep=repeats).to(self.device, non_blocking=True)
-                        table.put(batch.row, model.encode(pixels), group.rows.numel())
-                    logits = self._match(model, table.get(group.rows), episodes, first + ranks.rank * size, solver)
-                    own = _score(logits)
-                padding = [[0.0, 0, 0]] * (size - len(own))
-                rows = ranks.gather(
-                    [self.stop.signal_number, *(value for score in (*own, *padding) for value in score)]
-                )
-                for row in rows:
-                    scores += [Score(*row[k : k + 3]) for k in range(1, 1 + 3 * size, 3) if row[k + 2]]
-                signal_number = max(int(row[0]) for row in rows)
-                after_round(scores, signal_number > 0)
+        scores = recorder.scores if recorder else []
+        shown = _RunningInterval()
+        shown.add(scores)
+        nodes_of_groups = self._nodes_of_groups(model, episodes, len(scores))
+        rank, size, total = self.ranks.rank, self.episode_batch, len(episodes)
+        with progress_bar(title, total=total, initial=len(scores), disable=not self.ranks.is_first) as bar:
+            for start in range(len(scores), total, self.ranks.size * size):  # a round: a group for every rank
+                first, group = start + rank * size, []
+                if first < total:
+                    group = _score(self._match(model, next(nodes_of_groups), episodes.epoch, first, solver))
+                new, signal_number = self._exchange(group)
+                scores += new
+                if recorder:
+                    recorder.update(now=signal_number > 0)
                 if signal_number:
                     raise Stopped(signal_number)
-                mean, interval = mean_confidence_interval([score.accuracy for score in scores])
-                bar.set_postfix_str(f"acc {mean:.2f} +- {interval:.2f} %", refresh=False)
-                bar.update(len(scores) - bar.n)
-        accuracies = [score.accuracy for score in scores]
-        accuracy = 100 * sum(score.hits for score in scores) / sum(score.queries for score in scores)
-        loss = sum(score.loss for score in scores) / len(scores)
-        return Evaluation(loss, accuracy, mean_confidence_interval(accuracies)[1], accuracies)
+                shown.add(new)
+                bar.set_postfix_str(str(shown), refresh=False)
+                bar.update(len(new))
+        return Evaluation.of(scores)
 
     def _share(self) -> float:
         """The part of the free memory of this machine that one cache of this process may take."""
         return cache.CACHE_SHARE / self.ranks.local_size
 
-    def _ready(
-        self, model: nn.Module, episodes: Sequence, start: int, table: NodeTable
-    ) -> Iterator[tuple[Group, Iterator]]:
-        """This rank's groups of episodes, each with the stream that its missing pixels come from."""
-        batch_size = max(1, len(getattr(model, "device_ids", ()))) * ENCODE_BATCH.get(self.device.type, 8)
-        batch_size = max(1, batch_size // self.dataset.view.patches)
-        is_random, size, step = self.dataset.view.is_random, self.episode_batch, self.ranks.size * self.episode_batch
+    def _nodes_of_groups(self, model: Model, episodes: Episodes, start: int) -> Iterator[Tensor]:
+        """The nodes ``(E, images, C, N)`` of this rank's groups, from episode ``start`` on, encoded when they are asked for."""
+        view, ranks, size = self.dataset.view, self.ranks, self.episode_batch
+        repeats = not view.is_random or episodes.fixed_seeds is not None
+        most = len(self.dataset) if repeats and self.feature_cache == "auto" else 0
+        table = NodeTable(self.device, most=most, share=self._share())
         groups = (
             [
-                [item if is_random else item[0] for item in episodes[k]]
+                [item if view.is_random else item[0] for item in episodes[k]]
                 for k in range(first, min(first + size, len(episodes)))
             ]
-            for first in range(start + self.ranks.rank * size, len(episodes), step)
+            for first in range(start + ranks.rank * size, len(episodes), ranks.size * size)
         )
-        # The first group alone: its nodes tell how many images fit in memory, on which the plan of the rest depends.
-        for part in (itertools.islice(groups, 1), groups):
-            plan, ahead = itertools.tee(plan_groups(part, table, self.pixels, batch_size))
-            # The loader runs through the plan a few batches ahead of what is encoded.
-            self.queue.batches = (batch.missing for group in ahead for batch in group.batches if batch.missing)
-            loaded = stream(self.loader)
-            for group in plan:
-                yield group, loaded
+        plan = plan_groups(groups, table, self.pixels, _encode_batch(model, self.device, view.patches))
+        for group, loaded in load_ahead(plan, self.loader, self.queue, most=max(2, EPISODES_AHEAD // size)):
+            for batch in group.batches:
+                fresh = next(loaded)[0] if batch.missing else None
+                pixels = self.pixels.assemble(batch, fresh, keep=repeats)
+                table.put(batch.row, encode_images(model, pixels, device=self.device), least=group.rows.numel())
+            yield table.get(group.rows)
 
-    def _match(self, model: nn.Module, nodes: Tensor, episodes: Sequence, first: int, solver: str | None) -> Tensor:
+    def _match(self, model: Model, nodes: Tensor, epoch: int, first: int, solver: str | None) -> Tensor:
         """Logits ``(E, W*Q, W)`` of a group whose nodes are ``(E, images, C, N)``, from episode number ``first`` on."""
-        epoch, support = getattr(episodes, "epoch", 0), self.way * self.shot
-        generators = [named_generator(self.seed, "sfc", epoch, first + k) for k in range(len(nodes))]
-        try:
-            return model.match(
-                nodes[:, :support],
-                nodes[:, support:],
-                way=self.way,
-                shot=self.shot,
-                solver=solver,
-                generator=generators,
-            )
-        except Exception as error:
-            if bool(nodes.isfinite().all()):
-                raise
-            raise DivergenceError("the encoder's features are not finite: its weights have diverged") from error
+        support = self.way * self.shot
+        return model.match(
+            nodes[:, :support],
+            nodes[:, support:],
+            way=self.way,
+            shot=self.shot,
+            solver=solver,
+            generator=[named_generator(self.seed, "sfc", epoch, first + k) for k in range(len(nodes))],
+        )
+
+    def _exchange(self, group: list[Score]) -> tuple[list[Score], int]:
+        """The scores of a round from all ranks, in the order of the episodes; and the signal that one of them got, or 0."""
+        padding = [Score(0.0, 0, 0)] * (self.episode_batch - len(group))
+        rows = self.ranks.gather([self.stop.signal_number, *(value for score in group + padding for value in score)])
+        scores = [Score(*row[k : k + 3]) for row in rows for k in range(1, len(row), 3) if row[k + 2]]
+        return scores, max(int(row[0]) for row in rows)
 
 
 def _score(logits: Tensor) -> list[Score]:
@@ -221,52 +323,25 @@ def _score(logits: Tensor) -> list[Score]:
 
 
 @torch.no_grad()
-def encode_images(model: nn.Module, images: Tensor, *, device: torch.device) -> Tensor:
+def encode_images(model: Model, images: Tensor, *, device: torch.device) -> Tensor:
     """8-bit images ``(B, 3, S, S)``, or patches ``(B, P, 3, S, S)``, to nodes ``(B, C, N)`` on the device, in batches.
 
     Raises:
         DivergenceError: the nodes are not finite.
     """
-    patches = images.shape[1] if images.dim() == 5 else 1
-    batches = images.split(max(1, ENCODE_BATCH.get(device.type, 8) // patches))
-    nodes = torch.cat([model.encode(batch.to(device, non_blocking=True)) for batch in batches])
+    most = _encode_batch(model, device, images.shape[1] if images.dim() == 5 else 1)
+    step = -(-most // ENCODE_SIZES) if device.type == "cuda" else 1
+    nodes = []
+    for batch in images.split(most):
+        padding = min(most, -(-len(batch) // step) * step) - len(batch)
+        padded = F.pad(batch.to(device, non_blocking=True), (0, 0) * (batch.dim() - 1) + (0, padding))
+        nodes.append(model.encode(padded)[: len(batch)])
+    nodes = torch.cat(nodes)
     if not bool(nodes.isfinite().all()):
         raise DivergenceError("the encoder's features are not finite: its weights have diverged")
     return nodes
 
 
-class Recorder:
-    """Keeps the scores of an evaluation under way in a file of its own, so that it can be resumed.
-
-    Args:
-        folder: of the file.
-        identity: what decides the scores, as plain values; evaluations of another identity have another file.
-        resume: start from what is there.
-        ranks: the first writes, and tells the others what there is.
-    """
-
-    def __init__(self, folder: Path, identity: dict[str, Any], *, resume: bool, ranks: Ranks) -> None:
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self.path, self.ranks = folder / f"partial-{digest[:12]}.json", ranks
-        self.watch, self.earlier = Stopwatch(), 0.0
-        self.next_write = SECONDS_BETWEEN_RECORDS
-        content = None
-        if resume and ranks.is_first and self.path.is_file():
-            content = json.loads(self.path.read_text())
-        content = ranks.from_first(content) or {"scores": [], "seconds": 0.0}
-        self.scores, self.earlier = [Score(*row) for row in content["scores"]], content["seconds"]
-
-    @property
-    def seconds(self) -> float:
-        """Spent on the evaluation, before it was stopped and since."""
-        return self.earlier + self.watch.seconds
-
-    def note(self, scores: list[Score], is_stopping: bool) -> None:
-        """Write the scores so far, now and then, and when the evaluation stops."""
-        if self.ranks.is_first and (is_stopping or self.watch.seconds >= self.next_write):
-            write_json(self.path, {"scores": scores, "seconds": self.seconds})
-            self.next_write = self.watch.seconds + SECONDS_BETWEEN_RECORDS
-
-    def remove(self) -> None:
-        """The evaluation is over."""
-        self.path.unlink(missing_ok=True)
+def _encode_batch(model: Model, device: torch.device, patches: int) -> int:
+    """Images of so many patches that are encoded at once."""
+    return max(1, max(1, len(model.device_ids)) * ENCODE_BATCH.get(device.type, 8) // patches)

@@ -87,13 +87,13 @@ def test_evaluation_on_two_devices(folder):
 def test_nodes_in_pinned_host_memory(folder, monkeypatch):
     expected = evaluate(folder, GPU)
     tables = []
-    real = evaluation._NodeTable.get
+    real = cache.NodeTable.get
 
     def get(self, rows):
         tables.append(self.nodes)
         return real(self, rows)
 
-    monkeypatch.setattr(evaluation._NodeTable, "get", get)
+    monkeypatch.setattr(cache.NodeTable, "get", get)
     monkeypatch.setattr(cache, "free_memory", lambda device: 1 << 30 if device.type == "cpu" else 0)
     found = evaluate(folder, GPU)
     assert all(table.is_pinned() for table in tables)

@@ -1,9 +1,8 @@
-"""Checkpoints, devices, seeds, figures, the run folder, how a script ends."""
+"""Devices, seeds, figures, the run folder, how a script ends."""
 
 import errno
 import json
 import os
-import pickle
 import stat
 import threading
 from pathlib import Path
@@ -16,9 +15,7 @@ import utils
 from engine.arguments import folder_name
 from engine.run import RunFolder
 from engine.start import choose_device, choose_seed, set_seed
-from Models import DeepEMD, ResNet12
 from Models.emd import SolverError
-from Models.weights import load_encoder_weights
 from utils import (
     InputError,
     append_line,
@@ -39,107 +36,6 @@ from utils import (
     write_atomically,
     write_output,
 )
-
-
-@pytest.fixture(scope="module")
-def state():
-    torch.manual_seed(0)
-    return {key: value + 0.5 if value.is_floating_point() else value for key, value in ResNet12().state_dict().items()}
-
-
-def save(path, params):
-    torch.save({"params": params}, path)
-    return path
-
-
-@pytest.mark.parametrize("prefix", ["", "encoder.", "module.encoder.", "module."])
-@pytest.mark.parametrize("settings", [{}, {"feature_pyramid": (2, 1)}])
-def test_published_formats(tmp_path, state, prefix, settings):
-    path = save(tmp_path / "max_acc.pth", {prefix + key: value for key, value in state.items()})
-    for source in (path, tmp_path):
-        model = DeepEMD(**settings)
-        load_encoder_weights(model, source)
-        assert all(torch.equal(value, state[key]) for key, value in model.encoder.state_dict().items())
-    encoder = ResNet12()
-    load_encoder_weights(encoder, path)
-    assert torch.equal(encoder.layer1[0].conv1.weight, state["layer1.0.conv1.weight"])
-
-
-def test_counters_may_be_absent_and_a_classifier_present(tmp_path, state):
-    params = {key: value for key, value in state.items() if "num_batches_tracked" not in key}
-    load_encoder_weights(DeepEMD(), save(tmp_path / "a.pth", {**params, "fc.weight": torch.zeros(3)}))
-
-
-def drop(state):
-    return {key: value for key, value in state.items() if not key.startswith("layer4.0.conv")}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (drop, "lacks layer4.0.conv1.weight, layer4.0.conv2.weight, layer4.0.conv3.weight"),
-        (lambda s: {**s, "layer5.0.conv1.weight": torch.zeros(1)}, "has unknown layer5.0.conv1.weight"),
-        (lambda s: {**s, "layer1.0.conv1.weight": torch.zeros(32, 3, 3, 3)}, r"\(32, 3, 3, 3\) where \(64, 3, 3, 3\)"),
-    ],
-)
-def test_another_architecture(tmp_path, state, change, message):
-    with pytest.raises(InputError, match=message):
-        load_encoder_weights(DeepEMD(), save(tmp_path / "a.pth", change(state)))
-
-
-def with_value(state, key, change):
-    value = state[key].clone()
-    change(value.view(-1))
-    return {**state, key: value}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: with_value(s, "layer2.0.conv1.weight", lambda v: v[3:4].fill_(float("nan"))), "conv1.weight .* NaN"),
-        (lambda s: with_value(s, "layer1.0.bn1.bias", lambda v: v[:1].fill_(float("inf"))), "bn1.bias .* infinite"),
-        (lambda s: with_value(s, "layer1.0.bn1.running_var", lambda v: v[:1].fill_(-1.0)), "running_var has negative"),
-        (lambda s: {**s, 7: torch.zeros(1)}, "expected names as keys in .*; got 7, a int"),
-        (lambda s: {**s, "layer1.0.bn1.bias": "text"}, "layer1.0.bn1.bias is a str"),
-        (lambda s: {**s, "layer1.0.bn1.bias": torch.zeros(64).to_sparse()}, "layer1.0.bn1.bias is a torch.sparse_coo"),
-        (lambda s: {**s, "layer1.0.bn1.bias": torch.zeros(64, device="meta")}, "is a tensor without values"),
-    ],
-)
-def test_weights_that_no_training_leaves(tmp_path, state, change, message):
-    model = DeepEMD()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(InputError, match=message) as error:
-        load_encoder_weights(model, save(tmp_path / "a.pth", change(state)))
-    assert "\n" not in str(error.value)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def test_what_is_no_checkpoint(tmp_path, state):
-    whole = save(tmp_path / "whole.pth", state).read_bytes()
-    for name, content in (("text", b"<html>quota exceeded</html>"), ("empty", b""), ("cut", whole[: len(whole) // 2])):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match="plain tensors in .*; it is damaged or another format") as error:
-            load_encoder_weights(DeepEMD(), tmp_path / name)
-        assert "\n" not in str(error.value)
-    torch.save(state, tmp_path / "bare.pth")
-    with pytest.raises(InputError, match="got a dict with the keys layer1.0.conv1.weight"):
-        load_encoder_weights(DeepEMD(), tmp_path / "bare.pth")
-    with pytest.raises(InputError, match="there is no such file. Get it"):
-        load_encoder_weights(DeepEMD(), tmp_path / "none.pth", hint="Get it")
-
-
-class Malice:
-    def __reduce__(self):
-        return (os.mkdir, ("made-by-a-pickle",))
-
-
-@pytest.mark.parametrize("write", [torch.save, lambda content, path: Path(path).write_bytes(pickle.dumps(content, 2))])
-def test_pickles_are_not_run(tmp_path, monkeypatch, write):
-    monkeypatch.chdir(tmp_path)
-    write({"params": Malice()}, "a.pth")
-    with pytest.raises(InputError, match="plain tensors in a.pth; it asks to run posix.mkdir, which is refused$"):
-        load_encoder_weights(DeepEMD(), "a.pth")
-    assert not os.path.exists("made-by-a-pickle")
 
 
 def test_interval():

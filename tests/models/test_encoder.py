@@ -1,152 +1,195 @@
-"""Ways to run the encoder that must not change what it computes."""
+"""Encoders: the contract that each backbone must keep, and ways to run one that must not change what it computes."""
 
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from helpers import formula_weights, normal_images, relative
+from torch import nn
 from torch.nn import functional as F
 
 from Models import Classifier, DeepEMD, ResNet12
+from Models.backbones import BACKBONES
 from Models.encoder import Encoder
 
-
-@pytest.fixture(scope="module")
-def encoder() -> ResNet12:
-    network = ResNet12()
-    formula_weights(network, 3)
-    return network
-
-
 IMAGES = normal_images(4, 4, 3, 32, 32)
+# Relative errors: float32 sums in another order, and eight bits.
+ROUNDING = {"off": 1e-4, "bfloat16": 3e-2}
 
 
-def test_folded_is_the_same_in_evaluation(encoder):
-    folded = encoder.folded()
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+def make(name: str, **settings) -> Encoder:
+    """A backbone with weights, statistics of batch norm among them, that do not depend on the settings."""
+    torch.manual_seed(3)
+    encoder = BACKBONES[name](**settings)
     with torch.no_grad():
-        assert relative(folded(IMAGES), encoder.eval()(IMAGES)) < 1e-5
-    assert len(encoder.state_dict()) == 96  # the original is untouched
+        for key, value in encoder.named_buffers():
+            if key.endswith("running_mean"):
+                value.copy_(0.1 * torch.randn(value.shape))
+            elif key.endswith("running_var"):
+                value.copy_(torch.rand(value.shape) + 0.5)
+    return encoder
 
 
-@pytest.mark.parametrize("settings", [{}, {"feature_pyramid": (1,)}, {"amp": "bfloat16"}])
-def test_folded_model(encoder, settings):
-    model = DeepEMD(**settings).train()
-    model.encoder.load_state_dict(encoder.state_dict())
-    folded = model.folded()
-    assert model.training
-    assert not folded.training
-    with torch.no_grad():
-        tolerance = 3e-2 if "amp" in settings else 1e-5  # bfloat16 has eight bits
-        found = folded.encode(IMAGES)
-        assert found.dtype == torch.float32
-        plain = DeepEMD(feature_pyramid=settings.get("feature_pyramid")).eval()
-        plain.encoder.load_state_dict(encoder.state_dict())
-        assert relative(found, plain.encode(IMAGES)) < tolerance
+def state_of(encoder: Encoder) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in encoder.state_dict().items()}
 
 
-def test_checkpointed_activations_change_nothing(encoder):
-    results = []
-    for keep_less in (False, True):
-        network = ResNet12(checkpoint_activations=keep_less).train()
-        network.load_state_dict(encoder.state_dict())
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
-            out = network(IMAGES)
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return list(first) == list(second) and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def train_twice(encoder: Encoder) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
+    """Maps and gradients of two passes in training, and the numbers that were kept for the backward passes."""
+    outs, kept = [], []
+    for images in (IMAGES, 2 * IMAGES):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            out = encoder(images)
         out.square().mean().backward()
-        results.append((out.detach(), [p.grad for p in network.parameters()], network.state_dict(), sum(saved)))
-    (out, gradients, state, kept), (out2, gradients2, state2, kept2) = results
-    assert torch.equal(out, out2)
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(gradients, gradients2, strict=True))
-    assert all(torch.equal(state[key], state2[key]) for key in state)  # running statistics are counted once
+        outs.append(out.detach())
+    return outs, [parameter.grad for parameter in encoder.parameters()], sum(kept)
+
+
+# --- every backbone ---
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_keeps_the_contract(name):
+    encoder = make(name).eval()
+    for edge in (32, 84):
+        with torch.no_grad():
+            out = encoder(normal_images(1, 2, 3, edge, edge))
+        assert out.shape == (2, encoder.out_channels, edge // encoder.stride, edge // encoder.stride)
+        assert out.dtype == torch.float32
+    with torch.no_grad():
+        together = encoder(IMAGES)
+        assert relative(together[1:2], encoder(IMAGES[1:2])) < 1e-5  # images do not influence each other
+        smallest = normal_images(1, 1, 3, encoder.stride, encoder.stride)
+        assert encoder(smallest).isfinite().all()
+        with pytest.raises(ValueError, match=f"H and W at least {encoder.stride}"):
+            encoder(smallest[..., 1:])
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_pixels_are_normalised_with_the_statistics_of_the_encoder(name):
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    encoder = make(name, mean=mean, std=std).eval()
+    pixels = torch.randint(256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    normal = torch.stack([(pixels[:, k] / 255 - mean[k]) / std[k] for k in range(3)], dim=1)
+    with torch.no_grad():
+        assert relative(encoder(pixels), encoder(normal)) < 1e-5
+        assert relative(encoder.folded()(pixels), encoder(normal)) < 1e-4
+
+
+@pytest.mark.parametrize("amp", ["off", "bfloat16"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_folded_equals_the_encoder_in_evaluation(name, amp):
+    encoder = make(name, amp=amp).train()
+    before = state_of(encoder)
+    folded = encoder.folded()
+    assert (encoder.training, folded.training) == (True, False)
+    assert not any(parameter.requires_grad for parameter in folded.parameters())
+    assert equal(encoder.state_dict(), before)
+    with torch.no_grad():
+        found = folded(IMAGES)
+        assert found.dtype == torch.float32
+        assert relative(found, make(name).eval()(IMAGES)) < ROUNDING[amp]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_checkpointed_activations_change_nothing(name):
+    """Maps, gradients, and running statistics, also those of a second step; fewer numbers are kept."""
+    encoders = [make(name, checkpoint_activations=keep_less).train() for keep_less in (False, True)]
+    (outs, gradients, kept), (outs2, gradients2, kept2) = map(train_twice, encoders)
+    assert all(map(torch.equal, outs, outs2))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(gradients, gradients2, strict=True))
+    assert equal(encoders[0].state_dict(), encoders[1].state_dict())
+    momenta = [[m.momentum for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)] for encoder in encoders]
+    assert momenta[0] == momenta[1]
     assert kept2 < kept / 5
 
 
-def convolution_dtypes(network: torch.nn.Module) -> set[torch.dtype]:
+def convolution_dtypes(network: nn.Module) -> set[torch.dtype]:
     """The number formats that come out of the convolutions while the network runs."""
     found = set()
     for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
+        if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda module, inputs, out: found.add(out.dtype))
     return found
 
 
 @pytest.mark.parametrize("way_in", ["model", "classifier", "folded", "from a thread"])
-def test_amp_reaches_every_convolution(way_in):
+@pytest.mark.parametrize("name", BACKBONES)
+def test_amp_reaches_every_convolution(name, way_in):
     """In pre-training, in meta-training, in evaluation, and in a thread of its own, as DataParallel runs a replica."""
-    model = DeepEMD(amp="bfloat16").train()
+    model = DeepEMD(encoder=make(name, amp="bfloat16")).train()
     network = {"classifier": Classifier(model.encoder, 4), "folded": model.folded()}.get(way_in, model)
     found = convolution_dtypes(network)
-    if way_in == "classifier":
-        assert network(IMAGES).dtype == torch.float32
-    elif way_in == "from a thread":
+    if way_in == "from a thread":
         with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(model.encode, IMAGES).result().dtype == torch.float32
+            out = pool.submit(model.encode, IMAGES).result()
     else:
-        assert network.encode(IMAGES).dtype == torch.float32
+        out = network(IMAGES) if way_in == "classifier" else network.encode(IMAGES)
+    assert out.dtype == torch.float32
     assert found == {torch.bfloat16}
 
 
-def test_amp_trains_the_encoder_and_leaves_the_head_alone(encoder):
-    model = DeepEMD(amp="bfloat16", solver="simplex").train()
-    model.encoder.load_state_dict(encoder.state_dict())
-    logits = model(normal_images(5, 6, 3, 32, 32), way=2, shot=1)
-    assert logits.dtype == torch.float32
-    F.cross_entropy(logits, torch.tensor([0, 1, 0, 1])).backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
-    with pytest.raises(ValueError, match="amp to be one of off, bfloat16, float16"):
-        DeepEMD(amp="int8")
-
-
-def test_amp_trains_in_channels_last():
-    """The layout of tensor cores, from the first convolution to the last."""
-    encoder, layouts = ResNet12(amp="bfloat16").train(), []
-    for module in encoder.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            assert module.weight.is_contiguous(memory_format=torch.channels_last)
-            module.register_forward_hook(
-                lambda _, inputs, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last))
-            )
-    encoder(IMAGES)
-    assert len(layouts) == 16
-    assert all(layouts)
-
-
-@pytest.mark.parametrize("amp", ["off", "bfloat16"])
-def test_compile_for_real(encoder, monkeypatch, amp):
+@pytest.mark.parametrize("amp", ROUNDING)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_compiled_equals_eager(monkeypatch, name, amp):
     """By the backend that runs the traced graph as it is; the trace is what may fail."""
-    real, wrapped = torch.nn.Module.compile, []
+    real, wrapped = nn.Module.compile, []
 
     def compile_eagerly(self):
         wrapped.append(type(self).__name__)
         real(self, backend="eager")
 
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
     results = []
     for compiled in (True, False):
-        model = DeepEMD(compiled=compiled, amp=amp).train()
-        model.encoder.load_state_dict(encoder.state_dict())
+        model = DeepEMD(encoder=make(name, amp=amp), compiled=compiled).train()
         nodes = model.encode(IMAGES)
         nodes.square().mean().backward()
+        gradient = next(model.encoder.parameters()).grad
         with torch.no_grad():
             folded = model.folded().encode(IMAGES)
-        results.append((nodes.detach(), model.encoder.layer1[0].conv1.weight.grad, folded, list(model.state_dict())))
+        results.append((nodes.detach(), gradient, folded, list(model.state_dict())))
+        if compiled:
+            with pytest.raises(ValueError, match="images must have the shape"):
+                model.encoder(IMAGES[:, :2])
     for found, expected in zip(*(result[:3] for result in results), strict=True):
-        assert relative(found, expected) < 1e-3 if amp == "off" else 3e-2
-    assert results[0][3] == list(DeepEMD().state_dict())  # no other key names
-    assert wrapped == ["ResNet12", "ResNet12"]
+        assert relative(found, expected) < ROUNDING[amp]
+    assert results[0][3] == results[1][3]  # no other key names
+    assert wrapped == [type(model.encoder).__name__] * 2
 
 
-def test_what_is_asked_of_an_encoder():
-    class Flat(Encoder):
-        out_channels = 4
+# --- ResNet-12 ---
 
-        def maps(self, images):
-            return images.mean(1, keepdim=True).expand(-1, 4, -1, -1)
 
-        def folded(self):
-            return self
+def test_resnet_folds_every_batch_norm():
+    folded = ResNet12().folded()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert all(
+        m.weight.is_contiguous(memory_format=torch.channels_last) for m in folded.modules() if hasattr(m, "weight")
+    )
 
-    assert Classifier(Flat(), 3)(IMAGES).shape == (4, 3)
+
+def test_amp_trains_the_encoder_in_channels_last_and_leaves_the_head_alone():
+    """The layout of tensor cores, from the first convolution to the last."""
+    model, layouts = DeepEMD(amp="bfloat16", solver="simplex").train(), []
+    formula_weights(model.encoder, 3)
+    for module in model.encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+            module.register_forward_hook(
+                lambda _, inputs, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last))
+            )
+    logits = model(normal_images(5, 6, 3, 32, 32), way=2, shot=1)
+    assert logits.dtype == torch.float32
+    assert layouts == [True] * 16
+    F.cross_entropy(logits, torch.tensor([0, 1, 0, 1])).backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_an_encoder_defines_its_maps():
     with pytest.raises(TypeError, match="abstract"):
         Encoder()

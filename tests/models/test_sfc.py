@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from Models.matching import emd_logits
-from Models.sfc import fit_prototypes
+from Models.sfc import _orders, fit_prototypes
 
 WAY, SHOT = 3, 2
 SETTINGS = {"way": WAY, "shot": SHOT, "lr": 1.0, "steps": 3, "batch_size": 4}
@@ -67,14 +67,38 @@ def test_weight_decay_shrinks():
 @pytest.mark.parametrize(
     ("nodes", "change", "message"),
     [
-        (support()[:5], {}, "expected support"),
-        (support(), {"batch_size": 0}, "batch_size >= 1"),
-        (support(), {"permutations": torch.zeros(2, 6, dtype=torch.long)}, "expected permutations"),
+        (support()[:5], {}, "3 way 2 shot needs 6 support images; got 5"),
+        (support()[0, 0], {}, "support must have the shape"),
+        (support(), {"batch_size": 0}, "batch_size 1 or more; got 3 and 0"),
+        (support(), {"steps": -1}, "steps must be 0 or more"),
+        (support(), {"lr": 0.0}, "lr must be above 0"),
+        (support(), {"lr": float("nan")}, "lr must be above 0"),
+        (support(), {"weight_decay": -0.1}, "weight_decay 0 or more"),
+        (support(), {"permutations": torch.zeros(2, 6, dtype=torch.long)}, "permutations must be"),
+        (support(2), {"generator": [torch.Generator()]}, "2 episodes need one generator, or one each; got 1"),
     ],
 )
-def test_bad_input(nodes, change, message):
+def test_bad_input_is_refused(nodes, change, message):
     with pytest.raises(ValueError, match=message):
         fit_prototypes(nodes, **{**SETTINGS, **change})
+
+
+def test_every_pass_has_an_order_of_its_own():
+    """Two passes of two batches each by hand, in orders that differ."""
+    episode, labels, lr = support(), torch.arange(WAY).repeat(SHOT), 0.5
+    orders = torch.tensor([[0, 1, 2, 3, 4, 5], [5, 3, 1, 4, 2, 0]])
+    proto, momentum = episode.unflatten(0, (SHOT, WAY)).mean(0), None
+    for chosen in (part for order in orders for part in order.split(4)):
+        leaf = proto.clone().requires_grad_()
+        F.cross_entropy(emd_logits(leaf, episode[chosen]), labels[chosen]).backward()
+        momentum = leaf.grad if momentum is None else 0.9 * momentum + 0.1 * leaf.grad
+        proto = proto - lr * momentum
+    settings = {**SETTINGS, "lr": lr, "steps": 2, "batch_size": 4}
+    found = fit_prototypes(episode, permutations=orders, **settings)
+    torch.testing.assert_close(found, proto, atol=1e-5, rtol=1e-4)
+    drawn = _orders(None, 2, 20, 6, torch.Generator().manual_seed(0)).flatten(0, 1)
+    assert (drawn.sort(-1).values == torch.arange(6)).all()
+    assert len(drawn.unique(dim=0)) > 30
 
 
 @pytest.mark.parametrize("head", [{"solver": "simplex"}, {"solver": "opencv"}, {"solver": "ipm", "norm": "none"}])
@@ -108,11 +132,8 @@ def test_classes_with_different_numbers_of_images():
     fitted = fit_prototypes(support, way=3, labels=labels, weight_decay=0.1, **settings)
     assert torch.equal(fitted[0], support[0])  # the only image of its class
     assert all((fitted[k] - means[k]).abs().max() > 1e-3 for k in (1, 2))
-    loss = [
-        torch.nn.functional.cross_entropy(emd_logits(proto, support, solver="simplex"), labels)
-        for proto in (means, fitted)
-    ]
+    loss = [F.cross_entropy(emd_logits(proto, support, solver="simplex"), labels) for proto in (means, fitted)]
     assert loss[1] < loss[0]
     for wrong in (torch.tensor([0, 1, 1, 0, 0, 0]), torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2, 3, 2, 2])):
-        with pytest.raises(ValueError, match="expected labels"):
+        with pytest.raises(ValueError, match="labels must be 6 numbers from 0 to 2"):
             fit_prototypes(support, way=3, labels=wrong, **settings)

@@ -1,0 +1,158 @@
+"""Flags that are taken from the run that trained the weights."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from dataloader.arguments import add_data_arguments
+from engine.weights_flags import adopt_trained_flags, as_words
+from Models.arguments import add_model_arguments
+from utils import make_parser
+
+TRAINED = {
+    "dataset": "fc100",
+    "image_size": 32,
+    "deepemd": "fcn",
+    "feature_pyramid": [2, 1],
+    "head": "knn",
+    "temperature": 5.0,
+    "norm": "none",
+    "kshot": "mean",
+    "patch_list": [2, 3],
+    "way": 20,
+    "sfc_lr": 0.1,
+    "lr": 0.0005,
+}
+
+
+def build_parser(*, has_commands=False):
+    parser = make_parser("test")
+    if has_commands:
+        parser.add_argument("-shape", choices={"round": 1})
+        commands = parser.add_subparsers(dest="command")
+        commands.add_parser("other")
+        parser, whole = commands.add_parser("pair"), parser
+    parser.add_argument("-model_dir")
+    parser.add_argument("-way", type=int, default=5)
+    add_data_arguments(parser)
+    add_model_arguments(parser, sfc_lr=100.0)
+    return whole if has_commands else parser
+
+
+def adopt(*argv, **settings):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    adopt_trained_flags(parser, args, argv, **settings)
+    return args
+
+
+@pytest.fixture
+def folder(tmp_path) -> str:
+    (tmp_path / "run.json").write_text(json.dumps({"script": "train_meta.py", "flags": TRAINED}))
+    (tmp_path / "max_acc.pth").write_bytes(b"")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["", "/max_acc.pth", "/epoch-3.pth"])
+def test_flags_that_are_not_given_are_those_of_the_weights(folder, file, capsys):
+    args = adopt("-model_dir", folder + file)
+    for name in ("dataset", "image_size", "head", "temperature", "norm", "kshot"):
+        assert getattr(args, name) == TRAINED[name]
+    assert (args.feature_pyramid, args.patch_list) == ((2, 1), (2, 3))
+    assert (args.way, args.sfc_lr) == (5, 100.0)  # the protocol of an evaluation, and defaults of its own
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"flags of the run that trained the weights ({folder}/run.json): -dataset fc100 -image_size 32 -feature_pyramid 2,1 "
+        "-head knn -temperature 5.0 -norm none -kshot mean"
+    )
+
+
+@pytest.mark.parametrize("size", [["-image_size", "84"], ["-image_size=84"]])
+def test_given_flags_are_kept_with_a_warning(folder, capsys, size):
+    """Also if the value given is the default."""
+    given = ["-dataset", "fc100", "-head", "knn", "-temperature", "5", "-norm", "center", "-kshot", "mean"]
+    args = adopt("-model_dir", folder, *size, *given, "-feature_pyramid", "2,1")
+    assert (args.image_size, args.norm) == (84, "center")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "warning: -image_size 84 -norm center differs from the run that trained the weights "
+        f"({folder}/run.json): -image_size 32 -norm none"
+    )
+
+
+def test_flags_of_another_view_are_left_alone(folder, capsys):
+    """A pyramid would be refused with patches."""
+    args = adopt("-model_dir", folder, "-deepemd", "grid", "-patch_list", "5")
+    assert (args.feature_pyramid, args.patch_list, args.image_size) == (None, (5,), 32)
+    assert "-deepemd grid differs" in capsys.readouterr().err
+
+
+def test_flags_can_be_ignored(folder):
+    args = adopt("-model_dir", folder, ignore=("head", "kshot"))
+    assert (args.head, args.kshot, args.image_size) == ("deepemd", "sfc", 32)
+
+
+def test_flags_of_a_command(folder):
+    parser = build_parser(has_commands=True)
+    argv = ["pair", "-model_dir", folder, "-temperature", "3"]
+    args = parser.parse_args(argv)
+    adopt_trained_flags(parser, args, argv)
+    assert (args.image_size, args.temperature) == (32, 3)
+
+
+def test_the_command_line_of_this_process_is_the_default(folder, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["eval.py", "-model_dir", folder, "-image_size", "64"])
+    parser = build_parser()
+    args = parser.parse_args()
+    adopt_trained_flags(parser, args, None)
+    assert (args.image_size, args.dataset) == (64, "fc100")
+
+
+@pytest.mark.parametrize("weights", [[], ["-model_dir", "none"], ["-model_dir", "elsewhere/max_acc.pth"]])
+def test_other_weights_are_used_as_before(folder, monkeypatch, capsys, weights):
+    """Without weights, and with published ones, which have no record; a run.json in the working folder is none."""
+    monkeypatch.chdir(folder)
+    Path("elsewhere").mkdir()
+    parser = build_parser()
+    assert adopt(*weights) == parser.parse_args(weights)
+    assert capsys.readouterr().err == ""
+
+
+def test_records_of_earlier_versions_lack_flags(folder, capsys):
+    Path(folder, "run.json").write_text('{"flags": {"image_size": 32}}')
+    args = adopt("-model_dir", folder)
+    assert args == argparse.Namespace(**{**vars(adopt("-model_dir", "none")), "model_dir": folder, "image_size": 32})
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "null", '{"flags": 3}', '{"flags": null}', "{}", '{"flags": {"image_size": 32']
+    + [
+        json.dumps({"flags": {"temperature": 3.0, **wrong}})
+        for wrong in (
+            {"image_size": 10**9},
+            {"image_size": "large"},
+            {"image_size": None},
+            {"image_size": True},
+            {"image_size": {}},
+            {"head": "unknown"},
+            {"temperature": -1},
+            {"temperature": float("nan")},
+            {"feature_pyramid": [0]},
+            {"feature_pyramid": "abc"},
+            {"patch_list": [[2]]},
+        )
+    ],
+)
+def test_a_damaged_record_is_ignored_with_a_warning(folder, capsys, content):
+    Path(folder, "run.json").write_text(content)
+    assert vars(adopt("-model_dir", folder)) == {**vars(adopt("-model_dir", "none")), "model_dir": folder}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {folder}/run.json is damaged, or not the flags of a run")
+
+
+def test_flags_as_words():
+    flags = {"sizes": (2, 1), "rate": 0.5, "compile": True, "amp": False, "gpu": None, "levels": [3]}
+    assert as_words(flags) == "-sizes 2,1 -rate 0.5 -compile no -amp no -gpu -levels 3"

@@ -1,0 +1,131 @@
+"""eval.py: what it writes where, and the flags of the weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import finish, run, start, succeed
+
+from engine.evaluation import Recorder
+from Models import ResNet12
+
+SMALL = ["-gpu", "cpu", "-image_size", "16", "-query", "2", "-way", "2", "-num_workers", "0", "-test_episode", "4"]
+
+
+@pytest.fixture
+def flags(folder) -> list[object]:
+    return ["-dataset", "folder", "-data_dir", folder, *SMALL]
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def save_weights(path: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"params": ResNet12().state_dict()}, path)
+    return path
+
+
+def test_results_of_different_evaluations_are_kept(flags, folder, tmp_path, monkeypatch):
+    """Of other flags, weights or images. Their records are as different as their results."""
+    records = []
+    monkeypatch.setattr(Recorder, "remove", lambda self: records.append(self.path.name))
+    shutil.copytree(folder / "test", tmp_path / "data/test")
+    (tmp_path / "data/test/class0/0000.png").rename(tmp_path / "data/test/class0/9999.png")
+    weights = save_weights(tmp_path / "one.pth", 1)
+    changes: list[list[object]] = [
+        *([], ["-seed", 2], ["-head", "proto"], ["-shot", 2], ["-test_episode", 3], ["-data_dir", tmp_path / "data"]),
+        *(["-model_dir", weights], ["-model_dir", weights]),
+    ]
+    found, where = [], tmp_path / "checkpoint/eval"
+    for number, change in enumerate(changes):
+        if number == 7:
+            save_weights(weights, 2)  # under the same name
+        succeed("eval.py", *flags, "-model_dir", "none", *change, cwd=tmp_path)
+        found.append(read(where / "results.json"))  # the newest
+    kept = [read(path) for path in where.glob("results-*.json")]
+    assert len(kept) == len(found) == len(set(records)) == 8
+    assert all(one in kept for one in found)
+    assert {path.stem for path in where.glob("results-*.json")} == {
+        Path(name).stem.replace("partial", "results") for name in records
+    }
+    # Where weights lie and how fast they are evaluated does not matter.
+    shutil.copy(weights, tmp_path / "two.pth")
+    same = ["-model_dir", "two.pth", "-feature_cache", "off", "-episode_batch", 1, "-json", "a.json"]
+    succeed("eval.py", *flags, *same, cwd=tmp_path)
+    assert records[-1] == records[-2]
+    assert read(tmp_path / "a.json")["loss"] == pytest.approx(found[-1]["loss"])
+
+
+def test_two_evaluations_at_once(flags, tmp_path):
+    each = [["eval.py", *flags, "-model_dir", "none", "-seed", seed] for seed in (1, 2, 2)]
+    done = [finish(process) for process in [start(words, tmp_path) for words in each]]
+    assert [one.status for one in done] == [0, 0, 0], done
+    where = tmp_path / "checkpoint/eval"
+    assert sorted(read(path)["flags"]["seed"] for path in where.glob("results-*.json")) == [1, 2]
+    assert read(where / "results.json")["flags"]["seed"] in (1, 2)
+    assert len((where / "results.txt").read_text().splitlines()) == 3
+
+
+def test_a_damaged_record_does_not_stop_an_evaluation(flags, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "remove", lambda self: self.path.write_text(""))
+        whole = succeed("eval.py", *flags, "-model_dir", "none", "-json", "-", cwd=tmp_path)
+    done = run("eval.py", *flags, "-model_dir", "none", "-json", "-", "-resume", cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert "is damaged, or not scores of an evaluation" in done.err
+    assert json.loads(done.out)["loss"] == json.loads(whole)["loss"]
+    assert not list((tmp_path / "checkpoint/eval").glob("partial-*.json"))
+
+
+def test_the_line_names_what_is_not_at_its_default(flags, tmp_path):
+    extra = ["-head", "knn", "-kshot", "mean", "-shot", 2, "-seed", 7, "-feature_pyramid", "1", "-solver", "simplex"]
+    plain, changed = (succeed("eval.py", *flags, "-model_dir", "none", *e, cwd=tmp_path) for e in ([], extra))
+    assert plain.startswith("folder test, fcn, 2-way 1-shot, 4 episodes: acc ")
+    assert plain.endswith(" s), with -image_size 16 -query 2\n")
+    for words in ("-head knn", "-kshot mean", "-seed 7", "-feature_pyramid 1", "-solver simplex", "-image_size 16"):
+        assert words in changed
+    lines = (tmp_path / "checkpoint/eval/results.txt").read_text().splitlines()
+    assert lines == [f"{out.strip()}, none" for out in (plain, changed)]
+
+
+def test_results_go_where_json_says(flags, tmp_path):
+    flags = [*flags, "-model_dir", "none"]
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "real.json").chmod(0o600)
+    (tmp_path / "link.json").symlink_to("real.json")
+    succeed("eval.py", *flags, "-json", "link.json", cwd=tmp_path)
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "real.json").stat().st_mode & 0o777 == 0o600
+    assert read(tmp_path / "real.json") == read(tmp_path / "checkpoint/eval/results.json")
+    succeed("eval.py", *flags, "-json", "/dev/null", cwd=tmp_path)
+    assert Path("/dev/null").is_char_device()
+    done = run("eval.py", *flags, "-json", tmp_path, cwd=tmp_path)
+    assert (done.status, "it is a folder" in done.err, "acc" in done.err + done.out) == (1, True, False)
+
+
+def test_weights_are_used_as_they_were_trained(flags, folder, tmp_path):
+    """The flags of their run are those of the evaluation; -way and -query, which are its own, are not."""
+    weights = save_weights(tmp_path / "run/max_acc.pth", 1)
+    trained = {"dataset": "folder", "image_size": 24, "head": "knn", "temperature": 2.0, "way": 6, "query": 9}
+    (weights.parent / "run.json").write_text(json.dumps({"flags": trained}))
+    given = ["-data_dir", folder, "-model_dir", "run", *SMALL[:2], *SMALL[4:], "-json", "-"]
+    done = run("eval.py", *given, cwd=tmp_path)
+    assert done.status == 0, done.err
+    adopted = [line for line in done.err.splitlines() if line.startswith("flags of the run that trained the weights")]
+    assert adopted == [
+        "flags of the run that trained the weights (run/run.json): -dataset folder -image_size 24 -head knn -temperature 2.0"
+    ]
+    found = json.loads(done.out)
+    assert {**found["flags"], **trained, "way": 2, "query": 2} == found["flags"]
+    explicit = ["-dataset", "folder", "-image_size", 24, "-head", "knn", "-temperature", 2.0]
+    done = run("eval.py", *given, *explicit, cwd=tmp_path)
+    assert json.loads(done.out)["loss"] == found["loss"]
+    assert "run.json" not in done.err
+    done = run("eval.py", *given, "-image_size", 16, cwd=tmp_path)
+    assert "warning: -image_size 16 differs from the run that trained the weights (run/run.json)" in done.err
+    assert json.loads(done.out)["loss"] != found["loss"]

@@ -33,7 +33,7 @@ from engine.run import result_flags
 from engine.start import start
 from engine.stopping import stop_request
 from engine.weights_flags import adopt_trained_flags, as_words
-from Models.arguments import add_model_arguments, open_model
+from Models.arguments import add_model_arguments, add_weights_arguments, open_model
 from utils import append_line, check_writable, make_parser, run_script, write_output
 
 
@@ -43,16 +43,12 @@ def build_parser() -> ArgumentParser:
     add_set_argument(group)
     add_test_episode_argument(group)
     group.add_argument(
-        "-model_dir",
-        help='checkpoint, or its folder, or "none" for random weights '
-        "(default: deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth)",
-    )
-    group.add_argument(
         "-resume", action="store_true", help="continue an interrupted evaluation with the same flags, if there is one"
     )
     add_json_argument(group)
     add_data_arguments(parser)
     add_episode_arguments(parser)
+    add_weights_arguments(parser)
     add_model_arguments(parser, sfc_lr=100.0)
     add_evaluation_arguments(parser)
     add_run_arguments(parser)
@@ -60,7 +56,7 @@ def build_parser() -> ArgumentParser:
 
 
 def unusual_flags(parser: ArgumentParser, args: Namespace) -> dict[str, Any]:
-    """The flags that decide the result and are not at their default, except those that the line of the result names anyway."""
+    """The flags that affect the result and are not at their default, without those that the line always names."""
     defaults = result_flags(parser.parse_args([]))
     named = ("dataset", "set", "deepemd", "way", "shot", "test_episode", "model_dir")
     return {name: value for name, value in result_flags(args).items() if value != defaults[name] and name not in named}
@@ -73,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ranks, device, device_ids = start(args)
     adopt_trained_flags(parser, args, argv)
     folder = Path("checkpoint", "eval", args.extra_dir)
-    if ranks.is_first:  # what cannot be written is reported before the evaluation
+    if ranks.is_first:  # a file that cannot be written is an error now, not after the evaluation
         append_line(folder / "results.txt")
         for path in (folder / "results.json", args.json):
             if path not in (None, "-"):

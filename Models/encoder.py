@@ -47,13 +47,17 @@ class Encoder(nn.Module, ABC):
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean and std must be three numbers each, std above 0; got {self.mean} and {self.std}")
 
+    def __call__(self, images: Tensor) -> Tensor:
+        # Outside of what torch.compile traces, which after an error in it would never compile this function again.
+        self.check_images(images)
+        return super().__call__(images)
+
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)``, 8-bit pixels or floats that are normalised already, to ``(B, C, h, w)``.
 
         Raises:
             ValueError: images of another shape or type.
         """
-        self.check_images(images)
         images = images if images.is_floating_point() else self.normalize(images)
         if self.amp == "off":
             return self.maps(images)

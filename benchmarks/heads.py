@@ -30,9 +30,16 @@ from dataloader.arguments import (
     open_dataset,
     pixel_statistics,
 )
-from engine.arguments import add_evaluation_arguments, add_run_arguments, make_evaluator
+from engine.arguments import (
+    add_evaluation_arguments,
+    add_json_argument,
+    add_run_arguments,
+    add_set_argument,
+    make_evaluator,
+)
 from engine.run import environment, fingerprint
-from engine.start import choose_device, choose_seed, set_seed
+from engine.start import set_seed, start
+from engine.weights_flags import adopt_trained_flags
 from Models import DeepEMD
 from Models.arguments import add_model_arguments, add_weights_arguments, build_model, head_choice, open_model
 from Models.choices import check_choice
@@ -46,20 +53,22 @@ from utils import (
     run_script,
     status,
     whole_numbers,
-    write_json,
+    write_output,
 )
 
 Name = tuple[str, str | None]  # of a row: the head, and kshot if there is more than one shot
 
 
 class Comparison:
-    """Several models with one encoder, which an evaluator takes for one model; records how each of them does.
+    """Several models with one encoder, as one :class:`engine.evaluation.Model`; records how each of them does.
 
     Attributes:
         accuracies: of each episode, in percent, by row.
         seconds: spent on matching, prototypes included, by row.
         failed: rows whose prototypes diverged.
     """
+
+    device_ids = ()
 
     def __init__(self, models: dict[Name, DeepEMD]) -> None:
         self.models, self.encoder = models, next(iter(models.values()))
@@ -139,8 +148,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "-episodes", type=whole_numbers, default="600,200", help="episodes for each of -shots, or one number for all"
     )
-    group.add_argument("-set", choices=("train", "val", "test"), default="test", help="split to draw from")
-    group.add_argument("-json", metavar="FILE", help='write the results there too; "-" prints them and nothing else')
+    add_set_argument(group)
+    add_json_argument(group)
     add_data_arguments(parser)
     add_episode_arguments(parser)
     add_model_arguments(parser, sfc_lr=100.0)
@@ -215,13 +224,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for flag in ("shot", "head", "kshot"):
         if getattr(args, flag) != parser.get_default(flag):
             raise InputError(f"-{flag} is a flag of eval.py. Set -{flag}s, which takes all that are to be compared")
+    adopt_trained_flags(parser, args, argv, ignore=("head", "kshot"))
     if len(args.episodes) not in (1, len(args.shots)):
         raise InputError(f"-episodes takes one number, or one for each of the {len(args.shots)} -shots")
     counts = args.episodes * len(args.shots) if len(args.episodes) == 1 else args.episodes
     if args.json not in (None, "-"):
         check_writable(Path(args.json))
-    device, _ = choose_device(args.gpu)
-    args.seed = choose_seed(args.seed)
+    _, device, _ = start(args, one_process=True)
 
     rows = []
     for shot, count in zip(args.shots, counts, strict=True):
@@ -233,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json == "-":
         print(json.dumps(result))
     elif args.json:
-        write_json(Path(args.json), result)
+        write_output(Path(args.json), json.dumps(result, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ from engine.arguments import (
 )
 from engine.distributed import Shard
 from engine.loading import make_loader
-from engine.run import fingerprint, open_run, results
+from engine.results import final_test
+from engine.run import fingerprint, open_run
 from engine.start import start
 from engine.stopping import Stopped, stop_request
 from engine.training import fit
@@ -43,17 +44,7 @@ from Models.arguments import add_model_arguments, build_model
 from Models.emd import SOLVERS, ProblemError, SolverError
 from Models.weights import load_encoder_weights
 from pictures.matches import FixedMatches, check_head
-from utils import (
-    BEST_WEIGHTS,
-    InputError,
-    Stopwatch,
-    make_parser,
-    named_generator,
-    number_at_least,
-    run_script,
-    status,
-    write_json,
-)
+from utils import BEST_WEIGHTS, InputError, make_parser, named_generator, number_at_least, run_script, status
 
 SCRIPT = "train_meta.py"
 # Flags that eval.py does not have, and -set, which means the validation split here.
@@ -172,23 +163,27 @@ def main(argv: Sequence[str] | None = None) -> None:
                 load_encoder_weights(tested, best)
             ranks.copy_from_first(tested)
             evaluator = make_evaluator(args, test_set, device=device, ranks=ranks, stop=stop)
-            test(args, evaluator, tested, test_episodes, run, data["test"])
+            found = final_test(
+                evaluator,
+                tested,
+                test_episodes,
+                args,
+                folder,
+                weights=best,
+                data=data["test"],
+                solver=args.val_solver,
+                resume=resumes,
+            )
         except Stopped:
             raise
         except Exception:
             status(f"the final test failed. The best weights are in {best}; to test them, run: {test_command}")
             raise
+    run.log(f"test, best model, {found.line}")
+    accuracy, interval, loss = found.evaluation.accuracy, found.evaluation.interval, found.evaluation.loss
+    run.finish(test_acc=accuracy, test_interval=interval, test_loss=loss)
     if ranks.is_first:
         print(f"next: {test_command}")
-
-
-def test(args, evaluator, model, episodes, run, data) -> None:
-    watch, best = Stopwatch(), run.path / BEST_WEIGHTS
-    result = evaluator(model, episodes, solver=args.val_solver, title="test")
-    if run.writes:
-        write_json(run.path / "results.json", results(args, result, best, watch.seconds, data=data))
-    run.log(f"test, best model, {args.way}-way {args.shot}-shot, {args.test_episode} episodes: acc {result} ({watch})")
-    run.finish(test_acc=result.accuracy, test_interval=result.interval, test_loss=result.loss)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from engine.arguments import (
     add_test_episode_argument,
 )
 from engine.results import final_test
-from engine.run import deciding
+from engine.run import result_flags
 from engine.start import start
 from engine.stopping import stop_request
 from engine.weights_flags import adopt_trained_flags, as_words
@@ -57,9 +57,9 @@ def build_parser() -> ArgumentParser:
 
 def unusual_flags(parser: ArgumentParser, args: Namespace) -> dict[str, Any]:
     """The flags that affect the result and are not at their default, without those that the line always names."""
-    defaults = deciding(parser.parse_args([]))
+    defaults = result_flags(parser.parse_args([]))
     named = ("dataset", "set", "deepemd", "way", "shot", "test_episode", "model_dir")
-    return {name: value for name, value in deciding(args).items() if value != defaults[name] and name not in named}
+    return {name: value for name, value in result_flags(args).items() if value != defaults[name] and name not in named}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = open_dataset(args, args.set, train=False)
     episodes = draw_episodes(args, dataset, args.test_episode, seed=args.seed, name=args.set)
 
-    command = arguments.same_command("eval.py", parser, args) if ranks.is_first and args.json != "-" else None
+    command = arguments.resume_command("eval.py", parser, args) if ranks.is_first and args.json != "-" else None
     with stop_request(command) as stop:
         evaluator = arguments.make_evaluator(args, dataset, device=device, ranks=ranks, stop=stop)
         test = final_test(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from Models.deepemd import DeepEMD
-from Models.emd import SOLVERS, EmdError, MissingLibraryError, emd, set_threads
+from Models.emd import SOLVERS, EmdError, emd, set_threads
 from Models.emd.forms import FORMS
 from Models.emd.simplex import GRADIENTS
 from Models.encoder import AMP
@@ -24,21 +24,19 @@ MOST_STEPS = 10_000
 
 def head_choice(text: str) -> str:
     """An argparse type: a key of HEADS, which may carry options, as in ``knn:k=3``."""
-    try:
-        HeadSettings(head=text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
+    return _checked(text, head=text)
 
 
 def solver_choice(text: str) -> str:
     """An argparse type: a key of SOLVERS, which may carry options, as in ``ipm:form=QP,l2_strength=0.1``."""
+    return _checked(text, solver=text)
+
+
+def _checked(text: str, **setting: str) -> str:
     try:
-        settings = HeadSettings(solver=text)
+        settings = HeadSettings(**setting)
         if settings.solver_options:
-            check_solver(settings)  # which values an option has, the solver itself knows
-    except MissingLibraryError:
-        raise
+            check_solver(settings)  # the solver itself knows which values its options have
     except (EmdError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
@@ -200,7 +198,6 @@ def _table(rows: dict[str, Any]) -> str:
     """The choices for a help text: what each is, and its options."""
     described = []
     for name, row in rows.items():
-        options = row.options.items() if isinstance(row.options, dict) else ((option, "...") for option in row.options)
-        taken = ", ".join(f"{option}={default}" for option, default in options)
+        taken = ", ".join(f"{option}={default}" for option, default in row.options.items())
         described.append(f"{name}: {row.summary}" + (f" (options: {taken})" if taken else ""))
     return "; ".join(described)

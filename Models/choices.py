@@ -16,7 +16,7 @@ def parse_choice(what: str, text: str, known: Mapping[str, Any]) -> tuple[str, d
 
     Args:
         what: the kind of choice, for messages.
-        known: the rows to choose from. The ``options`` of a row are the names it takes, with defaults where they are a mapping.
+        known: the rows to choose from. The ``options`` of a row are the names that it takes, with their defaults.
 
     Raises:
         ValueError: an unknown name or option, or a value of another type than the default. The message lists the known ones.
@@ -29,37 +29,24 @@ def parse_choice(what: str, text: str, known: Mapping[str, Any]) -> tuple[str, d
         check_option(f"{what} {name}", option, known[name].options)
         if not equals or option in options:
             raise ValueError(f"{what} {text!r}: write each option once, as in {name}:{option}=VALUE")
-        defaults = known[name].options if isinstance(known[name].options, Mapping) else {}
-        options[option] = _parse_value(f"{what} {name}: {option}", value, defaults.get(option))
+        options[option] = _parse_value(f"{what} {name}: {option}", value, known[name].options[option])
     return name, options
 
 
-def check_option(owner: str, option: str, known: Mapping[str, Any] | tuple[str, ...]) -> None:
+def check_option(owner: str, option: str, known: Mapping[str, Any]) -> None:
     """Raise ValueError unless ``owner`` takes the option."""
     if option not in known:
         raise ValueError(f"{owner} has no option {option!r}; its options are: {', '.join(known) or 'none'}")
 
 
 def _parse_value(what: str, text: str, default: Any) -> Any:
-    """The value in ``text``: of the type of the default, or of the first type that can read it."""
-    readers = {bool: _truth, int: int, float: _number, str: str}
-    for reader in readers.values() if default is None else (readers.get(type(default), str),):
-        try:
-            return reader(text)
-        except ValueError:
-            continue
-    kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
+    """The value in ``text``, of the type of the default."""
+    readers = {bool: {"true": True, "false": False}.__getitem__, int: int, float: float}
+    try:
+        value = readers.get(type(default), str)(text)
+        if not isinstance(value, float) or math.isfinite(value):
+            return value
+    except (KeyError, ValueError):
+        pass
+    kind = {bool: "true or false", int: "a whole number"}.get(type(default), "a number")
     raise ValueError(f"{what} must be {kind}; got {text[:40]!r}")
-
-
-def _truth(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise ValueError(text)
-    return text == "true"
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(text)
-    return value

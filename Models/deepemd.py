@@ -70,7 +70,8 @@ class DeepEMD(nn.Module):
         compiled: bool = False,
         device_ids: Sequence[int] = (),
     ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        left_out = ("self", "__class__", "encoder", "device_ids")
+        given = {name: value for name, value in locals().items() if name not in left_out}
         super().__init__()
         if encoder is None:
             settings = {"mean": mean, "std": std, "amp": amp, "checkpoint_activations": checkpoint_activations}
@@ -94,10 +95,9 @@ class DeepEMD(nn.Module):
         settings = HeadSettings(head=head, temperature=temperature, metric=metric, norm=norm)
         self.settings = settings.with_solver(solver, self.solver_options)
         self.sfc = FitSettings(sfc_lr, sfc_wd, sfc_update_step, sfc_bs)
-        given |= {"feature_pyramid": list(self.feature_pyramid), "mean": list(encoder.mean), "std": list(encoder.std)}
-        self.config: dict[str, Any] = {
-            name: value for name, value in given.items() if name not in ("encoder", "device_ids")
-        }
+        plain = {"feature_pyramid": list(self.feature_pyramid), "mean": list(encoder.mean), "std": list(encoder.std)}
+        self.config: dict[str, Any] = given | plain
+        self.config |= {"amp": encoder.amp, "checkpoint_activations": encoder.checkpoint_activations}
 
     def forward(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from Models.choices import check_choice
-from Models.emd import emd, scale_to_mass
+from Models.emd import SOLVERS, emd, scale_to_mass
 
 # The choices of -metric and -norm.
 METRICS = {"cosine": "cosine similarity of two nodes"}
@@ -114,8 +114,8 @@ def match_nodes(
         query: ``(..., Q, C, M)``, with the same leading axes (episodes).
         temperature: the scale of the logits.
         metric, norm: keys of ``METRICS`` and ``NORMS``.
-        solver, options: see :func:`Models.emd.emd`. ``opencv``, and ``simplex`` with the gradient ``cost``, take the
-            weights as the published OpenCV path does; the other solvers, as its QPTH path does.
+        solver, options: see :func:`Models.emd.emd`. A solver without a gradient for the weights (``opencv``, or ``simplex``
+            with the gradient ``cost``) takes them as the published OpenCV path does; the others, as its QPTH path does.
 
     Raises:
         ValueError: shapes that do not fit, or an unknown choice.
@@ -123,6 +123,7 @@ def match_nodes(
     """
     check_nodes(proto, query)
     check_choice("metric", metric, METRICS)
+    check_choice("solver", solver, SOLVERS)
     similarity = cosine_similarity_map(query, proto, norm=norm)  # (..., Q, W, M, N)
     supply = cross_reference_weights(query, proto)  # (..., Q, W, M)
     demand = cross_reference_weights(proto, query).transpose(-3, -2)  # (..., Q, W, N)
@@ -144,7 +145,7 @@ def emd_logits(proto: Tensor, query: Tensor, **settings: Any) -> Tensor:
 
 def _has_constant_weights(solver: str, options: Mapping[str, Any]) -> bool:
     """Whether no gradient reaches the weights, as on the published OpenCV path."""
-    return solver == "opencv" or options.get("gradient") == "cost"
+    return "supply" not in SOLVERS[solver].differentiable or options.get("gradient") == "cost"
 
 
 def check_nodes(proto: Tensor, query: Tensor) -> None:

@@ -1,15 +1,15 @@
-"""Where the time of an episode goes, by variant and shot, beside the same episode done the published way.
+"""Time and memory of an episode, by variant and shot, compared with the same episode done the published way.
 
     python benchmarks/episodes.py                        the whole table at 84 pixels (about a quarter of an hour)
     python benchmarks/episodes.py -image_size 32         a quick look
     python benchmarks/episodes.py -only end_to_end       one part: parts, sfc, end_to_end, training
 
-"parts" has a row per variant and shot, whose memory is the peak of a fresh process that does ours alone.
+"parts" prints a row per variant and shot; its memory is the peak of a fresh process that runs this project's way alone.
 
-The published way: every episode encoded anew, similarity through expanded (Q, W, N, N, C) tensors, one solver call per
-pair of query and prototype. It is written here from its description, and runs in the same process on the same threads.
-Times are the best of at least two calls. Encoding time is proportional to the number of images, so it is measured on one
-batch and multiplied; what is extrapolated instead of run is marked with *.
+The published way encodes every image of every episode, expands similarities to (Q, W, N, N, C) tensors, and calls the solver once
+per pair of query and prototype. It is written here from its description, and runs in the same process on the same threads.
+Times are the best of at least two calls. Encoding is measured on one batch and multiplied by the number of images; extrapolated
+figures are marked with *.
 """
 
 import argparse
@@ -107,20 +107,18 @@ def random_images(folder: Path, classes: int, per_class: int, size: int) -> None
 
 
 def open_images(folder: Path, deepemd: str, image_size: int) -> ImageDataset:
-    half = (0.5, 0.5, 0.5)
-    view = make_view(deepemd, train=False, image_size=image_size, mean=half, std=half, **VARIANTS[deepemd])
+    view = make_view(deepemd, train=False, image_size=image_size, **VARIANTS[deepemd])
     return ImageDataset("folder", "test", data_dir=str(folder), view=view)
 
 
 def encoding_times(model: DeepEMD, image_size: int) -> tuple[float, float]:
-    """Seconds per image (or patch): ours, and the published way, which takes an episode's 80 images at once."""
-    ours, batch = model.folded(), torch.randn(ENCODE_BATCH["cpu"], 3, image_size, image_size)
+    """Seconds per image (or patch): ours, and the published way, which encodes an episode's 80 images at once."""
+    folded, batch = model.folded(), torch.randn(ENCODE_BATCH["cpu"], 3, image_size, image_size)
     episode = torch.randn(80, 3, image_size, image_size)
     with torch.no_grad():
-        ours.encode(batch)
-        return best_time(lambda: ours.encode(batch)) / len(batch), best_time(lambda: model.encode(episode)) / len(
-            episode
-        )
+        folded.encode(batch)
+        ours = best_time(lambda: folded.encode(batch)) / len(batch)
+        return ours, best_time(lambda: model.encode(episode)) / len(episode)
 
 
 def head_times(model: DeepEMD, nodes: int) -> tuple[float, float]:
@@ -269,7 +267,7 @@ def main() -> None:
     parser.add_argument("-image_size", type=int, default=84)
     parser.add_argument("-only", choices=("parts", "sfc", "end_to_end", "training"))
     parser.add_argument("-threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("-memory_of", help=argparse.SUPPRESS)  # what memory_in_a_fresh_process asks of itself
+    parser.add_argument("-memory_of", help=argparse.SUPPRESS)  # used by memory_in_a_fresh_process
     args = parser.parse_args()
     if args.memory_of:
         deepemd, shot = args.memory_of.split(";")

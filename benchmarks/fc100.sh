@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# The figures of the README on FC100: two to three hours on two cores. Needs datasets/FC100 (python datasets/prepare.py fc100).
-# A script that was stopped goes on when it is started again. Tables are printed, and kept in checkpoint/fc100-figures/ with the
-# accuracy of every episode.
+# The figures on FC100 in docs/results.md: two to three hours on two cores. Needs datasets/FC100 (python datasets/prepare.py fc100).
+# If interrupted, start it again: it resumes. Tables are printed; checkpoint/fc100-figures/ keeps them and the accuracy of every episode.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}

@@ -231,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json not in (None, "-"):
         check_writable(Path(args.json))
     _, device, _ = start(args, one_process=True)
+    adopt_trained_flags(parser, args, argv, ignore=("head", "kshot"))
 
     rows = []
     for shot, count in zip(args.shots, counts, strict=True):

@@ -1,12 +1,12 @@
-"""Memory of this process, as Linux tells it."""
+"""Memory of this process, as Linux reports it."""
 
 from pathlib import Path
 
 
 def megabytes(field: str) -> float:
-    """``VmRSS`` (in use now) or ``VmHWM`` (the peak); nan where there is no such thing to read.
+    """``VmRSS`` (in use now) or ``VmHWM`` (the peak); nan on other systems.
 
-    Not ``resource.getrusage``: its peak is handed on to a process from the one that started it.
+    ``resource.getrusage`` would not do: a process inherits its peak from the one that started it.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -6,7 +6,7 @@ The transportation problem (DeepEMD paper, section 3.2)::
     subject to  flow 1 = supply,   flow^T 1 = demand,   flow >= 0
 
 This package needs torch, numpy, and the library of the chosen solver. The folder can be copied into another project
-(without its __pycache__: numba's cache in it refers to this name).
+(without its __pycache__: numba's cache in it refers to this package by name).
 
     >>> import torch
     >>> from Models.emd import emd, scale_to_mass
@@ -18,18 +18,15 @@ This package needs torch, numpy, and the library of the chosen solver. The folde
 """
 
 import importlib
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import check_tensors, check_values
-from .errors import EmdError, MissingLibraryError, ProblemError, SolverError
 from .on_cpu import set_threads
+from .problem import EmdError, MissingLibraryError, ProblemError, SolverError, check_tensors, check_values
 
 __all__ = [
     "SOLVERS",
@@ -48,7 +45,7 @@ __all__ = [
 class EmdResult(NamedTuple):
     """What :func:`emd` returns."""
 
-    value: Tensor  # (...,)      <cost, flow>, differentiable as the solver's module says
+    value: Tensor  # (...,)      <cost, flow>, differentiable in what the solver's row names
     flow: Tensor  # (..., N, M)  the optimal flow, detached unless the option differentiable_flow is set
 
 
@@ -59,26 +56,37 @@ class Solver:
     module: str  # the module of this package with its ``solve``, imported when first used
     device: Literal["cpu", "any"]  # "cpu": inputs are copied to the CPU, and what comes back is copied to their device
     summary: str
+    differentiable: tuple[str, ...] = ("cost", "supply", "demand")  # the inputs that ``value`` has a gradient for
+    options: Mapping[str, Any] = field(default_factory=dict)  # the keyword arguments of ``solve``, with their defaults
 
     @property
     def solve(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """The module's ``solve``: ``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``."""
         return importlib.import_module(f"{__name__}.{self.module}").solve
 
-    @cached_property
-    def options(self) -> tuple[str, ...]:
-        """Names of the keyword arguments of ``solve``. Needs none of the solver's libraries."""
-        parameters = inspect.signature(self.solve).parameters.values()
-        return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
-
 
 SOLVERS: dict[str, Solver] = {
-    "opencv": Solver("opencv", "cpu", "exact, float32, on the CPU; gradient for the cost only"),
-    "simplex": Solver(
-        "simplex", "cpu", "exact, float64, on the CPU, fast; gradient for cost and weights, or for the cost only"
+    "opencv": Solver(
+        "opencv", "cpu", "exact, float32, on the CPU; gradient for the cost only", differentiable=("cost",)
     ),
-    "ipm": Solver("interior_point", "any", "the problem of qpth by a faster method, on any device"),
-    "qpth": Solver("qpth_qp", "any", "regularised, float64, on any device; gradient for cost and weights"),
+    "simplex": Solver(
+        "simplex",
+        "cpu",
+        "exact, float64, on the CPU, fast; gradient for cost and weights, or for the cost only",
+        options={"gradient": "full"},
+    ),
+    "ipm": Solver(
+        "interior_point",
+        "any",
+        "the problem of qpth by a faster method, on any device",
+        options={"form": "L2", "l2_strength": 1e-6, "differentiable_flow": False},
+    ),
+    "qpth": Solver(
+        "qpth_qp",
+        "any",
+        "regularised, float64, on any device; gradient for cost and weights",
+        options={"form": "L2", "l2_strength": 1e-6},
+    ),
 }
 
 
@@ -95,15 +103,15 @@ def emd(cost: Tensor, supply: Tensor, demand: Tensor, *, solver: str = "opencv",
 
     Returns:
         ``value (...)`` and ``flow (..., N, M)``, in the dtype and on the device of ``cost``. The docstring of the
-        solver's module says which inputs ``value`` is differentiable in. Inputs are never modified.
+        solver's row says which inputs ``value`` is differentiable in. Inputs are never modified.
 
     Raises:
-        ProblemError: (a ValueError) an unknown solver or option, or inputs that do not meet the description above.
+        ProblemError: (a ValueError) an unknown solver or option, or inputs other than described above.
         SolverError: the solver failed; the message names the problem by its index in the flattened batch.
         MissingLibraryError: (an ImportError) the solver's library cannot be imported; the message says what to install.
     """
     if solver not in SOLVERS:
-        raise ProblemError(f"expected solver to be one of {', '.join(SOLVERS)}; got {solver!r}")
+        raise ProblemError(f"there is no solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     chosen = SOLVERS[solver]
     unknown = [name for name in options if name not in chosen.options]
     if unknown:
@@ -133,5 +141,5 @@ def scale_to_mass(weight: Tensor, mass: float) -> Tensor:
         ProblemError: (a ValueError) ``mass`` is not positive.
     """
     if not mass > 0:
-        raise ProblemError(f"expected a positive mass; got {mass}")
+        raise ProblemError(f"mass must be positive, not {mass}")
     return weight * (mass / weight.sum(-1, keepdim=True))

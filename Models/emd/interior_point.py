@@ -7,14 +7,13 @@ a system of M - 1 unknowns per problem instead of N*M.
 """
 
 import threading
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .errors import SolverError
-from .forms import QP_RIDGE, check_form, forced_flow
+from .forms import QP_RIDGE, solve_prepared
+from .problem import SolverError
 
 MAX_ITERATIONS = 60
 ITERATIONS_BETWEEN_CHECKS = 2
@@ -22,8 +21,11 @@ ITERATIONS_BETWEEN_CHECKS = 2
 # still counts as solved at the second.
 TOLERANCE, ACCEPTABLE = 1e-11, 1e-8
 STEP_TO_BOUNDARY = 0.995
-# A node without mass leaves the problem without an interior, so every node gets at least this fraction of the total.
-SMALLEST_SHARE = 1e-12
+# The smallest entry of the Newton system's diagonal that the gradient keeps, relative to the largest: where the optimum is a
+# corner with fewer cells than nodes, the system without it falls apart.
+SMALLEST_THETA = 1e-13
+# See solve_prepared.
+LARGEST_SPAN, LARGEST_LEAK = 1e6, 1e-7
 
 _warm_up_lock = threading.Lock()
 _warm_devices: set[torch.device] = set()
@@ -45,16 +47,15 @@ def solve(
         l2_strength: the weight of the quadratic term of form ``L2``, positive. Larger is smoother and less exact.
         differentiable_flow: keep the gradient of the flow, which the regularised problem has, instead of detaching it.
     """
-    check_form(form, l2_strength)
-    cost, supply, demand = cost.double(), supply.double(), demand.double()
-    if min(cost.shape[1:]) == 1:
-        flow = forced_flow(supply, demand)
-        return (cost * flow).sum((-2, -1)), flow
     _warm_up(cost.device)
-    if cost.shape[2] > cost.shape[1]:  # factorise the smaller side
-        value, flow = _InteriorPoint.apply(cost.mT, demand, supply, form == "QP", l2_strength)
-        return value, flow.mT
-    return _InteriorPoint.apply(cost, supply, demand, form == "QP", l2_strength)
+
+    def solve_part(cost: Tensor, supply: Tensor, demand: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
+        if cost.shape[2] > cost.shape[1]:  # factorise the smaller side
+            value, flow = _InteriorPoint.apply(cost.mT, demand, supply, form == "QP", l2_strength, names)
+            return value, flow.mT
+        return _InteriorPoint.apply(cost, supply, demand, form == "QP", l2_strength, names)
+
+    return solve_prepared(solve_part, cost, supply, demand, form, l2_strength, span=LARGEST_SPAN, leak=LARGEST_LEAK)
 
 
 def _warm_up(device: torch.device) -> None:
@@ -122,9 +123,10 @@ def _newton(factors: _Factors, h: Tensor, row_change: Tensor, column_change: Ten
 
 class _InteriorPoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, cost, supply, demand, is_qp, l2_strength):
-        flow, dual, ridge = _solve(cost, supply, demand, is_qp, l2_strength)
-        ctx.is_qp, ctx.ridge = is_qp, ridge
+    def forward(ctx, cost, supply, demand, is_qp, l2_strength, names):
+        ridge = QP_RIDGE if is_qp else l2_strength
+        flow, dual = _solve(cost, supply, demand, ridge, is_qp, names)
+        ctx.is_qp, ctx.ridge, ctx.names = is_qp, ridge, names
         ctx.save_for_backward(cost, flow, dual)
         return (cost * flow).sum((1, 2)), flow
 
@@ -145,14 +147,15 @@ class _InteriorPoint(torch.autograd.Function):
         cost, flow, dual = ctx.saved_tensors
         grad_value = grad_value[:, None, None]
         g = grad_value * cost + grad_flow
-        factors = _factorise(1 / (ctx.ridge + dual / flow), cost if ctx.is_qp else None)
+        theta = 1 / (ctx.ridge + dual / flow)
+        theta = torch.maximum(theta, SMALLEST_THETA * theta.amax((1, 2), keepdim=True))
+        factors = _factorise(theta, cost if ctx.is_qp else None)
         w, minus_u, minus_v = _newton(factors, g, torch.zeros_like(flow[:, :, 0]), torch.zeros_like(flow[:, 0]))
-        _raise_for(
-            ~(factors.is_sound & torch.isfinite(w).all(2).all(1)),
-            lambda index: f"met a singular system in the gradient of problem {index} of {len(cost)}",
-        )
+        failed = ~(factors.is_sound & torch.isfinite(w).all(2).all(1))
+        if bool(failed.any()):
+            raise SolverError(f"ipm met a singular system in the gradient of {ctx.names[int(failed.nonzero()[0])]}")
         moved = w * _total(cost * flow) + flow * _total(cost * w) if ctx.is_qp else w
-        return grad_value * flow - moved, -minus_u, -minus_v, None, None
+        return grad_value * flow - moved, -minus_u, -minus_v, None, None, None
 
 
 def _total(values: Tensor) -> Tensor:
@@ -160,14 +163,12 @@ def _total(values: Tensor) -> Tensor:
 
 
 def _solve(
-    cost: Tensor, supply: Tensor, demand: Tensor, is_qp: bool, l2_strength: float
-) -> tuple[Tensor, Tensor, float]:
-    """The flow x, the duals z of x >= 0, both ``(B,N,M)`` and positive, and the diagonal of Q."""
-    ridge = QP_RIDGE if is_qp else l2_strength
+    cost: Tensor, supply: Tensor, demand: Tensor, ridge: float, is_qp: bool, names: list[str]
+) -> tuple[Tensor, Tensor]:
+    """The flow x and the duals z of x >= 0, both ``(B,N,M)`` and positive."""
     rank_one = cost if is_qp else None
     total = supply.sum(1, keepdim=True)
-    supply = _with_interior(supply, total)
-    demand = _with_interior(demand, total)
+    demand = demand * (total / demand.sum(1, keepdim=True))
 
     def gradient(x: Tensor) -> Tensor:
         return ridge * x + (cost * _total(cost * x) if is_qp else cost)
@@ -211,27 +212,25 @@ def _solve(
         u = u + step[..., 0] * torch.where(usable[:, None], du, 0)
         v = v + step[:, 0] * torch.where(usable[:, None], dv, 0)
 
-    rest = (x * z).mean((1, 2)) / goal
-    slack = (gradient(x) - u.unsqueeze(2) - v.unsqueeze(1) - z).abs().amax((1, 2)) / scale
-    miss = torch.maximum((x.sum(2) - supply).abs().amax(1), (x.sum(1) - demand).abs().amax(1)) / total[:, 0]
-    _raise_for(
-        ~((rest <= ACCEPTABLE) & (slack <= ACCEPTABLE) & (miss <= ACCEPTABLE)),
-        lambda index: (
-            f"did not converge on problem {index} of {len(cost)} within {MAX_ITERATIONS} iterations: relative "
-            f"complementarity {rest[index]:.2g}, stationarity {slack[index]:.2g}, weights missed by {miss[index]:.2g}"
-        ),
+    _check_optimality(
+        names,
+        complementarity=(x * z).mean((1, 2)) / goal,
+        stationarity=(gradient(x) - u.unsqueeze(2) - v.unsqueeze(1) - z).abs().amax((1, 2)) / scale,
+        rows=(x.sum(2) - supply).abs().amax(1) / total[:, 0],
+        columns=(x.sum(1) - demand).abs().amax(1) / total[:, 0],
     )
-    return x, z, ridge
+    return x, z
 
 
-def _raise_for(failed: Tensor, what: Callable[[int], str]) -> None:
+def _check_optimality(names: list[str], **residuals: Tensor) -> None:
+    """Raise SolverError unless all residuals ``(B,)``, each relative to its scale, are at most ACCEPTABLE."""
+    failed = ~(torch.stack(list(residuals.values())) <= ACCEPTABLE).all(0)
     if bool(failed.any()):
-        raise SolverError(f"ipm {what(int(failed.nonzero()[0]))}")
-
-
-def _with_interior(weight: Tensor, total: Tensor) -> Tensor:
-    weight = torch.maximum(weight, SMALLEST_SHARE * total)
-    return weight * (total / weight.sum(1, keepdim=True))
+        index = int(failed.nonzero()[0])
+        found = ", ".join(f"{what} {float(value[index]):.2g}" for what, value in residuals.items())
+        raise SolverError(
+            f"ipm did not converge on {names[index]} within {MAX_ITERATIONS} iterations; relative residuals: {found}"
+        )
 
 
 def _step_length(x: Tensor, dx: Tensor, z: Tensor, dz: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_values
+from .problem import check_values
 
 # With fewer cells of cost per thread, distributing the problems costs more than it saves.
 CELLS_PER_THREAD = 10_000

@@ -18,13 +18,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .errors import MissingLibraryError, SolverError
-from .forms import QP_RIDGE, check_form, forced_flow
+from .forms import QP_RIDGE, solve_prepared
 from .on_cpu import one_thread
+from .problem import MissingLibraryError, SolverError
 
 # qpth returns its best iterate and does not report how good it is. A flow that misses the weights by more than the first
 # fraction of the mass is an error; one that misses them by more than the second is usable and raises a warning.
 MARGINAL_FAILURE, MARGINAL_WARNING = 5e-2, 1e-3
+# A value below the least cost of the mass, or above the largest, by more than this fraction of the largest in size, is an error.
+VALUE_FAILURE = 1e-2
+# See solve_prepared.
+LARGEST_SPAN, LARGEST_LEAK = 1e3, 1e-3
 
 _one_at_a_time = threading.RLock()
 
@@ -38,25 +42,24 @@ def solve(
         form: ``"L2"`` or ``"QP"``, see :mod:`Models.emd.forms`.
         l2_strength: the weight of the quadratic term of form ``L2``, positive. Larger is smoother and less exact.
     """
-    check_form(form, l2_strength)
-    cost, supply, demand = cost.double(), supply.double(), demand.double()
-    if min(cost.shape[1:]) == 1:
-        flow = forced_flow(supply, demand)
-        return (cost * flow).sum((-2, -1)), flow
-    return _Qpth.apply(cost, supply, demand, form, l2_strength)
+
+    def solve_part(cost: Tensor, supply: Tensor, demand: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
+        return _Qpth.apply(cost, supply, demand, form, l2_strength, names)
+
+    return solve_prepared(solve_part, cost, supply, demand, form, l2_strength, span=LARGEST_SPAN, leak=LARGEST_LEAK)
 
 
 class _Qpth(torch.autograd.Function):
     """qpth's own graph, wrapped so that forward and backward both run under :func:`_guard`."""
 
     @staticmethod
-    def forward(ctx, cost, supply, demand, form, l2_strength):
-        ctx.form = form
+    def forward(ctx, cost, supply, demand, form, l2_strength, names):
+        ctx.form, ctx.names = form, names
         ctx.leaves = [
             tensor.detach().requires_grad_(ctx.needs_input_grad[i]) for i, tensor in enumerate((cost, supply, demand))
         ]
         with _guard(cost.device), torch.enable_grad():
-            flow = _solve_qp(*ctx.leaves, form, l2_strength)
+            flow = _solve_qp(*ctx.leaves, form, l2_strength, names)
             ctx.inner = (ctx.leaves[0] * flow).sum((-2, -1))
         flow = flow.detach()
         ctx.mark_non_differentiable(flow)
@@ -71,14 +74,12 @@ class _Qpth(torch.autograd.Function):
                 found = iter(torch.autograd.grad(ctx.inner, wanted, grad_value, retain_graph=True))
             except RuntimeError as error:
                 index = re.search(r"Batch element (\d+)", str(error))
-                which = f"problem {index[1]}" if index else "a problem"
-                raise SolverError(
-                    f"qpth met a singular system in the gradient of {which} of {len(grad_value)} (form {ctx.form})"
-                ) from error
-        return (*(next(found) if leaf.requires_grad else None for leaf in ctx.leaves), None, None)
+                which = ctx.names[int(index[1])] if index else f"a problem out of {len(ctx.names)}"
+                raise SolverError(f"qpth met a singular system in the gradient of {which} (form {ctx.form})") from error
+        return (*(next(found) if leaf.requires_grad else None for leaf in ctx.leaves), None, None, None)
 
 
-def _solve_qp(cost: Tensor, supply: Tensor, demand: Tensor, form: str, l2_strength: float) -> Tensor:
+def _solve_qp(cost: Tensor, supply: Tensor, demand: Tensor, form: str, l2_strength: float, names: list[str]) -> Tensor:
     try:
         from qpth.qp import QPFunction
     except ImportError as error:
@@ -103,31 +104,35 @@ def _solve_qp(cost: Tensor, supply: Tensor, demand: Tensor, form: str, l2_streng
         if flow is None:
             raise RuntimeError("its first step met a singular system")
     except RuntimeError as error:
-        if batch > 1:
-            for index in range(batch):  # find out which problem failed
-                one = slice(index, index + 1)
-                try:
-                    _solve_qp(cost[one].detach(), supply[one].detach(), demand[one].detach(), form, l2_strength)
-                except SolverError:
-                    raise SolverError(f"qpth failed on problem {index} of {batch} (form {form}): {error}") from error
-        raise SolverError(f"qpth failed on problem 0 of {batch} (form {form}): {error}") from error
+        for index in range(batch if batch > 1 else 0):  # find out which problem failed
+            one = slice(index, index + 1)
+            _solve_qp(cost[one].detach(), supply[one].detach(), demand[one].detach(), form, l2_strength, names[one])
+        raise SolverError(f"qpth failed on {names[0]} (form {form}): {error}") from error
     flow = flow.reshape(batch, n, m)
-    _check_flow(flow.detach(), supply.detach(), demand.detach(), form)
+    _check_flow(flow.detach(), cost.detach(), supply.detach(), demand.detach(), form, names)
     return flow
 
 
-def _check_flow(flow: Tensor, supply: Tensor, demand: Tensor, form: str) -> None:
-    miss = torch.maximum((flow.sum(2) - supply).abs().amax(1), (flow.sum(1) - demand).abs().amax(1))
-    miss = (miss / supply.sum(1).clamp_min(torch.finfo(miss.dtype).tiny)).nan_to_num(nan=torch.inf)
-    worst, index = (x.item() for x in miss.max(0))
+def _check_flow(flow: Tensor, cost: Tensor, supply: Tensor, demand: Tensor, form: str, names: list[str]) -> None:
+    mass = supply.sum(1)
+    miss = torch.maximum((flow.sum(2) - supply).abs().amax(1), (flow.sum(1) - demand).abs().amax(1)) / mass
+    worst, index = (x.item() for x in miss.nan_to_num(nan=torch.inf).max(0))
     what = (
-        f"qpth did not converge on problem {index} of {len(flow)} (form {form}): "
-        f"its flow misses the weights by {worst:.2g} of the mass"
+        f"qpth did not converge on {names[index]} (form {form}): its flow misses the weights by {worst:.2g} of the mass"
     )
     if worst > MARGINAL_FAILURE:
         raise SolverError(what)
     if worst > MARGINAL_WARNING:
         warnings.warn(what, stacklevel=2)
+    price, least, largest = (cost * flow).sum((1, 2)) / mass, cost.amin((1, 2)), cost.amax((1, 2))
+    slack = VALUE_FAILURE * torch.maximum(largest.abs(), least.abs())
+    outside = ~((price >= least - slack) & (price <= largest + slack))
+    if bool(outside.any()):
+        index = int(outside.nonzero()[0])
+        raise SolverError(
+            f"qpth did not converge on {names[index]} (form {form}): its cost per unit of mass is {float(price[index]):.3g}, and "
+            f"those of the cells are between {float(least[index]):.3g} and {float(largest[index]):.3g}"
+        )
 
 
 @contextmanager

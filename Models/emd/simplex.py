@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import MissingLibraryError, ProblemError, SolverError
 from .on_cpu import in_threads, to_numpy
+from .problem import MissingLibraryError, ProblemError, SolverError
 
 GRADIENTS = {"full": "for cost and weights", "cost": "for the cost only, as with opencv"}
 
@@ -32,13 +32,14 @@ def solve(cost: Tensor, supply: Tensor, demand: Tensor, *, gradient: str = "full
         raise ProblemError(f"expected gradient to be one of {', '.join(GRADIENTS)}; got {gradient!r}")
     if gradient == "cost":
         supply, demand = supply.detach(), demand.detach()
-    return _Simplex.apply(cost.double(), supply.double(), demand.double())
+    precision = max(torch.finfo(weight.dtype).eps for weight in (supply, demand))
+    return _Simplex.apply(cost.double(), supply.double(), demand.double(), precision)
 
 
 class _Simplex(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, cost, supply, demand):
-        arrays = solve_arrays(*to_numpy(cost, supply, demand, torch.float64))
+    def forward(ctx, cost, supply, demand, precision):
+        arrays = solve_arrays(*to_numpy(cost, supply, demand, torch.float64), precision=precision)
         value, flow, u, v = (torch.from_numpy(array) for array in arrays)
         if cost.device.type != "cpu":  # one transfer back
             packed = torch.cat([value.unsqueeze(1), flow.flatten(1), u, v], dim=1).to(cost.device)
@@ -65,16 +66,22 @@ class _Simplex(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_value, _):
         flow, u, v = ctx.saved_tensors
-        wants_cost, wants_supply, wants_demand = ctx.needs_input_grad
+        wants_cost, wants_supply, wants_demand, _ = ctx.needs_input_grad
         return (
             grad_value[:, None, None] * flow if wants_cost else None,
             grad_value[:, None] * u if wants_supply else None,
             grad_value[:, None] * v if wants_demand else None,
+            None,
         )
 
 
-def solve_arrays(cost: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> tuple[np.ndarray, ...]:
+def solve_arrays(
+    cost: np.ndarray, supply: np.ndarray, demand: np.ndarray, *, precision: float = np.finfo(np.float64).eps
+) -> tuple[np.ndarray, ...]:
     """Contiguous float64 ``(B,N,M), (B,N), (B,M)`` to value ``(B,)``, flow ``(B,N,M)`` and duals ``u (B,N), v (B,M)``.
+
+    ``precision`` is the relative error of the weights, which matters where costs span orders of magnitude: the weights of
+    nodes that a huge cost separates from the others may add up to the same only but for this.
 
     Raises:
         SolverError: a problem was not solved within its limit of pivots.
@@ -85,13 +92,15 @@ def solve_arrays(cost: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> tu
     status, pivots = np.empty(len(cost), np.int64), np.empty(len(cost), np.int64)
 
     def work(first: int, last: int) -> None:
-        kernel.solve_range(cost, supply, demand, first, last, ROWS_PER_PRICING, value, flow, u, v, status, pivots)
+        kernel.solve_range(
+            cost, supply, demand, first, last, precision, ROWS_PER_PRICING, value, flow, u, v, status, pivots
+        )
 
     in_threads(work, cost)
     failed = np.flatnonzero(status != kernel.SOLVED)
     if len(failed):
         index = failed[0]
-        raise SolverError(f"simplex did not end on problem {index} of {len(cost)} within {pivots[index]} pivots")
+        raise SolverError(f"simplex did not solve problem {index} of {len(cost)} within {pivots[index]} pivots")
     return value, flow, u, v
 
 
@@ -113,7 +122,7 @@ def _kernel():
         one = np.ones((1, 1))
         state = np.zeros(1, np.int64), np.zeros(1, np.int64)
         simplex_kernel.solve_range(
-            np.ones((1, 1, 1)), one, one, 0, 1, 1, np.ones(1), np.ones((1, 1, 1)), one.copy(), one.copy(), *state
+            np.ones((1, 1, 1)), one, one, 0, 1, 1e-16, 1, np.ones(1), np.ones((1, 1, 1)), one.copy(), one.copy(), *state
         )
     finally:
         notice.cancel()

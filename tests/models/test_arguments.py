@@ -69,7 +69,9 @@ HUGE = "9" * 400
         ("-solver ipm:forms=L2", "solver ipm has no option 'forms'; its options are: form, l2_strength"),
         ("-solver ipm:form=LP", "L2, QP"),
         ("-solver ipm:l2_strength=-1", "l2_strength"),
-        ("-solver ipm:l2_strength=much", "l2_strength"),
+        ("-solver ipm:l2_strength=much", "solver ipm: l2_strength must be a number; got 'much'"),
+        ("-solver ipm:l2_strength=nan", "solver ipm: l2_strength must be a number; got 'nan'"),
+        ("-solver ipm:differentiable_flow=1", "differentiable_flow must be true or false; got '1'"),
         ("-solver simplex:gradient=half", "full, cost"),
         ("-solver simplex:", "solver simplex has no option ''"),
         *((f"-temperature {value}", "a number from") for value in ("0", "-1", "nan", "inf", "1e300", HUGE)),
@@ -144,7 +146,7 @@ def test_a_missing_library_is_reported_before_the_run(monkeypatch):
         build_model(parse("-solver", "qpth"))
     with pytest.raises(MissingLibraryError):
         build_model(parse(), val_solver="qpth")
-    with pytest.raises(MissingLibraryError):
+    with pytest.raises(argparse.ArgumentTypeError, match="needs qpth: pip install qpth"):
         solver_choice("qpth:form=QP")
     build_model(parse("-solver", "qpth", "-head", "cosine"), val_solver="qpth")  # which has no solver
 

@@ -253,9 +253,9 @@ def test_published_weights_are_those_of_the_variant(trained, data, tmp_path):
         done = run("eval.py", *data, *SMALL, "-test_episode", 1, "-patch_list", 1, "-deepemd", variant, cwd=tmp_path)
         assert f"weights: deepemd_trained_model/glyphs/{variant}/max_acc.pth" in done.err
         assert done.status == (variant == "sampling")
-    assert "there is no such file. Name yours with -model_dir, or run: bash download_trained_model.sh" in done.err
+    assert "Set -model_dir, or download the published weights: bash download_trained_model.sh" in done.err
     done = run("train_meta.py", *data, *SMALL, cwd=tmp_path)
-    assert "deepemd_pretrain_model/glyphs/resnet12/max_acc.pth; there is no such file" in done.err
+    assert "no checkpoint at deepemd_pretrain_model/glyphs/resnet12/max_acc.pth" in done.err
     assert "bash download_pretrain_model.sh" in done.err
 
 
@@ -304,21 +304,21 @@ GOOD = ["-dataset", "folder", "-data_dir", "good", "-model_dir", "none", *SMALL]
         (["-data_dir", "broken", "-way", "1"], 1, "it cannot be read"),
         (["-data_dir", "broken", "-way", "1", "-num_workers", "1"], 1, "it cannot be read"),
         (["-data_dir", "broken", "-way", "1", "-verify_images"], 1, "no image of class a can be read"),
-        (["-model_dir", "nowhere.pth"], 1, "expected a checkpoint in nowhere.pth"),
-        (["-model_dir", "resnet18.pth"], 1, "expected the weights of ResNet12 in resnet18.pth; it lacks"),
+        (["-model_dir", "nowhere.pth"], 1, "no checkpoint at nowhere.pth"),
+        (["-model_dir", "resnet18.pth"], 1, "resnet18.pth does not hold the weights of ResNet12: it lacks"),
         (["-patch_list", "a,b"], 2, "whole numbers above 0 joined by commas, as in 2,3; got 'a,b'"),
         (["-patch_list", "33", "-deepemd", "grid"], 1, "33"),
         (["-gpu", "99"], 1, "there is no GPU 99"),
         (["-gpu", "one"], 1, "expected GPU numbers"),
         (["-dataset", "imagenet"], 2, "invalid choice: 'imagenet'"),
         (["-shot", "0"], 2, "expected a whole number of 1 or more; got '0'"),
-        (["-sfc_lr", "nan"], 2, "expected a number above 0; got 'nan'"),
+        (["-sfc_lr", "nan"], 2, "expected a number from 1e-12 to 1000000.0; got 'nan'"),
         (["-image_size", "8"], 2, "from 16 to 1024; got '8'"),
         (["-image_size", "100000"], 2, "from 16 to 1024; got '100000'"),
         (["-seed", "9" * 24], 2, "expected a whole number from 0 to 9223372036854775807; got"),
         (["-test_episode", "9" * 5000], 2, "expected a whole number of 1 or more"),
-        (["-deepemd", "grid", "-feature_pyramid", "2,1"], 1, "-feature_pyramid goes with -deepemd fcn"),
-        (["-compile", "-checkpoint_activations"], 1, "-compile and -checkpoint_activations do not go together"),
+        (["-deepemd", "grid", "-feature_pyramid", "2,1"], 1, "-feature_pyramid requires -deepemd fcn"),
+        (["-compile", "-checkpoint_activations"], 1, "-compile and -checkpoint_activations exclude each other"),
         (["-extra_dir", "../elsewhere"], 2, "expected the name of a folder below checkpoint/"),
         (["-extra_dir", "n" * 300], 1, "expected to write to checkpoint/eval/nnn"),
     ],
@@ -350,7 +350,7 @@ def test_an_error_has_a_line_of_its_own(bad_place, monkeypatch):
 def test_compile_on_several_gpus_is_refused(bad_place, monkeypatch):
     monkeypatch.setattr("engine.start.choose_device", lambda gpu: (torch.device("cpu"), [0, 1]))
     done = run("eval.py", *GOOD, "-compile", "-gpu", "0,1", cwd=bad_place)
-    assert done.err.endswith("-compile works on one GPU; got -gpu 0,1. Name one GPU, or leave -compile out\n")
+    assert done.err.endswith("-compile works on one GPU. Name one with -gpu instead of 0,1, or leave -compile out\n")
 
 
 def test_a_missing_library_is_told_before_the_run(bad_place, monkeypatch):

@@ -1,24 +1,40 @@
-"""What :func:`Models.emd.emd` requires of a problem, and the messages where it does not hold."""
+"""What a transportation problem is: the checks of :func:`Models.emd.emd`, and the errors of this package."""
 
 import torch
 from torch import Tensor
-
-from .errors import ProblemError
 
 # Totals are sums over at most a few hundred nodes: float32 weights that were scaled to the same mass differ by about
 # 1e-6 of it. A real mismatch (a forgotten scaling) is larger by orders of magnitude.
 TOTALS_TOLERANCE = 1e-4
 
 
+class EmdError(Exception):
+    """Base of the errors of this package. Every message is one line: what is wrong and what to do."""
+
+    is_user_error = True  # a script prints it as that line
+
+
+class ProblemError(EmdError, ValueError):
+    """The input is not a transportation problem, or the solver, an option or its value is unknown."""
+
+
+class SolverError(EmdError, RuntimeError):
+    """A solver failed or did not converge. The message names the problem by its index in the flattened batch."""
+
+
+class MissingLibraryError(EmdError, ImportError):
+    """The library behind a solver cannot be imported. The message says what to install."""
+
+
 def check_tensors(cost: Tensor, supply: Tensor, demand: Tensor) -> None:
-    """Raise ProblemError unless types, dtypes, devices and shapes go together. Reads no value."""
+    """Raise ProblemError unless types, dtypes, devices and shapes match. Reads no value."""
     for name, tensor in {"cost": cost, "supply": supply, "demand": demand}.items():
         if not isinstance(tensor, Tensor):
             raise ProblemError(f"expected {name} to be a tensor; got {type(tensor).__name__}")
         if tensor.dtype not in (torch.float32, torch.float64):
             raise ProblemError(f"expected {name} in float32 or float64; got {tensor.dtype}: convert it with .float()")
         if tensor.device != cost.device:
-            raise ProblemError(f"expected {name} on the device of cost, {cost.device}; got {tensor.device}")
+            raise ProblemError(f"{name} is on {tensor.device} and cost on {cost.device}: move them to one device")
     if cost.dim() < 2 or min(cost.shape[-2:]) < 1:
         raise ProblemError(f"expected cost (..., N, M) with N and M at least 1; got {tuple(cost.shape)}")
     for name, tensor, expected in (
@@ -27,7 +43,7 @@ def check_tensors(cost: Tensor, supply: Tensor, demand: Tensor) -> None:
     ):
         if tensor.shape != expected:
             raise ProblemError(
-                f"expected {name} {tuple(expected)} to go with cost {tuple(cost.shape)}; got {tuple(tensor.shape)}"
+                f"expected {name} {tuple(expected)} for cost {tuple(cost.shape)}; got {tuple(tensor.shape)}"
             )
 
 

@@ -24,18 +24,16 @@ from engine import arguments
 from engine.arguments import (
     add_evaluation_arguments,
     add_json_argument,
-    add_rank_arguments,
     add_run_arguments,
     add_set_argument,
     add_test_episode_argument,
 )
 from engine.results import final_test
-from engine.run import deciding
+from engine.run import result_flags
 from engine.start import start
 from engine.stopping import stop_request
 from engine.weights_flags import adopt_trained_flags, as_words
-from Models.arguments import add_model_arguments, open_model
-from Models.emd import set_threads
+from Models.arguments import add_model_arguments, add_weights_arguments, open_model
 from utils import append_line, check_writable, make_parser, run_script, write_output
 
 
@@ -45,28 +43,23 @@ def build_parser() -> ArgumentParser:
     add_set_argument(group)
     add_test_episode_argument(group)
     group.add_argument(
-        "-model_dir",
-        help='checkpoint, or its folder, or "none" for random weights '
-        "(default: deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth)",
-    )
-    group.add_argument(
         "-resume", action="store_true", help="continue an interrupted evaluation with the same flags, if there is one"
     )
     add_json_argument(group)
     add_data_arguments(parser)
     add_episode_arguments(parser)
+    add_weights_arguments(parser)
     add_model_arguments(parser, sfc_lr=100.0)
     add_evaluation_arguments(parser)
-    add_rank_arguments(parser)
     add_run_arguments(parser)
     return parser
 
 
 def unusual_flags(parser: ArgumentParser, args: Namespace) -> dict[str, Any]:
-    """The flags that decide the result and are not at their default, except those that the line of the result names anyway."""
-    defaults = deciding(parser.parse_args([]))
+    """The flags that affect the result and are not at their default, without those that the line always names."""
+    defaults = result_flags(parser.parse_args([]))
     named = ("dataset", "set", "deepemd", "way", "shot", "test_episode", "model_dir")
-    return {name: value for name, value in deciding(args).items() if value != defaults[name] and name not in named}
+    return {name: value for name, value in result_flags(args).items() if value != defaults[name] and name not in named}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -74,10 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     ranks, device, device_ids = start(args)
-    set_threads(arguments.solver_threads(args, ranks))
     adopt_trained_flags(parser, args, argv)
     folder = Path("checkpoint", "eval", args.extra_dir)
-    if ranks.is_first:  # what cannot be written is reported before the evaluation
+    if ranks.is_first:  # a file that cannot be written is an error now, not after the evaluation
         append_line(folder / "results.txt")
         for path in (folder / "results.json", args.json):
             if path not in (None, "-"):
@@ -87,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = open_dataset(args, args.set, train=False)
     episodes = draw_episodes(args, dataset, args.test_episode, seed=args.seed, name=args.set)
 
-    command = arguments.same_command("eval.py", parser, args) if ranks.is_first and args.json != "-" else None
+    command = arguments.resume_command("eval.py", parser, args) if ranks.is_first and args.json != "-" else None
     with stop_request(command) as stop:
         evaluator = arguments.make_evaluator(args, dataset, device=device, ranks=ranks, stop=stop)
         test = final_test(

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from torch import nn
 
-import train_meta
 from dataloader.arguments import (
     add_data_arguments,
     add_episode_arguments,
@@ -22,59 +21,64 @@ from dataloader.arguments import (
     pixel_statistics,
 )
 from dataloader.episodes import SeededBatches
-from engine import arguments, distributed
 from engine.arguments import (
     add_evaluation_arguments,
-    add_rank_arguments,
     add_run_arguments,
     add_training_arguments,
+    encoder_suffix,
+    fit_settings,
     folder_number,
+    loader_processes,
+    make_evaluator,
+    next_command,
+    parse_run,
+    resume_command,
 )
+from engine.distributed import Shard
 from engine.loading import make_loader
-from engine.run import is_finished, open_run
+from engine.run import open_run
 from engine.start import start
 from engine.stopping import stop_request
 from engine.training import fit
 from Models.arguments import add_model_arguments, build_model
 from Models.classifier import Classifier
-from Models.emd import set_threads
 from utils import BEST_WEIGHTS, InputError, make_parser, number_at_least, run_script, status
+
+SCRIPT = "train_pretrain.py"
+OWN_FLAGS = ("num_episode", "sync_bn")  # that train_meta.py does not have
 
 
 def build_parser() -> ArgumentParser:
-
     parser = make_parser(__doc__)
     add_training_arguments(parser, max_epoch=120, bs=128, bs_help="images per step", lr=0.1, step_size=30, gamma=0.2)
     group = parser.add_argument_group("pre-training")
     group.add_argument("-num_episode", type=number_at_least(1, int), default=100, help="validation episodes per epoch")
+    group.add_argument(
+        "-sync_bn",
+        action="store_true",
+        help="several processes on GPUs: batch statistics of the whole batch, not of the part on each GPU",
+    )
     add_data_arguments(parser)
     add_episode_arguments(parser)
     add_model_arguments(parser)
     add_evaluation_arguments(parser)
-    group = add_rank_arguments(parser)
-    group.add_argument(
-        "-sync_bn", action="store_true", help="batch statistics of the whole batch, not of the part on each GPU"
-    )
     add_run_arguments(parser)
     return parser
 
 
 def run_folder(args: Namespace) -> Path:
-
     settings = f"{args.bs}-{folder_number(args.lr, 4)}-{args.step_size}-{folder_number(args.gamma, 2)}"
-    return Path("checkpoint", "pre_train", args.dataset, settings, args.extra_dir)
+    return Path("checkpoint", "pre_train", args.dataset, settings + encoder_suffix(args), args.extra_dir)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
-
-    args, folder = arguments.parse_run("train_pretrain.py", parser, argv, run_folder)
+    args, folder, _ = parse_run(SCRIPT, parser, argv, run_folder)
     ranks, device, device_ids = start(args)
     if args.bs < ranks.size:
-        raise InputError(f"-bs {args.bs}: expected at least one image for each of the {ranks.size} processes")
+        raise InputError(f"-bs {args.bs} is less than an image for each of the {ranks.size} processes")
     if args.sync_bn and (device.type != "cuda" or ranks.size == 1):
-        raise InputError("-sync_bn goes with several processes on GPUs (torchrun); leave it out")
-    set_threads(arguments.solver_threads(args, ranks))
+        raise InputError("-sync_bn requires several processes on GPUs (torchrun); leave it out")
 
     train_set = open_dataset(args, "train", train=True, deepemd="fcn")  # whole images, whatever the variant
     val_set = open_dataset(args, args.set, train=False)
@@ -87,50 +91,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     classifier = Classifier(model.encoder, len(train_set.class_names)).to(device)
     if args.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(classifier)  # in place, so the model's encoder is converted too
-
-    run = open_run(
-        "train_pretrain.py",
-        args,
-        folder,
-        ranks,
-        weights=classifier,
-        data={"train": train_set.fingerprint(), args.set: val_set.fingerprint()},
-    )
-    if is_finished(args, run):
+    data = {"train": train_set.fingerprint(), args.set: val_set.fingerprint()}
+    run = open_run(SCRIPT, args, folder, ranks, weights=classifier, data=data)
+    if run.is_finished(args.max_epoch):
         status(f"the run in {folder} is finished: nothing to do")
         return
 
-    shard = distributed.Shard(train_batches, ranks, by_image=True)
-    loader = make_loader(train_set, shard, num_workers=arguments.loader_processes(args, ranks), device=device)
+    shard = Shard(train_batches, ranks, by_image=True)
+    loader = make_loader(train_set, shard, num_workers=loader_processes(args), device=device)
     network = nn.DataParallel(classifier, device_ids) if len(device_ids) > 1 else classifier
 
     def forward(images, labels, _):
         return network(images), labels
 
-    go_on = arguments.same_command("train_pretrain.py", parser, args)
-    with stop_request(go_on if ranks.is_first else None) as stop:
-        evaluator = arguments.make_evaluator(args, val_set, device=device, keep_pixels=True, ranks=ranks, stop=stop)
+    with stop_request(resume_command(SCRIPT, parser, args) if ranks.is_first else None) as stop:
+        evaluator = make_evaluator(args, val_set, device=device, keep_pixels=True, ranks=ranks, stop=stop)
 
         def validate(epoch):
             val_episodes.set_epoch(epoch if args.random_val_task else 0)
             return evaluator(model, val_episodes, title=args.set)
 
-        fit(
-            classifier,
-            forward,
-            loader,
-            validate,
-            run,
-            weights_of=model.encoder,
-            device=device,
-            ranks=ranks,
-            stop=stop,
-            **arguments.training_settings(args),
-        )
+        settings = fit_settings(args)
+        fit(classifier, forward, loader, validate, run, settings, weights_of=model.encoder, ranks=ranks, stop=stop)
     run.finish()
     if ranks.is_first:
         best = str(folder / BEST_WEIGHTS)
-        print(f"next: {arguments.next_command('train_meta.py', train_meta.build_parser(), args, pretrain_dir=best)}")
+        print(f"next: {next_command('train_meta.py', parser, args, leave_out=OWN_FLAGS, pretrain_dir=best)}")
 
 
 if __name__ == "__main__":

@@ -7,19 +7,11 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the script without a traceback
 
-import json
-import math
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Iterator, Sequence
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from threading import Lock
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
-from torch import Tensor
 
 from dataloader.arguments import (
     add_data_arguments,
@@ -29,74 +21,45 @@ from dataloader.arguments import (
     pixel_statistics,
     view_of,
 )
-from dataloader.dataset import ImageDataset, read_image
-from dataloader.views import View
-from engine.arguments import add_evaluation_arguments, add_rank_arguments, add_run_arguments, solver_threads
-from engine.distributed import Ranks
-from engine.evaluation import ENCODE_BATCH, DivergenceError
-from engine.start import choose_device, choose_seed, set_seed
+from dataloader.images import read_image
+from engine.arguments import add_evaluation_arguments, add_run_arguments, add_set_argument, add_test_episode_argument
+from engine.start import start
+from engine.weights_flags import adopt_trained_flags
 from Models import DeepEMD, arguments
-from Models.arguments import add_model_arguments
-from Models.emd import set_threads
-from Models.matching import Matching
-from pictures import drawing
-from pictures.drawing import FORMATS, Panel, Run, Scales, cell_panels, draw_match, patch_panels, scales_of, to_pixels
-from utils import (
-    InputError,
-    check_writable,
-    make_parser,
-    mean_confidence_interval,
-    named_generator,
-    number_at_least,
-    run_script,
-)
+from Models.arguments import add_model_arguments, add_weights_arguments
+from pictures import canvas, plots, sheet
+from pictures.matches import QUERIES, WRONG_QUERIES, check_head, choose_queries, match_episode, view_image, view_items
+from utils import InputError, check_writable, make_parser, named_generator, number_at_least, run_script
 
-# Queries that `episode` draws when it is not told which: at most as many wrong ones, and as many in all.
-WRONG_QUERIES, QUERIES = 2, 4
-# Queries in a contact sheet.
-MOST_ROWS = 26
-# Photographs are drawn no larger than this, in pixels.
-LARGEST_EDGE = 480
-# What has to be the same in two evaluations, that episode k of one is episode k of the other.
-SAME_EPISODES = ("dataset", "set", "way", "shot", "query", "seed", "verify_images")
+OUT = "checkpoint/pictures"
 
 
 def build_parser() -> ArgumentParser:
-
-    count = number_at_least(1, int)
     parser = make_parser(__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, summary: str) -> ArgumentParser:
-        added = commands.add_parser(
-            name, help=summary, description=summary, allow_abbrev=False, formatter_class=parser.formatter_class
-        )
+        added = commands.add_parser(name, help=summary, description=summary, formatter_class=parser.formatter_class)
         group = added.add_argument_group("pictures")
-        group.add_argument("-out", metavar="DIR", default="pictures", help="folder that the pictures are written to")
-        group.add_argument("-format", choices=FORMATS, default="png", help="of the pictures")
-        if name in ("episode", "pair"):
-            group.add_argument("-top", type=count, default=10, help="flows drawn per class, the strongest first")
+        group.add_argument("-out", metavar="DIR", default=OUT, help="folder that the pictures are written to")
+        group.add_argument("-format", choices=canvas.FORMATS, default="png", help="of the pictures")
         return added
 
     def add_matching_arguments(added: ArgumentParser) -> None:
+        count = number_at_least(1, int)
+        group = added.add_argument_group("flows")
+        group.add_argument("-flows", type=count, default=10, help="flows drawn per class, the strongest first")
+        group.add_argument("-top", type=count, dest="flows", default=SUPPRESS, help=SUPPRESS)  # its earlier name
+        add_weights_arguments(added)
         add_data_arguments(added)
         add_model_arguments(added, sfc_lr=100.0)
         add_evaluation_arguments(added)
-        add_rank_arguments(added)
         add_run_arguments(added)
 
-    weights = (
-        'checkpoint, or its folder, or "none" for random weights '
-        "(default: deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth)"
-    )
     added = command("episode", "draw an episode that eval.py evaluates with the same flags")
     group = added.add_argument_group("which episode")
-    group.add_argument(
-        "-episode",
-        type=number_at_least(0, int),
-        default=0,
-        help="its number, from 0, as in the accuracies of results.json",
-    )
+    which = "its number, from 0, as in the accuracies of results.json"
+    group.add_argument("-episode", type=number_at_least(0, int), default=0, help=which)
     group.add_argument(
         "-queries",
         type=query_numbers,
@@ -104,26 +67,23 @@ def build_parser() -> ArgumentParser:
         help="queries to draw, from 0, as in 0,1,2; query i is of class i modulo -way "
         f"(default: {QUERIES} of them, up to {WRONG_QUERIES} wrong ones first)",
     )
-    group.add_argument("-set", choices=("train", "val", "test"), default="test", help="split to draw from")
-    group.add_argument(
-        "-test_episode", type=count, default=5000, help="episodes of the evaluation; not all are computed"
-    )
-    group.add_argument("-model_dir", help=weights)
+    add_set_argument(group)
+    add_test_episode_argument(group, "episodes of the evaluation; not all are computed")
     add_episode_arguments(added)
     add_matching_arguments(added)
 
     added = command("pair", "match two image files and draw the match")
     group = added.add_argument_group("which images")
     group.add_argument("images", nargs=2, metavar="IMAGE", help="image file; the first is drawn as the query")
-    group.add_argument("-model_dir", help=weights)
     add_matching_arguments(added)
 
     added = command("curves", "draw loss and accuracy of training runs, in one picture")
     added.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its trlog.json")
-    added = command("compare", "compare evaluations, episode by episode where they saw the same episodes")
-    added.add_argument(
-        "files", nargs="+", metavar="FILE", help="results.json of eval.py or train_meta.py; the first is the base"
-    )
+    added = command("compare", "compare evaluations, episode by episode if they used the same episodes")
+    files = "results.json of eval.py or train_meta.py; the first is the base"
+    added.add_argument("files", nargs="+", metavar="FILE", help=files)
+    names = "names of the evaluations, as in before,after (default: what tells the paths apart)"
+    added.add_argument("-names", type=lambda text: text.split(","), metavar="NAMES", help=names)
     return parser
 
 
@@ -135,429 +95,104 @@ def query_numbers(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-# --- Images, as the network sees them ---------------------------------------------------------------------------------
-
-
-class Seen(NamedTuple):
-    """What a view makes of an image, and where patches lie in it.
-
-    Attributes:
-        pixels: ``(3, S, S)`` or ``(P, 3, S, S)``, uint8.
-        image: ``(height, width, 3)`` uint8, no larger than the eye needs; None where the nodes are no patches.
-        boxes: left, upper, right, lower of each patch in ``image``.
-    """
-
-    pixels: Tensor
-    image: Tensor | None
-    boxes: list[tuple[float, ...]]
-
-
-_DRAWS = Lock()  # torch's global generator is one for all threads
-
-
-def see(image: Image.Image, view: View, seed: int) -> Seen:
-    """Look at an RGB image through a view whose random draws come from ``seed``, as those of a data set do."""
-
-    with _DRAWS, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        boxes = view.boxes(image.size)
-    pixels = view.render(image, boxes)
-    if pixels.dim() == 3:
-        return Seen(pixels, None, [])
-    small = image.copy()
-    small.thumbnail((LARGEST_EDGE, LARGEST_EDGE))
-    across, down = (new / old for new, old in zip(small.size, image.size, strict=True))
-    shrunk = [(box.left * across, box.upper * down, box.right * across, box.lower * down) for box in boxes]
-    return Seen(pixels, torch.from_numpy(np.array(small)), shrunk)
-
-
-def see_episode(dataset: ImageDataset, items: Sequence[tuple[int, int]]) -> list[Seen]:
-    """The images of an episode: pairs (index, seed of the view)."""
-
-    found = []
-    for index, seed in items:
-        path = dataset.paths[index]
-        try:
-            found.append(see(read_image(path), dataset.view, seed))
-        except InputError as error:
-            raise InputError(str(error) if path in str(error) else f"{path}: {error}") from None
-    return found
-
-
-def panels_of(seen: Seen, view: View, nodes: int, feature_pyramid: Sequence[int] = ()) -> list[Panel]:
-    """What to draw of an image with that many nodes."""
-
-    if seen.pixels.dim() == 3:
-        cells = math.isqrt(nodes - sum(size**2 for size in feature_pyramid))
-        return cell_panels(seen.pixels.numpy(), [*feature_pyramid, cells])
-    return patch_panels(seen.image, seen.boxes, seen.pixels.numpy(), getattr(view, "patch_list", ()))
-
-
-# --- Episodes, matched ------------------------------------------------------------------------------------------------
-
-
-class Matched(NamedTuple):
-    """An episode: how its queries were matched with the prototypes of its classes, and what to draw of its images."""
-
-    matching: Matching  # logits (Q, W), flow (Q, W, M, N), ...
-    supports: list[list[list[Panel]]]  # W lists of K images
-    queries: list[list[Panel]]
-    nearest: list[int]  # of each class, the shot whose nodes are nearest to those of the prototype
-
-    def draw(
-        self, number: int, *, names: Sequence[str], title: str, top: int, truth: int | None, scales: Scales
-    ) -> Figure:
-        """A query beside every class, shown by its support image or, of several, the nearest to the prototype."""
-
-        shots = len(self.supports[0])
-        notes = [f"class shown by shot {k + 1} of {shots}, nearest to its prototype" for k in self.nearest]
-        return draw_match(
-            self.queries[number],
-            [shown[k] for shown, k in zip(self.supports, self.nearest, strict=True)],
-            names=names,
-            logits=self.matching.logits[number],
-            flow=self.matching.flow[number],
-            supply=self.matching.supply[number],
-            demand=self.matching.demand[number],
-            truth=truth,
-            title=title,
-            notes=notes if shots > 1 else (),
-            top=top,
-            scales=scales,
-        )
-
-    def scales(self) -> Scales:
-
-        return scales_of(self.matching.flow, self.matching.supply, self.matching.demand)
-
-
-def match_episode(
-    model: DeepEMD,
-    view: View,
-    seen: Sequence[Seen],
-    *,
-    way: int,
-    shot: int,
-    device: torch.device,
-    generator: torch.Generator | None = None,
-    solver: str | None = None,
-) -> Matched:
-    """Encode and match the images of an episode, support first.
-
-    Args:
-        model: in evaluation mode.
-        generator: of the order of the support images in the structured fully connected layer.
-        solver: overrides the model's own.
-
-    Raises:
-        DivergenceError: the encoder's features are not finite.
-    """
-
-    with torch.no_grad():
-        size = max(1, ENCODE_BATCH.get(device.type, 8) // view.patches)
-        batches = [torch.stack([one.pixels for one in seen[k : k + size]]) for k in range(0, len(seen), size)]
-        nodes = torch.cat([model.encode(batch.to(device)) for batch in batches])
-        if not bool(nodes.isfinite().all()):
-            raise DivergenceError("the encoder's features are not finite: its weights have diverged")
-        support, query = nodes[None, : way * shot], nodes[None, way * shot :]
-        proto = model.prototypes(support, way=way, shot=shot, solver=solver, generator=generator)
-        matching = Matching(*(part[0].cpu() for part in model.matching(proto, query, solver=solver)))
-        # The mean cosine of node n of an image with node n of its prototype.
-        likeness = torch.cosine_similarity(support[0].unflatten(0, (shot, way)), proto, dim=2).mean(2)  # (K, W)
-    panels = [panels_of(one, view, nodes.shape[-1], model.feature_pyramid) for one in seen]
-    supports = [[panels[k * way + number] for k in range(shot)] for number in range(way)]
-    return Matched(matching, supports, panels[way * shot :], likeness.argmax(0).tolist())
-
-
-class FixedMatches:
-    """The same query of each of the same episodes, drawn with whatever weights a model has at the time.
-
-    Args:
-        dataset: of the episodes.
-        episodes: lists of (index, seed of the view), support first. Of episode k, query ``k % way`` is drawn.
-        solver: overrides the model's own.
-        seed: of the run.
-    """
-
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        episodes: Sequence[Sequence[tuple[int, int]]],
-        *,
-        way: int,
-        shot: int,
-        seed: int,
-        device: torch.device,
-        solver: str | None = None,
-        top: int = 10,
-    ) -> None:
-        self.view, self.way, self.shot, self.seed, self.top = dataset.view, way, shot, seed, top
-        self.device, self.solver = device, solver
-        support = way * shot
-        # The support, and that one query.
-        chosen = [[*items[:support], items[support + k % way]] for k, items in enumerate(episodes)]
-        self.seen = [see_episode(dataset, items) for items in chosen]
-        labels = [[dataset.labels[index] for index, _ in items[:way]] for items in chosen]
-        self.names = [[dataset.class_names[label] for label in row] for row in labels]
-
-    def draw(self, model: DeepEMD) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and pixels of each picture."""
-
-        model = model.folded() if self.seen else model
-        for k, (seen, names) in enumerate(zip(self.seen, self.names, strict=True)):
-            matched = match_episode(
-                model,
-                self.view,
-                seen,
-                way=self.way,
-                shot=self.shot,
-                device=self.device,
-                solver=self.solver,
-                generator=named_generator(self.seed, "sfc", 0, k),
-            )
-            title, truth = f"validation episode {k}, query {k % self.way}", k % self.way
-            figure = matched.draw(0, names=names, title=title, top=self.top, truth=truth, scales=matched.scales())
-            yield f"episode-{k}-query-{k % self.way}", to_pixels(figure)
-
-
-def check_head(head: str) -> None:
-    """Raise InputError for a head that has no flow to draw."""
-    if head != "deepemd":
-        raise InputError(f"-head {head}: expected the head deepemd, whose flow is drawn; {head} matches no regions")
-
-
-def choose_queries(logits: Tensor, way: int) -> list[int]:
-    """A handful of queries: up to :data:`WRONG_QUERIES` wrong ones, then right ones, of different classes where possible."""
-    truths = [number % way for number in range(len(logits))]
-    is_right = [found == truth for found, truth in zip(logits.argmax(1).tolist(), truths, strict=True)]
-    wrong = [number for number, right in enumerate(is_right) if not right]
-    right = [number for number, right in enumerate(is_right) if right]
-    chosen = _of_different_classes(wrong, truths, WRONG_QUERIES, [])
-    chosen = _of_different_classes(right, truths, QUERIES - len(chosen), chosen)
-    return sorted(_of_different_classes(wrong, truths, QUERIES - len(chosen), chosen))
-
-
-def _of_different_classes(numbers: list[int], truths: list[int], most: int, chosen: list[int]) -> list[int]:
-    chosen, limit = list(chosen), len(chosen) + most
-    for distinct in (True, False):
-        for number in numbers:
-            taken = {truths[k] for k in chosen}
-            if len(chosen) < limit and number not in chosen and not (distinct and truths[number] in taken):
-                chosen.append(number)
-    return chosen
-
-
-def rows_of_sheet(queries: int, way: int) -> list[int]:
-    """The queries in a contact sheet: all, or the first of each class, class by class."""
-    per_class = min(queries // way, max(1, MOST_ROWS // way))
-    return [way * k + number for number in range(way) for k in range(per_class)]
-
-
-# --- The commands -----------------------------------------------------------------------------------------------------
-
-
 def open_model(args: Namespace) -> tuple[DeepEMD, torch.device]:
-    """The model for evaluation that the flags ask for, and its device."""
-
+    """The model for evaluation that the flags describe, and its device."""
     check_head(args.head)
-    device, device_ids = choose_device(args.gpu)
-    set_threads(solver_threads(args, Ranks()))
-    args.seed = choose_seed(args.seed)
-    set_seed(args.seed, deterministic=args.deterministic)
+    _, device, device_ids = start(args, one_process=True)
     model, _ = arguments.open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
     return model.folded(), device
 
 
 def draw_episode(args: Namespace) -> None:
-
-    if args.episode >= args.test_episode:
-        raise InputError(f"-episode {args.episode}: expected a number below -test_episode {args.test_episode}")
     count = args.way * args.query
+    if args.episode >= args.test_episode:
+        raise InputError(f"there is no -episode {args.episode}: the evaluation has -test_episode {args.test_episode}")
     if args.queries and max(args.queries) >= count:
-        raise InputError(
-            f"-queries: expected numbers from 0 to {count - 1} (-way times -query); got {max(args.queries)}"
-        )
-    stem = Path(args.out, args.extra_dir, f"episode-{args.episode}")
-    check_writable(path := stem.with_name(f"{stem.name}.{args.format}"))
+        raise InputError(f"there is no query {max(args.queries)}: -way times -query are {count}, numbered from 0")
+    folder, stem = Path(args.out, args.extra_dir), f"episode-{args.episode}"
+    path = canvas.picture_path(folder, stem, args.format)
+    check_writable(path)
 
     model, device = open_model(args)
     dataset = open_dataset(args, args.set, train=False)
     items = draw_episodes(args, dataset, args.test_episode, seed=args.seed, name=args.set)[args.episode]
     names = [dataset.class_names[dataset.labels[index]] for index, _ in items[: args.way]]
-    matched = match_episode(
+    episode = match_episode(
         model,
         dataset.view,
-        see_episode(dataset, items),
+        view_items(dataset, items),
         way=args.way,
         shot=args.shot,
         device=device,
         generator=named_generator(args.seed, "sfc", 0, args.episode),
     )
-    logits = matched.matching.logits
-    hits = [found == number % args.way for number, found in enumerate(logits.argmax(1).tolist())]
+    logits = episode.matching.logits
+    hits = sum(found == number % args.way for number, found in enumerate(logits.argmax(1).tolist()))
     where = f"{args.dataset} {args.set}, episode {args.episode}"
-    rows = rows_of_sheet(count, args.way)
-    shown = f"{count} queries" if len(rows) == count else f"{len(rows)} of {count} queries"
-    figure = drawing.draw_episode(
-        [[panels[0].pixels for panels in shots] for shots in matched.supports],
-        [matched.queries[number][0].pixels for number in rows],
+    rows = sheet.rows_of_sheet(count, args.way)
+    figure = sheet.draw_sheet(
+        [[panels[0].pixels for panels in shots] for shots in episode.supports],
+        [episode.queries[number][0].pixels for number in rows],
         names=names,
         numbers=rows,
         truths=[number % args.way for number in rows],
         logits=logits[rows],
-        title=f"{where}: {args.way}-way {args.shot}-shot, {sum(hits)} of {count} right",
-        subtitle=shown,
+        title=f"{where}: {args.way}-way {args.shot}-shot, {hits} of {count} right",
+        subtitle=f"{count} queries" if len(rows) == count else f"{len(rows)} of {count} queries",
     )
-    print(drawing.save(figure, path))
-    scales = matched.scales()
+    print(canvas.save(figure, path))
     for number in args.queries or choose_queries(logits, args.way):
-        truth = number % args.way
-        figure = matched.draw(
-            number, names=names, title=f"{where}, query {number}", top=args.top, truth=truth, scales=scales
-        )
-        print(drawing.save(figure, stem.with_name(f"{stem.name}-query-{number}.{args.format}")))
-    print(f"{where}: {sum(hits)} of {count} queries right ({100 * sum(hits) / count:.2f} %)")
+        title = f"{where}, query {number}"
+        figure = episode.draw(number, names=names, title=title, flows=args.flows, truth=number % args.way)
+        print(canvas.save(figure, canvas.picture_path(folder, f"{stem}-query-{number}", args.format)))
+    print(f"{where}: {hits} of {count} queries right ({100 * hits / count:.2f} %)")
 
 
 def draw_pair(args: Namespace) -> None:
-
     paths = [Path(image) for image in args.images]
-    path = Path(args.out, args.extra_dir, f"pair-{paths[0].stem}-{paths[1].stem}.{args.format}")
+    stem = f"pair-{paths[0].stem}-{paths[1].stem}"
+    path = canvas.picture_path(Path(args.out, args.extra_dir), stem, args.format)
     check_writable(path)
     images = [read_image(image, advice="") for image in args.images]
     model, device = open_model(args)
     view = view_of(args, train=False)
     seeds = [named_generator(args.seed, "pair", number).initial_seed() for number in range(2)]
-    query, proto = (see(image, view, seed) for image, seed in zip(images, seeds, strict=True))
-    matched = match_episode(model, view, [proto, query], way=1, shot=1, device=device)
+    query, proto = (view_image(image, view, seed) for image, seed in zip(images, seeds, strict=True))
+    episode = match_episode(model, view, [proto, query], way=1, shot=1, device=device)
     title = f"left: {paths[0].name}, right: {paths[1].name}"
-    figure = matched.draw(0, names=[""], title=title, top=args.top, truth=None, scales=matched.scales())
-    print(drawing.save(figure, path))
-    cost = 1 - float(matched.matching.logits[0, 0]) / args.temperature
-    print(f"logit {float(matched.matching.logits[0, 0]):.4f}, cost of the match {cost:.4f}")
+    print(canvas.save(episode.draw(0, names=[""], title=title, flows=args.flows, truth=None), path))
+    logit = float(episode.matching.logits[0, 0])
+    print(f"logit {logit:.4f}, cost of the match {1 - logit / args.temperature:.4f}")
 
 
 def draw_curves(args: Namespace) -> None:
-
-    path = Path(args.out, f"curves.{args.format}")
+    path = canvas.picture_path(Path(args.out), "curves", args.format)
     check_writable(path)
     paths = [Path(run) for run in args.runs]
-    runs = [read_run(path, name) for path, name in zip(paths, distinct_names(paths), strict=True)]
-    print(drawing.save(drawing.draw_curves(runs), path))
-
-
-def read_run(path: Path, name: str) -> Run:
-    """The curves of a run folder, or of a ``trlog.json``.
-
-    Raises:
-        InputError: there are none, or not as a training script writes them.
-    """
-
-    file = path / "trlog.json" if path.is_dir() else path
-    content = _read_json(file, "the curves of a run")
-    try:
-        rows, test = content["epochs"], None
-        if "test_acc" in content:
-            test = float(content["test_acc"]), float(content["test_interval"])
-        if rows:
-            columns = ([float(row.get(key, "nan")) for row in rows] for key in ("train_loss", "train_acc", "val_loss"))
-            accuracies = ([float(row.get(key, "nan")) for row in rows] for key in ("val_acc", "val_interval"))
-            return Run(name, [float(row["epoch"]) for row in rows], *columns, *accuracies, test=test)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"expected the curves of a run in {file}; it has another content ({error!r})") from None
-    raise InputError(f"expected the curves of a run in {file}; no epoch of it is finished")
+    figure = plots.draw_curves(plots.distinct_names(paths), [plots.read_curves(run) for run in paths])
+    print(canvas.save(figure, path))
 
 
 def draw_comparison(args: Namespace) -> None:
-
-    path = Path(args.out, f"compare.{args.format}")
+    path = canvas.picture_path(Path(args.out), "compare", args.format)
     check_writable(path)
     paths = [Path(file) for file in args.files]
-    names = distinct_names(paths)
-    evaluations = [read_evaluation(file) for file in paths]
-    first = evaluations[0]
-    bars = [
-        (name, one["accuracies"], *mean_confidence_interval(one["accuracies"]))
-        for name, one in zip(names, evaluations, strict=True)
-    ]
-    differences, remarks = [], [""]
-    for name, other in zip(names[1:], evaluations[1:], strict=True):
-        reason = why_not_paired(first, other)
-        if reason:
-            remarks.append(f"not paired: {reason}")
-            continue
-        pairs = zip(other["accuracies"], first["accuracies"], strict=False)  # the longer one has more episodes behind
-        values = [mine - base for mine, base in pairs]
-        mean, interval = mean_confidence_interval(values)
-        differences.append(drawing.Difference(name, values, mean, interval))
-        remarks.append(f"{mean:+.2f} +- {interval:.2f}  ({len(values)} episodes, paired)")
-    width = max(len(name) for name in ("evaluation", *names))
-    print(f"{'evaluation':{width}}  episodes  accuracy (%)    " + (f"minus {names[0]}" if len(names) > 1 else ""))
-    for (name, accuracies, mean, interval), remark in zip(bars, remarks, strict=True):
-        print(f"{name:{width}}  {len(accuracies):8}  {f'{mean:.2f} +- {interval:.2f}':14}  {remark}".rstrip())
-    print(drawing.save(drawing.draw_comparison(bars, differences, names[0]), path))
-
-
-def read_evaluation(file: Path) -> dict[str, Any]:
-    """``results.json``: at least ``accuracies`` and ``flags``.
-
-    Raises:
-        InputError: it is not as eval.py writes it.
-    """
-
-    content = _read_json(file, "the results of an evaluation")
-    try:
-        accuracies, flags = [float(value) for value in content["accuracies"]], dict(content["flags"])
-        if accuracies and all(map(math.isfinite, accuracies)):
-            return {**content, "accuracies": accuracies, "flags": flags}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"expected the results of an evaluation in {file}; it has another content ({error!r})"
-        ) from None
-    raise InputError(
-        f"expected the results of an evaluation in {file}; it has no accuracies, or some that are not finite"
-    )
-
-
-def why_not_paired(one: dict[str, Any], other: dict[str, Any]) -> str:
-    """What keeps episode k of one evaluation from being episode k of the other; empty where nothing does."""
-    # The final test of train_meta.py is on the test split, whatever -set validated on.
-    flags = [{**e["flags"], **({"set": "test"} if "pretrain_dir" in e["flags"] else {})} for e in (one, other)]
-    for name in SAME_EPISODES:
-        values = [given.get(name) for given in flags]
-        if values[0] != values[1]:
-            return f"-{name} {values[1]}, not {values[0]}"
-    data = [evaluation.get("data") for evaluation in (one, other)]
-    return "other images" if all(data) and data[0] != data[1] else ""
-
-
-def _read_json(file: Path, what: str) -> Any:
-
-    try:
-        return json.loads(file.read_text())
-    except OSError as error:
-        raise InputError(f"expected {what} in {file}; it cannot be read ({error.strerror})") from None
-    except ValueError:
-        raise InputError(f"expected {what} in {file}; it is not JSON") from None
-
-
-def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """What tells paths apart: without the folders that all of them begin or end with."""
-    rows = [list(path.parts) for path in paths]
-    if len(rows) > 1:
-        for end in (0, -1):
-            while all(len(row) > 1 for row in rows) and len({row[end] for row in rows}) == 1:
-                for row in rows:
-                    row.pop(end)
-    names = [str(Path(*row)) for row in rows]
-    return [name if names.count(name) == 1 else f"{name} ({k + 1})" for k, name in enumerate(names)]
+    names = args.names or plots.distinct_names(paths)
+    if len(names) != len(paths):
+        raise InputError(f"-names has {len(names)} names for {len(paths)} files; give one for each, joined by commas")
+    evaluations = plots.compare(names, [plots.read_results(file) for file in paths])
+    print("\n".join(plots.table(evaluations)))
+    print(canvas.save(plots.draw_comparison(evaluations), path))
 
 
 COMMANDS = {"episode": draw_episode, "pair": draw_pair, "curves": draw_curves, "compare": draw_comparison}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if "model_dir" in args:
+        adopt_trained_flags(parser, args, argv)
     COMMANDS[args.command](args)
 
 

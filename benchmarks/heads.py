@@ -215,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for flag in ("shot", "head", "kshot"):
         if getattr(args, flag) != parser.get_default(flag):
             raise InputError(f"-{flag} is a flag of eval.py. Set -{flag}s, which takes all that are to be compared")
+    adopt_trained_flags(parser, args, argv, ignore=("head", "kshot"))
     if len(args.episodes) not in (1, len(args.shots)):
         raise InputError(f"-episodes takes one number, or one for each of the {len(args.shots)} -shots")
     counts = args.episodes * len(args.shots) if len(args.episodes) == 1 else args.episodes

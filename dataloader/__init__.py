@@ -3,7 +3,7 @@
 from dataloader.arguments import add_data_arguments, add_episode_arguments, draw_episodes, open_dataset
 from dataloader.catalog import CATALOG
 from dataloader.dataset import ImageDataset
-from dataloader.episodes import EpisodeSampler, SeededBatches, SeededEpisodes, episode_labels
+from dataloader.episodes import EpisodeSampler, SeededBatches, SeededEpisodes, Task, episode_labels
 from dataloader.views import VIEWS, make_view
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "ImageDataset",
     "SeededBatches",
     "SeededEpisodes",
+    "Task",
     "add_data_arguments",
     "add_episode_arguments",
     "draw_episodes",

@@ -15,7 +15,7 @@ class DatasetSpec:
     Attributes:
         layout: a key of :data:`dataloader.readers.READERS`.
         folders: the spellings of its folder under the data directory; the first that exists is read.
-        image_folders: where, under that folder, the images named by a csv file may lie.
+        image_folders: where, under that folder, the images named by a csv file may be.
         split_folders: the folder of a split, where its name is not that of the split.
         classes: published number of classes per split; empty where any number is fine.
         mean, std: of the three channels, for pixels in [0, 1]; None where the encoder's own are published.
@@ -34,6 +34,11 @@ class DatasetSpec:
     large_images: bool = False
     pixels: int | None = None
     obtain: str = ""
+
+    @property
+    def is_published(self) -> bool:
+        """Its images are used as others have used them: as stored, whatever their EXIF orientation says."""
+        return bool(self.classes)
 
 
 def _counts(train: int, val: int, test: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Is it the published data set? The rules that opening a data set and ``datasets/verify.py`` share.
+"""Whether a data set is the published one: the rules that opening a data set and ``datasets/verify.py`` share.
 
 Opening one applies them to what costs next to nothing: names, counts, and the headers of a few images.
 """
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from dataloader.catalog import DatasetSpec
 from dataloader.published import published_classes, published_images
-from utils import first_few
+from utils import first_few, printable
 
 SHRUNK_TO = 84  # pixels along the long side; the common archives of small images have squares of this size
 SAMPLE = 16
@@ -19,18 +19,20 @@ Size = tuple[int, int]
 
 
 class Difference(NamedTuple):
-    """Class names that the published split has and this one lacks, and the other way round; sorted."""
+    """Class names that are only in the published split, and only in this one; sorted."""
 
     missing: list[str]
     unknown: list[str]
 
     def __str__(self) -> str:
         parts = {"missing": self.missing, "unknown": self.unknown}
-        return "; ".join(f"{what}: {first_few(names)}" for what, names in parts.items() if names)
+        return "; ".join(
+            f"{what}: {first_few([printable(name) for name in names])}" for what, names in parts.items() if names
+        )
 
 
 def compare_classes(name: str, split: str, found: Iterable[str]) -> Difference:
-    """How the classes of a split differ from the published ones; not at all where nothing is published."""
+    """How the classes of a split differ from the published ones, if those are known."""
     published, found = set(published_classes(name).get(split, ())), set(found)
     return Difference(sorted(published - found), sorted(found - published) if published else [])
 
@@ -64,7 +66,7 @@ def opening_warnings(
         *_about_counts(name, split, counts),
         *_about_sizes(name, spec, split, sizes),
     ]
-    return [f"{message}. For all that can be said: python datasets/verify.py {name}" for message in found]
+    return [f"{message}. For a full check: python datasets/verify.py {name}" for message in found]
 
 
 def _about_classes(name: str, split: str, counts: Mapping[str, int]) -> list[str]:
@@ -72,7 +74,7 @@ def _about_classes(name: str, split: str, counts: Mapping[str, int]) -> list[str
     if not any(difference):
         return []
     published = len(published_classes(name)[split])
-    return [f"{name} {split} has {len(counts)} classes here; the published split has {published} ({difference})"]
+    return [f"{name} {split} has {len(counts)} classes; the published split has {published} ({difference})"]
 
 
 def _about_counts(name: str, split: str, counts: Mapping[str, int]) -> list[str]:
@@ -80,12 +82,12 @@ def _about_counts(name: str, split: str, counts: Mapping[str, int]) -> list[str]
     if wrong:
         label, (here, published) = next(iter(wrong.items()))
         return [
-            f"{name} {split}: {len(wrong)} classes lack images or have too many, first {label}: {here} of {published}"
+            f"{name} {split}: {len(wrong)} classes lack images or have too many, first {printable(label)}: {here} of {published}"
         ]
     here, published = sum(counts.values()), published_images(name, split)
     if published in (None, here) or any(compare_classes(name, split, counts)):
         return []
-    return [f"{name} {split} has {here} images here; the published split has {published}"]
+    return [f"{name} {split} has {here} images; the published split has {published}"]
 
 
 def _about_sizes(name: str, spec: DatasetSpec, split: str, sizes: Mapping[str, Size]) -> list[str]:
@@ -93,13 +95,14 @@ def _about_sizes(name: str, spec: DatasetSpec, split: str, sizes: Mapping[str, S
     if wrong:
         size = "{}x{}".format(*sizes[wrong[0]])
         return [
-            f"{len(wrong)} of {len(sizes)} images looked at in {name} {split} are not {spec.pixels}x{spec.pixels} as "
-            f"published, first {wrong[0]}: {size}"
+            f"{len(wrong)} of {len(sizes)} sampled images of {name} {split} are not {spec.pixels}x{spec.pixels} as "
+            f"published, first {printable(wrong[0])}: {size}"
         ]
     small = [path for path, size in sizes.items() if spec.large_images and is_shrunk(size)]
     if len(small) <= MOST_SMALL_IN_SAMPLE * len(sizes):
         return []
     return [
-        f"{len(small)} of {len(sizes)} images looked at in {name} {split} are {SHRUNK_TO} pixels or less (first {small[0]}); "
-        "the published results need them at their original size, and shrunk ones cost 8-10 points of accuracy"
+        f"{len(small)} of {len(sizes)} sampled images of {name} {split} are {SHRUNK_TO} pixels or less (first "
+        f"{printable(small[0])}); the published results need them at their original size, and shrunk ones cost 8-10 points of "
+        "accuracy"
     ]

@@ -10,6 +10,7 @@ every draw a function of (seed, name, epoch, index), so any part of a run can be
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,19 @@ from utils import InputError, named_generator
 
 # View seeds are drawn below this bound.
 _SEEDS = 2**62
+
+
+class Task(NamedTuple):
+    """What an episode asks: to tell ``way`` classes apart by ``shot`` images of each, for ``query`` images of each."""
+
+    way: int
+    shot: int
+    query: int
+
+    @property
+    def per_class(self) -> int:
+        """Images of a class in an episode."""
+        return self.shot + self.query
 
 
 class EpisodeSampler(Sampler[list[int]]):
@@ -46,20 +60,24 @@ class EpisodeSampler(Sampler[list[int]]):
         generator: torch.Generator | None = None,
     ) -> None:
         labels = torch.as_tensor(labels)
+        if labels.dim() != 1:
+            raise ValueError(
+                f"labels are one number per image, a shape (B,); these have the shape {tuple(labels.shape)}"
+            )
         self.members = [(labels == label).nonzero().flatten() for label in labels.unique()]
         self.episodes, self.way, self.per_class, self.generator = episodes, way, per_class, generator
         if way < 1 or per_class < 1:
-            raise InputError(f"expected way and images per class of 1 or more; got {way} and {per_class}")
+            raise InputError(f"way and images per class must be 1 or more, not {way} and {per_class}")
         if episodes < 0:
-            raise InputError(f"expected 0 episodes or more; got {episodes}")
+            raise InputError(f"the number of episodes must be 0 or more, not {episodes}")
         if way > len(self.members):
             raise InputError(
-                f"expected at least {way} classes for {way}-way episodes; the split has {len(self.members)}. Lower -way"
+                f"{way}-way episodes need at least {way} classes; the split has {len(self.members)}. Lower -way"
             )
         smallest = min(len(members) for members in self.members)
         if smallest < per_class:
             raise InputError(
-                f"expected at least {per_class} images in every class (shot + query); the smallest class has {smallest}. "
+                f"episodes need at least {per_class} images in every class (shot + query); the smallest class has {smallest}. "
                 "Lower -shot or -query"
             )
 
@@ -89,7 +107,7 @@ class _Seeded(Sampler[list[tuple[int, int]]], ABC):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose draws are given from now on."""
+        """Choose the epoch to draw for."""
         self.epoch = epoch
 
     @abstractmethod
@@ -100,7 +118,7 @@ class _Seeded(Sampler[list[tuple[int, int]]], ABC):
 
     def __getitem__(self, k: int) -> list[tuple[int, int]]:
         if not 0 <= k < len(self):
-            raise IndexError(f"expected an index from 0 to {len(self) - 1}; got {k}")
+            raise IndexError(f"no batch {k}; there are {len(self)}")
         return self._draw(k)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

@@ -1,6 +1,6 @@
 """What the published data sets hold: classes, images per class, and how they were chosen, from the tables in ``facts/``.
 
-The catalogue says where a data set lies; this says what belongs in it. Building and checking data both read it.
+The catalogue has the folder of a data set; this is its content. Building and checking data both read it.
 """
 
 import csv
@@ -19,8 +19,8 @@ _TABLES = {
 _IMAGES = {"tieredimagenet": {"train": 448_695, "val": 124_261, "test": 206_209}}
 
 # Images that two classes of CIFAR-100 share, byte for byte. Measured by SHA-256 over its 60,000 images as PNG, training and
-# test pooled: 26 contents occur twice, 9 of them within aquarium_fish and these 17 in two classes. 3 of them lie in two
-# splits of FC100, 15 in two of CIFAR-FS.
+# test pooled: 26 contents occur twice, 9 of them within aquarium_fish and these 17 in two classes. Three of these pairs span
+# two splits of FC100, and 15 span two splits of CIFAR-FS.
 _CIFAR_TWINS = {
     ("baby", "girl"): 4,
     ("crab", "spider"): 1,

@@ -1,53 +1,88 @@
-"""The few ways a split lies on disk. Each reader gives ``(paths, labels, class names)``.
+"""How a split is stored on disk: one folder per class, or a table of files. A reader returns (paths, labels, class names).
 
-Classes are sorted by name and numbered in that order, so that labels do not depend on the file system. Nothing is
-decoded here, but every file named is known to exist when a reader returns.
+Classes are sorted by name and numbered in that order, so that labels do not depend on the file system. Nothing is decoded
+here.
 """
 
 import codecs
 import csv
 import io
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from dataloader.catalog import DatasetSpec
-from utils import InputError, warn
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
+from dataloader.images import IMAGE_SUFFIXES
+from utils import InputError, first_few, printable, warn
 
 Listing = tuple[list[str], list[int], list[str]]
+Pairs = list[tuple[Path, str]]  # image, class
+
+MISSING_SPLIT = "missing splits"
 
 
-def read_split(spec: DatasetSpec, data_dir: str, split: str) -> Listing:
+class Problem(NamedTuple):
+    """Something about the files of a split.
+
+    Attributes:
+        kind: a heading for several of them.
+        text: what was found where.
+        cure: what to do about it.
+        is_fault: the split cannot be used as it is; otherwise it is worth knowing.
+    """
+
+    kind: str
+    text: str
+    cure: str
+    is_fault: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.text}. {self.cure}" if self.cure else self.text
+
+
+Report = Callable[[Problem], None]
+
+
+def refuse(problem: Problem) -> None:
+    """Raise InputError for a fault, and warn of anything else."""
+    if problem.is_fault:
+        raise InputError(str(problem))
+    warn(str(problem))
+
+
+def read_split(
+    spec: DatasetSpec, data_dir: str, split: str, *, advice: str | None = None, report: Report = refuse
+) -> Listing:
     """List one split of a data set.
+
+    Args:
+        advice: how to get what is missing, for messages; by default as the data set is obtained.
+        report: is told of each problem. Where it returns, reading continues without the files concerned.
 
     Raises:
         InputError: the data directory, the data set's folder, the split, a class or a file is missing, or cannot be read.
     """
+    advice = advice or f"To get it: {spec.obtain}"
     try:
-        pairs = _read_split(spec, Path(data_dir), split)
+        if not Path(data_dir).is_dir():
+            raise InputError(f"there is no folder {printable(str(data_dir))}. {advice}")
+        root = find_root(spec, Path(data_dir))
+        if root is None:
+            expected = " or ".join(printable(str(Path(data_dir, name))) for name in spec.folders)
+            raise InputError(f"no data set in {expected}: there is no such folder. {advice}")
+        pairs = READERS[spec.layout](spec, root, split, advice, report)
     except OSError as error:
-        raise InputError(
-            f"expected to read {error.filename or data_dir}; it cannot be read ({error.strerror or error}). "
-            "Check its permissions"
-        ) from error
+        path = printable(str(error.filename or data_dir))
+        raise InputError(f"{path} cannot be read ({error.strerror or error}). Check its permissions") from error
     names = sorted({name for _, name in pairs})
     number = {name: label for label, name in enumerate(names)}
     return [str(path) for path, _ in pairs], [number[name] for _, name in pairs], names
 
 
-def _read_split(spec: DatasetSpec, data_path: Path, split: str) -> list[tuple[Path, str]]:
-    if not data_path.is_dir():
-        raise InputError(f"-data_dir {data_path}: expected a folder; there is none. {_how_to_get(spec)}")
-    root = next((data_path / name for name in spec.folders if (data_path / name).is_dir()), None)
-    if root is None:
-        expected = " or ".join(str(data_path / name) for name in spec.folders)
-        raise InputError(f"expected the data set in {expected}; there is no such folder. {_how_to_get(spec)}")
-    return READERS[spec.layout](spec, root, split)
-
-
-def _how_to_get(spec: DatasetSpec) -> str:
-    return f"Give -data_dir the folder that holds the data, or get it: {spec.obtain}"
+def find_root(spec: DatasetSpec, data_path: Path) -> Path | None:
+    """The folder of a data set: the first of its spellings that exists."""
+    return next((data_path / name for name in spec.folders if (data_path / name).is_dir()), None)
 
 
 def names_image(path: Path) -> bool:
@@ -55,49 +90,98 @@ def names_image(path: Path) -> bool:
 
 
 def is_hidden(path: Path) -> bool:
-    # macOS leaves a "._name.jpg" beside each "name.jpg" it copies.
-    return path.name.startswith(".")
+    # macOS leaves a "._name.jpg" beside each "name.jpg" it copies; Windows hides the two others.
+    return path.name.startswith(".") or path.name.lower() in ("thumbs.db", "desktop.ini")
+
+
+def image_files(paths: Sequence[str]) -> Iterator[str]:
+    """The files named, and the images at any depth of the folders named, sorted by path within each.
+
+    Linked folders are followed. Hidden files and folders are skipped; a warning counts what else was left out.
+    """
+    for path in map(Path, paths):
+        if not path.is_dir():
+            yield str(path)  # a file that is missing is reported when it is read
+            continue
+        files, others = [], []
+        for file in _walk(path, ()):
+            (files if names_image(file) and file.is_file() else others).append(file)
+        if others:
+            warn(_describe_left_out(path, others))
+        if not files:
+            warn(f"no images in {printable(str(path))}")
+        yield from map(str, sorted(files))
+
+
+def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+    """All but the hidden files below a folder; a link to a folder that it is in is given as a file."""
+    try:
+        status, entries = folder.stat(), list(folder.iterdir())
+    except OSError:
+        yield folder
+        return
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        yield folder
+        return
+    for entry in entries:
+        if not is_hidden(entry):
+            yield from _walk(entry, (*above, here)) if entry.is_dir() else (entry,)
+
+
+def _describe_left_out(folder: Path, files: Sequence[Path]) -> str:
+    kinds = Counter(file.suffix.lower() or ("folders" if file.is_dir() else "no suffix") for file in files)
+    listed = first_few([f"{printable(kind)} {count}" for kind, count in kinds.most_common()])
+    first = printable(str(min(files).relative_to(folder)))
+    return f"left out of {printable(str(folder))}: {len(files)} that cannot be read as images ({listed}), first {first}"
 
 
 # --- One folder per class ---------------------------------------------------------------------------------------------
 
 
-def _read_folders(spec: DatasetSpec, root: Path, split: str) -> list[tuple[Path, str]]:
-    """``<split>/<class>/<image>``. Files beside the classes, files other than images, and hidden names are ignored."""
+def _read_folders(spec: DatasetSpec, root: Path, split: str, advice: str, report: Report) -> Pairs:
+    """``<split>/<class>/<image>``. Hidden names are ignored."""
     folder = root / spec.split_folders.get(split, split)
     if not folder.is_dir():
-        raise InputError(f"expected the {split} classes in {folder}; there is no such folder. {_how_to_get(spec)}")
-    pairs = []
-    for class_folder in sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path)):
-        images = sorted(path for path in class_folder.iterdir() if names_image(path) and not is_hidden(path))
+        report(Problem(MISSING_SPLIT, f"no {split} classes: there is no folder {printable(str(folder))}", advice))
+        return []
+    entries = sorted(path for path in folder.iterdir() if not is_hidden(path))
+    class_folders = [path for path in entries if path.is_dir()]
+    if not class_folders:
+        report(Problem("splits without a class", f"no class folders in {printable(str(folder))}", advice))
+    pairs, others = [], [path for path in entries if names_image(path) and path.is_file()]
+    if others:
+        text = (
+            f"{len(others)} images in {printable(str(folder))} itself are left out, first {printable(others[0].name)}"
+        )
+        report(Problem("images outside of class folders", text, "Move them into class folders", is_fault=False))
+    others = []
+    for class_folder in class_folders:
+        entries = sorted(path for path in class_folder.iterdir() if not is_hidden(path))
+        images = [path for path in entries if names_image(path)]
+        others += [path for path in entries if not names_image(path)]
         if not images:
-            raise InputError(
-                f"expected images in {class_folder}; found none ({', '.join(sorted(IMAGE_SUFFIXES))}). "
-                "Remove the folder or fill it"
-            )
+            found = f", but {_describe_left_out(class_folder, entries)}" if entries else ""
+            text = f"no images in {printable(str(class_folder))}{found}"
+            report(Problem("class folders without an image", text, "Remove the folder or fill it"))
         pairs += [(path, class_folder.name) for path in images]
-    if not pairs:
-        raise InputError(f"expected one folder per class in {folder}; it holds none. {_how_to_get(spec)}")
+    if others:
+        report(Problem("files in class folders that are no images", _describe_left_out(folder, others), "", False))
     return pairs
 
 
 # --- A table of files -------------------------------------------------------------------------------------------------
 
 
-def row_paths(spec: DatasetSpec, file: str, name: str) -> list[Path]:
-    """Where the image of a row may lie below the folder of the data set, the usual place first."""
-    by_class = [Path(name, file)] if spec.layout == "csv_by_class" else []
-    return [Path(folder) / path for folder in spec.image_folders for path in (*by_class, Path(file))]
+def _read_csv(spec: DatasetSpec, root: Path, split: str, advice: str, report: Report) -> Pairs:
+    """``split/<split>.csv`` with rows ``file,class``, with or without a header; the files are in an image folder.
 
-
-def _read_csv(spec: DatasetSpec, root: Path, split: str) -> list[tuple[Path, str]]:
-    """``split/<split>.csv`` with rows ``file,class``, with or without a header; the files lie in an image folder.
-
-    For ``csv_by_class`` they lie in one folder per class, which ``file`` may or may not name.
+    For ``csv_by_class`` they are in one folder per class, which ``file`` may or may not name.
     """
     table = root / "split" / f"{split}.csv"
     if not table.is_file():
-        raise InputError(f"expected the list of {split} images in {table}; there is no such file. {_how_to_get(spec)}")
+        report(Problem(MISSING_SPLIT, f"no list of {split} images: there is no file {printable(str(table))}", advice))
+        return []
     listings: dict[Path, set[str]] = {}  # one directory listing each, instead of a look-up per file
 
     def exists(path: Path) -> bool:
@@ -107,56 +191,54 @@ def _read_csv(spec: DatasetSpec, root: Path, split: str) -> list[tuple[Path, str
 
     class_of: dict[Path, str] = {}
     repeated = 0
-    for place, file, name in table_rows(table):
-        relative = row_paths(spec, file, name)
+    for place, file, name in _table_rows(table):
+        by_class = [Path(name, file)] if spec.layout == "csv_by_class" else []
+        relative = [Path(folder) / path for folder in spec.image_folders for path in (*by_class, Path(file))]
         if any(path.is_absolute() or ".." in path.parts for path in relative):
-            raise InputError(f"{place}: expected a file below {root}; got {_quoted(file)} of class {_quoted(name)}")
+            text = f"{place}: {_quoted(file)} of class {_quoted(name)} is outside of {printable(str(root))}"
+            report(Problem("rows that leave the data set", text, "Correct the row"))
+            continue
         candidates = [root / path for path in relative]
         path = next((path for path in candidates if exists(path)), None)
         if path is None:
-            raise InputError(
-                f"{place}: expected {_quoted(file)} as {_quoted(str(candidates[0]))}; there is no such file. "
-                "Fetch the images again, or remove the row"
-            )
-        earlier = class_of.get(path)
-        if earlier is None:
+            text = f"{place}: there is no file {_quoted(str(candidates[0]))}"
+            report(Problem("rows without a file", text, "Get the images again, or remove the row"))
+        elif path not in class_of:
             class_of[path] = name
-        elif earlier == name:
+        elif class_of[path] == name:
             repeated += 1
         else:
-            raise InputError(
-                f"{place}: expected one class for {_quoted(file)}; got {_quoted(earlier)} and {_quoted(name)}. "
-                "Remove one of the rows"
-            )
+            text = f"{place}: {_quoted(file)} is in two classes, {_quoted(class_of[path])} and {_quoted(name)}"
+            report(Problem("images in two rows", text, "Remove the wrong row"))
     if not class_of:
-        raise InputError(f"{table}: expected rows file,class; found none")
+        report(Problem("tables without a row", f"{printable(str(table))} has no rows file,class", advice))
     if repeated:
-        warn(f"{table}: rows that repeat an earlier one, ignored: {repeated}")
+        text = f"{printable(str(table))}: rows that repeat an earlier one, ignored: {repeated}"
+        report(Problem("repeated rows", text, "", is_fault=False))
     return sorted(class_of.items(), key=lambda pair: pair[1])  # stable: within a class the order of the table
 
 
-def table_rows(table: Path) -> Iterator[tuple[str, str, str]]:
-    """The rows of a table as (where it stands, file, class), without the header, blank lines and hidden files."""
+def _table_rows(table: Path) -> Iterator[tuple[str, str, str]]:
+    """The rows of a table as (its line, file, class), without the header, blank lines and hidden files."""
     rows = csv.reader(io.StringIO(_text(table), newline=""))
     is_first = True
     try:
         for row in rows:
-            place = f"{table}, line {rows.line_num}"
+            place = f"{printable(str(table))}, line {rows.line_num}"
             file, name = [field.strip() for field in (*row, "", "")[:2]]
             is_header = is_first and not names_image(Path(file))
             is_first = is_first and not row
             if not row or is_header or is_hidden(Path(file)):
                 continue
             if not file or not name:
-                raise InputError(f"{place}: expected file,class; got {_quoted(','.join(row))}")
+                raise InputError(f"{place}: a row is file,class; this one is {_quoted(','.join(row))}")
             if not names_image(Path(file)):
                 raise InputError(
-                    f"{place}: expected the name of an image ({', '.join(sorted(IMAGE_SUFFIXES))}); got {_quoted(file)}"
+                    f"{place}: a row begins with the name of an image; {_quoted(file)} does not end as one, as in .jpg"
                 )
             yield place, file, name
     except csv.Error as error:
-        place = f"{table}, line {rows.line_num}"
-        raise InputError(f"{place}: expected rows file,class; it cannot be read ({error})") from error
+        raise InputError(f"{printable(str(table))}, line {rows.line_num}: cannot be read ({error})") from error
 
 
 def _text(table: Path) -> str:
@@ -169,7 +251,7 @@ def _text(table: Path) -> str:
     if fault < 0:
         return text
     line = len(content[: fault + 1].splitlines())
-    raise InputError(f"{table}, line {line}: expected text in UTF-8; got {what}. Save the table as UTF-8")
+    raise InputError(f"{printable(str(table))}, line {line}: {what} is not text in UTF-8. Save the table as UTF-8")
 
 
 def _quoted(text: str) -> str:
@@ -177,7 +259,7 @@ def _quoted(text: str) -> str:
     return repr(text if len(text) <= 200 else text[:200] + "...")
 
 
-READERS: dict[str, Callable[[DatasetSpec, Path, str], list[tuple[Path, str]]]] = {
+READERS: dict[str, Callable[[DatasetSpec, Path, str, str, Report], Pairs]] = {
     "folders": _read_folders,
     "csv": _read_csv,
     "csv_by_class": _read_csv,

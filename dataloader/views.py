@@ -32,7 +32,7 @@ class Box(NamedTuple):
 
 
 class View(Protocol):
-    """What every view offers.
+    """What every view has.
 
     Attributes:
         is_random: whether two calls on one image may differ.
@@ -56,7 +56,7 @@ class View(Protocol):
 
 
 def grid_boxes(size: int, num_grid: int, ratio: float) -> list[tuple[int, int]]:
-    """Where along one axis the cells of a grid lie (section 3.1, image pyramid).
+    """The cells of a grid along one axis (section 3.1, image pyramid).
 
     Args:
         size: pixels of the axis.
@@ -121,7 +121,7 @@ class GridView(_Patches):
     """The cells of an image pyramid, level by level and row by row: ``(P, 3, S, S)``.
 
     ``patch_list`` names the cells along an edge per level. A cell is enlarged by ``patch_ratio``; in training by
-    ``1 + 2 u`` with u uniform in [0, 1), drawn anew for each level, and each patch may be flipped.
+    ``1 + 2 u`` with u uniform in [0, 1), drawn for each level, and each patch may be flipped.
 
     ``boxes`` raises :class:`InputError` when the image is too small for a level, so that a cell could have no pixel.
     """
@@ -148,8 +148,8 @@ class GridView(_Patches):
             for pixels in size:
                 if pixels < num_grid or any(start >= end for start, end in grid_boxes(pixels, num_grid, ratio)):
                     raise InputError(
-                        f"expected an image large enough for {num_grid} cells along each edge (-patch_list); got "
-                        f"{size[0]}x{size[1]} pixels, which leaves cells without a pixel. Lower -patch_list or use larger images"
+                        f"the image is too small for {num_grid} cells along each edge (-patch_list): {size[0]}x{size[1]} pixels "
+                        "leave cells without a pixel. Lower -patch_list or use larger images"
                     )
 
 
@@ -186,6 +186,8 @@ def _draw_flip() -> bool:
 
 
 def _cut(image: Image.Image, box: Box, size: int) -> np.ndarray:
+    if image.mode != "RGB":
+        raise ValueError(f'a view needs an RGB image; this one has the mode {image.mode}. Use image.convert("RGB")')
     # Cropped first, then resized: `resize(box=...)` would blend in pixels from outside the box.
     patch = image.crop(box[:4]).resize((size, size), Image.Resampling.BILINEAR)
     pixels = np.asarray(patch).transpose(2, 0, 1)  # (size, size, 3) -> (3, size, size)
@@ -215,7 +217,7 @@ def make_view(
         ValueError: no such variant.
     """
     if deepemd not in VIEWS:
-        raise ValueError(f"expected deepemd to be one of {', '.join(VIEWS)}; got {deepemd!r}")
+        raise ValueError(f"no variant {deepemd!r} of DeepEMD; choose one of {', '.join(VIEWS)}")
     view, takes = VIEWS[deepemd]
     settings = {"train": train, "patch_list": patch_list, "patch_ratio": patch_ratio, "num_patch": num_patch}
     return view(image_size=image_size, **{name: settings[name] for name in takes})

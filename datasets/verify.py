@@ -1,10 +1,10 @@
-"""Check a data set: is what lies on disk what was published, whole, and without leaks between the splits?
+"""Check a data set: are the files on disk the published ones, complete, and without leaks between the splits?
 
     python datasets/verify.py fc100                         the whole of datasets/FC100
     python datasets/verify.py cub -data_dir /data -json -   as JSON on standard output
 
-Every image is decoded, every file hashed. Nothing is changed. The last line is the verdict; before it stand the faults,
-most harmful first, each with its cure. Notes are worth knowing and no faults.
+Every image is decoded and every file hashed. Nothing is changed. The last line is the verdict; the faults before it are
+sorted by the harm they do, each with its cure. Notes are informational.
 
 Exit status: 0 if the data set is right, 1 if it is not, 2 for bad flags, 130 after Ctrl-C.
 """
@@ -15,8 +15,6 @@ import hashlib
 import io
 import json
 import os
-import re
-import shlex
 import signal
 import sys
 from collections import Counter, defaultdict
@@ -32,32 +30,34 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import manifest
-from PIL import Image
 from tqdm import tqdm
 
 from dataloader.catalog import CATALOG, SPLITS, DatasetSpec
 from dataloader.checks import SHRUNK_TO, compare_classes, compare_counts, is_shrunk
-from dataloader.dataset import read_image
+from dataloader.images import ImageFacts, decode_image, reason
 from dataloader.published import published_classes, published_images, published_twins
-from dataloader.readers import is_hidden, names_image, row_paths, table_rows
-from utils import InputError, available_cores, check_writable, file_hash, first_few, make_parser, run_script, write_json
+from dataloader.readers import MISSING_SPLIT, Problem, find_root, is_hidden, names_image, read_split
+from utils import (
+    InputError,
+    available_cores,
+    check_writable,
+    file_hash,
+    first_few,
+    make_parser,
+    printable,
+    run_script,
+    write_output,
+)
 
+UNREADABLE = "cannot be read"
+STRAY_FILES = "files in class folders that are no images"
 # The scripts read omniglot as "-dataset folder -data_dir <data_dir>/omniglot".
 SPECS = {
     **CATALOG,
     "omniglot": replace(CATALOG["folder"], folders=("omniglot",), obtain="python datasets/prepare.py omniglot"),
 }
-# Names that other projects give to the same things, without their capitals, dashes and underscores.
-OTHER_NAMES = {
-    "cub": {"cub2002011", "cub200", "cubirds"},
-    "tieredimagenet": {"tiered"},
-    "miniimagenet": {"mini"},
-    "train": {"metatrain", "base", "training"},
-    "val": {"metaval", "valid", "metavalid", "validation", "metavalidation"},
-    "test": {"metatest", "novel", "testing"},
-}
 
-IN_PROCESS = 1000  # files that are looked at faster than worker processes start
+IN_PROCESS = 1000  # files that are read faster than worker processes start
 CHUNK = 64  # files that a worker process is given at a time
 
 # ImageNet and the boxes of CUB have a few images of 84 pixels or less by nature, well under these shares.
@@ -67,15 +67,12 @@ MOST_SMALL, MOST_SMALL_IN_CLASS = 0.01, 0.1
 UNCROPPED_SIDE, MOST_UNCROPPED, FEWEST_TO_JUDGE = 500, 0.5, 5
 MOST_TWINS = 0.001  # of all images, where the published number of images in two splits is not known
 
-SIZE_BINS = (32, 64, 84, 128, 256, 400, 500, 700, 1000)
-FEW_SIZES = 5  # are listed one by one
 
-
-class Look(NamedTuple):
+class FileRecord(NamedTuple):
     """What reading a file has shown."""
 
     digest: bytes | None = None  # SHA-256; None for a file that cannot be read
-    shape: tuple[int, int, str] | None = None  # width, height, colour mode; None unless it is an image that decodes
+    facts: ImageFacts | None = None  # None unless it is an image that decodes
     fault: str | None = None
 
 
@@ -86,29 +83,21 @@ class Finding(NamedTuple):
 
 @dataclass
 class Tree:
-    """A data set as it lies on disk. Paths are relative to ``root``, with ``/``."""
+    """A data set on disk. Paths are relative to ``root``, with ``/``."""
 
     name: str
     spec: DatasetSpec
     data_dir: Path
     root: Path
-    splits: dict[str, str] = field(default_factory=dict)  # the folder or the table of each split that is there
-    files: set[str] = field(default_factory=set)  # all but the hidden ones
-    folders: list[str] = field(default_factory=list)
     images: dict[str, tuple[str, str]] = field(default_factory=dict)  # split and class of each image the scripts read
-    looks: dict[str, Look] = field(default_factory=dict)
-    problems: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # met on the way, by kind
-
-    def counts(self) -> dict[str, Counter[str]]:
-        """Split -> class -> number of images."""
-        found = {split: Counter() for split in self.splits}
-        for split, label in self.images.values():
-            found[split][label] += 1
-        return found
+    counts: dict[str, Counter[str]] = field(default_factory=dict)  # split -> class -> images
+    others: list[str] = field(default_factory=list)  # the other files, but for hidden ones
+    records: dict[str, FileRecord] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)  # of the readers
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, int, str]]]:
         """The images that decode."""
-        return ((path, look.shape) for path, look in self.looks.items() if look.shape)
+        return ((path, self.records[path].facts.shape) for path in self.images if self.records[path].facts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", choices=SPECS, help=f"one of {', '.join(SPECS)}")
     parser.add_argument("-data_dir", default=str(Path(__file__).parent), help="folder that holds the data sets")
-    parser.add_argument("-json", metavar="FILE", help="write all that was found to this file; - for standard output")
+    parser.add_argument("-json", metavar="FILE", help="write the full report to this file; - for standard output")
     args = parser.parse_args(argv)
     if args.json not in (None, "-"):
         check_writable(Path(args.json))
@@ -126,179 +115,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print("\n".join(_as_text(report)))
         if args.json:
-            write_json(Path(args.json), report)
+            write_output(Path(args.json), json.dumps(report, indent=1).encode())
     return 0 if report["right"] else 1
 
 
 def verify(name: str, data_dir: Path) -> dict[str, Any]:
-    """All that can be said about a data set, as plain values."""
+    """The report on a data set, as plain values."""
     spec = SPECS[name]
-    root, misspelled = _find_root(name, spec, data_dir)
+    root = find_root(spec, data_dir)
     if root is None:
         where = " or ".join(str(data_dir / folder) for folder in spec.folders)
-        what = "it is not there" if data_dir.is_dir() else f"there is no folder {data_dir}"
-        verdict = _one_line(f"{name}: expected it in {where}; {what}. Get it: {spec.obtain}")
+        what = f"there is no folder {where}" if data_dir.is_dir() else f"there is no folder {data_dir}"
+        verdict = printable(f"{name} is missing: {what}. Set -data_dir, or get it: {spec.obtain}")
         return {"dataset": name, "path": None, "right": False, "verdict": verdict, "faults": [verdict], "notes": []}
     tree = Tree(name, spec, data_dir, root)
-    _find_splits(tree)
-    tree.problems["misspelled"] += misspelled  # last: cured from the inside, the paths of the next line still hold
-    _list_files(tree)
-    (_assign_folders if spec.layout == "folders" else _assign_rows)(tree)
-    _look_at_files(tree)
-    findings = [finding for check in CHECKS for finding in check(tree)]
-    return _report(tree, findings)
+    _list_images(tree)
+    _list_others(tree)
+    _read_files(tree)
+    return _report(tree, [finding for check in CHECKS for finding in check(tree)])
 
 
-# --- What lies where --------------------------------------------------------------------------------------------------
+# --- Listing and reading files ----------------------------------------------------------------------------------------
 
 
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
-
-
-def _spelled_otherwise(parent: Path, key: str, wanted: str, *, suffix: str = "") -> Path | None:
-    """A folder, or with a suffix a file, whose name is another spelling of ``wanted``."""
-    names = OTHER_NAMES.get(key, set()) | {_plain(wanted), _plain(key)}
-    try:
-        entries = sorted(parent.iterdir())
-    except OSError:  # the walk over all files reports it
-        return None
-    for entry in entries:
-        if entry.is_file() if suffix else entry.is_dir():
-            name = entry.name.removesuffix(suffix)
-            if not is_hidden(entry) and entry.name.endswith(suffix) and _plain(name) in names:
-                return entry
-    return None
-
-
-def _rename(source: Path, target: Path) -> str:
-    return f"{source} is spelled in a way that the scripts do not read. Rename it: {shlex.join(['mv', str(source), str(target)])}"
-
-
-def _find_root(name: str, spec: DatasetSpec, data_dir: Path) -> tuple[Path | None, list[str]]:
-    """The folder of the data set, and what is wrong with its name."""
-    for folder in spec.folders:
-        if (data_dir / folder).is_dir():
-            return data_dir / folder, []
-    root = _spelled_otherwise(data_dir, name, spec.folders[0])
-    if root is None:
-        return None, []
-    if name == "cub" and (root / "bounding_boxes.txt").is_file():
-        cure = f"python datasets/prepare.py cub -source {shlex.quote(str(root))}"
-        return root, [
-            f"{root} is the original CUB_200_2011, neither cropped nor split. Build the data set from it: {cure}"
-        ]
-    return root, [_rename(root, data_dir / spec.folders[0])]
-
-
-def _find_splits(tree: Tree) -> None:
-    is_table = tree.spec.layout != "folders"
-    parent, suffix = (tree.root / "split", ".csv") if is_table else (tree.root, "")
-    if is_table and not parent.is_dir() and (tree.root / "splits").is_dir():
-        parent = tree.root / "splits"
+def _list_images(tree: Tree) -> None:
+    """The images that the scripts read, as the scripts list them."""
     for split in SPLITS:
-        wanted = parent / (tree.spec.split_folders.get(split, split) + suffix)
-        found = wanted if (wanted.is_file() if is_table else wanted.is_dir()) else None
-        if found is None:
-            found = _spelled_otherwise(parent, split, wanted.stem, suffix=suffix)
-            tree.problems["misspelled" if found else "no split"].append(
-                _rename(found, wanted) if found else str(wanted)
-            )
-        if found:
-            tree.splits[split] = found.relative_to(tree.root).as_posix()
-    if is_table and parent.name != "split":
-        tree.problems["misspelled"].append(_rename(parent, tree.root / "split"))
-
-
-def _list_files(tree: Tree) -> None:
-    """All files and folders below the root; of the layout "folder", whose root is the data directory, below the splits."""
-    tops = list(tree.splits.values()) if tree.spec.folders == (".",) else [""]
-    waiting = [(top, ()) for top in tops]
-    while waiting:
-        folder, above = waiting.pop()
-        path = tree.root / folder
+        problems: list[Problem] = []
         try:
-            status = path.stat()
-            entries = list(os.scandir(path))
-        except OSError as error:
-            tree.problems["unreadable"].append(f"{path} ({error.strerror})")
-            continue
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            tree.problems["broken"].append(f"{path} (a link to a folder that it lies in)")
-            continue
-        for entry in entries:
-            name = f"{folder}/{entry.name}" if folder else entry.name
-            if is_hidden(Path(entry.name)):
-                continue
-            try:
-                if entry.is_dir():
-                    tree.folders.append(name)
-                    waiting.append((name, (*above, here)))
-                elif entry.is_file():
-                    tree.files.add(name)
-                else:
-                    what = "a link that leads nowhere" if entry.is_symlink() else "neither a file nor a folder"
-                    tree.problems["broken"].append(f"{entry.path} ({what})")
-            except OSError as error:
-                tree.problems["unreadable"].append(f"{entry.path} ({error.strerror})")
-
-
-def _assign_folders(tree: Tree) -> None:
-    split_of = {folder: split for split, folder in tree.splits.items()}
-    filled: set[str] = set()
-    places: dict[tuple[str, str], tuple[str, str]] = {}  # one object for each, however many images it has
-    for path in sorted(tree.files):
-        folder, _, rest = path.partition("/")
-        if folder in split_of and names_image(Path(path)):
-            if rest.count("/") == 1:
-                label = rest.partition("/")[0]
-                place = split_of[folder], label
-                tree.images[path] = places.setdefault(place, place)
-                filled.add(f"{folder}/{label}")
-            else:
-                tree.problems["misplaced"].append(path)
-    for path in sorted(tree.folders):
-        folder, _, rest = path.partition("/")
-        if folder in split_of and rest and "/" not in rest and path not in filled:
-            tree.problems["empty"].append(path)
-        if names_image(Path(path)) and rest.count("/") != 0:
-            tree.problems["broken"].append(f"{tree.root / path} (a folder with the name of an image)")
-
-
-def _assign_rows(tree: Tree) -> None:
-    for split, table in tree.splits.items():
-        try:
-            for place, file, label in table_rows(tree.root / table):
-                _assign_row(tree, split, place, file, label)
+            paths, labels, classes = read_split(tree.spec, str(tree.data_dir), split, report=problems.append)
         except InputError as error:
-            tree.problems["table"].append(str(error))
-        except OSError as error:
-            tree.problems["table"].append(
-                f"{tree.root / table} cannot be read ({error.strerror}). Check its permissions"
-            )
-    for path in tree.folders:
-        if names_image(Path(path)):
-            tree.problems["broken"].append(f"{tree.root / path} (a folder with the name of an image)")
+            problems.append(Problem(UNREADABLE, str(error), ""))
+        tree.problems += problems
+        if any(problem.kind in (UNREADABLE, MISSING_SPLIT) for problem in problems):
+            continue
+        tree.counts[split] = Counter()
+        places = [(split, label) for label in classes]  # one object for each, however many images it has
+        for path, label in zip(paths, labels, strict=True):
+            name = _relative(path, tree.root)
+            if (earlier := tree.images.setdefault(name, places[label])) is places[label]:
+                tree.counts[split][classes[label]] += 1
+            else:
+                text = f"{name} is in {' '.join(earlier)} and in {' '.join(places[label])}"
+                tree.problems.append(Problem("images in two splits of the tables", text, "Remove the wrong row"))
 
 
-def _assign_row(tree: Tree, split: str, place: str, file: str, label: str) -> None:
-    path = next((p for p in map(Path.as_posix, row_paths(tree.spec, file, label)) if p in tree.files), None)
-    if path is None:
-        tree.problems["no file"].append(f"{place}: {file}")
-    elif tree.images.setdefault(path, (split, label)) != (split, label):
-        earlier = " ".join(tree.images[path])
-        tree.problems["two rows"].append(f"{place}: {file} is in {split} {label}, and in {earlier}")
+def _relative(path: str, root: Path) -> str:
+    return path[len(str(root)) + 1 :].replace(os.sep, "/") if root != Path() else path.replace(os.sep, "/")
 
 
-# --- Reading every file -----------------------------------------------------------------------------------------------
+def _list_others(tree: Tree) -> None:
+    """Every other file below the root; with "folder", whose root is the data directory, below the splits."""
+    tops = [tree.root / split for split in tree.counts] if tree.spec.folders == (".",) else [tree.root]
+
+    def note_unreadable(error: OSError) -> None:
+        tree.problems.append(Problem(UNREADABLE, f"{error.filename} cannot be read ({error.strerror})", ""))
+
+    for top in tops:
+        for folder, folders, files in os.walk(top, onerror=note_unreadable):
+            folders[:] = sorted(name for name in folders if not is_hidden(Path(name)))
+            for name in sorted(files):
+                path = _relative(os.path.join(folder, name), tree.root)
+                if path not in tree.images and not is_hidden(Path(name)):
+                    tree.others.append(path)
 
 
-def _look_at_files(tree: Tree) -> None:
-    """Decode and hash the images; with a manifest to hold them against, hash the other files too."""
-    others = tree.files - tree.images.keys() - {manifest.NAME} if manifest.NAME in tree.files else set()
-    paths = [*tree.images, *sorted(others)]
-    shapes: dict[Any, Any] = {}  # one object for each shape, however many images have it
+def _read_files(tree: Tree) -> None:
+    """Decode and hash the images; hash the other files too if there is a manifest of them."""
+    hashed = [path for path in tree.others if path != manifest.NAME] if manifest.NAME in tree.others else []
+    paths = [*tree.images, *hashed]
+    known: dict[Any, Any] = {}  # one object for equal facts, however many images have them
     bar = tqdm(
         desc=f"reading {tree.name}",
         total=len(paths),
@@ -308,15 +194,15 @@ def _look_at_files(tree: Tree) -> None:
         mininterval=0.2 if sys.stderr.isatty() else 10,
         disable=not sys.stderr.isatty() and len(paths) < IN_PROCESS,
     )
-    look = partial(_look, str(tree.root), frozenset(others))
+    read = partial(_read_file, str(tree.root), frozenset(hashed))
     with bar, _mapping(len(paths)) as map_all:
-        for path, seen in zip(paths, map_all(look, paths), strict=True):
-            tree.looks[path] = seen._replace(shape=shapes.setdefault(seen.shape, seen.shape))
+        for path, record in zip(paths, map_all(read, paths), strict=True):
+            tree.records[path] = record._replace(facts=known.setdefault(record.facts, record.facts))
             bar.update()
 
 
 @contextmanager
-def _mapping(count: int) -> Iterator[Callable[..., Iterable[Look]]]:
+def _mapping(count: int) -> Iterator[Callable[..., Iterable[FileRecord]]]:
     """A ``map`` over worker processes, or over none where there is little to do."""
     workers = available_cores()
     if workers == 1 or count < IN_PROCESS:
@@ -329,24 +215,21 @@ def _mapping(count: int) -> Iterator[Callable[..., Iterable[Look]]]:
         pool.shutdown(cancel_futures=True)
 
 
-def _look(root: str, not_images: frozenset[str], name: str) -> Look:
+def _read_file(root: str, not_images: frozenset[str], name: str) -> FileRecord:
     path = os.path.join(root, name)
     try:
+        if not os.path.isfile(path):
+            return FileRecord(fault="it is no file" if os.path.exists(path) else "a link that leads nowhere")
         if name in not_images:
-            return Look(bytes.fromhex(file_hash(path)))
+            return FileRecord(bytes.fromhex(file_hash(path)))
         content = Path(path).read_bytes()
     except OSError as error:
-        return Look(fault=f"it cannot be read ({error.strerror})")
+        return FileRecord(fault=error.strerror)
     digest = hashlib.sha256(content).digest()
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            shape = (*image.size, image.mode)
-        read_image(path, content=io.BytesIO(content), advice="")
-        return Look(digest, shape)
+        return FileRecord(digest, decode_image(io.BytesIO(content))[1])
     except Exception as error:  # whatever a broken file makes Pillow raise
-        cause = error.__cause__ or error
-        reason = re.sub(r" <_io\.BytesIO[^>]*>", "", str(cause)).replace(f" in {path}", "")
-        return Look(digest, fault=reason or type(cause).__name__)
+        return FileRecord(digest, fault=reason(error))
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------
@@ -356,27 +239,26 @@ def _many(what: str, where: Sequence[str], cure: str) -> Iterator[Finding]:
     """One fault for any number of the same."""
     if where:
         first = f": {where[0]}" if len(where) == 1 else f": {len(where)}, first {where[0]}"
-        yield Finding(f"{what}{first}. {cure}")
+        yield Finding(f"{what}{first}" + (f". {cure}" if cure else ""))
 
 
-def check_places(tree: Tree) -> Iterator[Finding]:
-    yield from map(Finding, tree.problems["misspelled"])
-    missing = tree.problems["no split"]
-    if tree.name == "folder" and tree.splits:  # a script needs only those that it reads
-        if missing:
-            yield Finding(f"there is no {first_few(missing)}; scripts that read it will say so", is_fault=False)
-    else:
-        yield from _many("missing, with a whole split", missing, f"Get the data set again: {tree.spec.obtain}")
-
-
-def check_reading(tree: Tree) -> Iterator[Finding]:
-    yield from map(Finding, tree.problems["table"])
-    yield from _many("cannot be read", tree.problems["unreadable"], "Check the permissions")
-    yield from _many("no file where one should be", tree.problems["broken"], "Put the file there, or remove the entry")
+def check_listing(tree: Tree) -> Iterator[Finding]:
+    """What the readers met, by kind; a script needs only the splits that it reads."""
+    kinds: dict[str, list[Problem]] = defaultdict(list)
+    for problem in tree.problems:
+        kinds[problem.kind].append(problem)
+    for kind, problems in kinds.items():
+        texts = [problem.text for problem in problems]
+        is_optional = kind == MISSING_SPLIT and tree.spec.folders == (".",) and tree.counts
+        if is_optional or not problems[0].is_fault:
+            if kind != STRAY_FILES:
+                yield Finding(f"{kind}: {first_few(texts)}", is_fault=False)
+        else:
+            yield from _many(kind, texts, problems[0].cure)
 
 
 def check_classes(tree: Tree) -> Iterator[Finding]:
-    counts = tree.counts()
+    counts = tree.counts
     for one, other in combinations(counts, 2):
         both = sorted(counts[one].keys() & counts[other].keys())
         yield from _many(
@@ -393,7 +275,6 @@ def check_classes(tree: Tree) -> Iterator[Finding]:
 
 
 def check_leaks(tree: Tree) -> Iterator[Finding]:
-    yield from _many("images in two rows", tree.problems["two rows"], "Remove the wrong row")
     across: dict[tuple[str, str], list[list[str]]] = defaultdict(list)  # pair of classes -> images they share
     within = []
     for paths in _same_content(tree):
@@ -413,7 +294,7 @@ def check_leaks(tree: Tree) -> Iterator[Finding]:
     yield from _many("the same image in two splits", where, "Remove it from one of them, or get the data set again")
     if across and not leaks:
         known = ", as in the published set" if published else ""
-        yield Finding(f"images that lie in two splits{known}: {number}", is_fault=False)
+        yield Finding(f"images in two splits{known}: {number}", is_fault=False)
     if within:
         first = " = ".join(within[0][:3])
         yield Finding(f"images that occur more than once within a split: {len(within)}, first {first}", is_fault=False)
@@ -424,35 +305,35 @@ def _same_content(tree: Tree) -> list[list[str]]:
     first: dict[bytes, str] = {}
     groups: dict[bytes, list[str]] = {}
     for path in tree.images:
-        digest = tree.looks[path].digest
+        digest = tree.records[path].digest
         if digest is not None and first.setdefault(digest, path) != path:
             groups.setdefault(digest, [first[digest]]).append(path)
     return list(groups.values())
 
 
 def check_images(tree: Tree) -> Iterator[Finding]:
-    broken = [f"{path} ({look.fault})" for path, look in tree.looks.items() if look.fault]
+    broken = [f"{path} ({record.fault})" for path, record in tree.records.items() if record.fault]
     yield from _many(
-        "images that cannot be decoded", broken, f"Replace them, or get the data set again: {tree.spec.obtain}"
+        "files that cannot be read", broken, f"Replace them, or get the data set again: {tree.spec.obtain}"
     )
 
 
-def check_rows(tree: Tree) -> Iterator[Finding]:
-    yield from _many("rows without a file", tree.problems["no file"], f"Get the images again: {tree.spec.obtain}")
-    if tree.spec.layout == "folders" or tree.problems["table"] or tree.problems["no split"]:
-        return
-    idle = sorted(path for path in tree.files - tree.images.keys() if names_image(Path(path)))
-    if len(tree.images) < sum(published_images(tree.name, split) or 0 for split in SPLITS):
-        yield from _many("images without a row in a table", idle, f"Get the tables again: {tree.spec.obtain}")
-    elif idle:
-        yield Finding(
-            f"images that no table names, which changes nothing: {len(idle)}, first {idle[0]}", is_fault=False
-        )
+def check_conversions(tree: Tree) -> Iterator[Finding]:
+    facts = [(path, tree.records[path].facts) for path in tree.images if tree.records[path].facts]
+    transparent = [path for path, fact in facts if fact.is_transparent]
+    turned = [path for path, fact in facts if fact.is_turned]
+    if transparent:
+        what = "images with transparent pixels, which are read as white"
+        yield Finding(f"{what}: {len(transparent)}, first {transparent[0]}", is_fault=False)
+    if turned:
+        how = "read as they are stored" if tree.spec.is_published else "turned upright"
+        what = f"images whose EXIF orientation asks for a turn, which are {how}"
+        yield Finding(f"{what}: {len(turned)}, first {turned[0]}", is_fault=False)
 
 
 def check_counts(tree: Tree) -> Iterator[Finding]:
     cure = f"Get the data set again: {tree.spec.obtain}"
-    for split, found in tree.counts().items():
+    for split, found in tree.counts.items():
         wrong = [
             f"{label} has {here} of {published}"
             for label, (here, published) in compare_counts(tree.name, split, found).items()
@@ -461,14 +342,6 @@ def check_counts(tree: Tree) -> Iterator[Finding]:
         here, published = sum(found.values()), published_images(tree.name, split)
         if published not in (None, here) and not wrong and not any(compare_classes(tree.name, split, found)):
             yield Finding(f"{split} has {here} images, the published split {published}. {cure}")
-    yield from _many(
-        "class folders without an image", tree.problems["empty"], "Fill or remove them; no script reads past them"
-    )
-    yield from _many(
-        "images where no script looks",
-        tree.problems["misplaced"],
-        "They belong in <split>/<class>/; move or remove them",
-    )
 
 
 def check_resolution(tree: Tree) -> Iterator[Finding]:
@@ -513,7 +386,7 @@ def check_pixels(tree: Tree) -> Iterator[Finding]:
 
 
 def check_manifest(tree: Tree) -> Iterator[Finding]:
-    if manifest.NAME not in tree.files:
+    if manifest.NAME not in tree.others:
         return
     path = tree.root / manifest.NAME
     again = f"Build it again: {tree.spec.obtain}"
@@ -527,7 +400,7 @@ def check_manifest(tree: Tree) -> Iterator[Finding]:
     if name != tree.name:
         yield Finding(f"{path} is of the data set {name}, not of {tree.name}. {again}")
         return
-    counts = tree.counts()
+    counts = tree.counts
     differing = [
         f"{split} {label} has {counts.get(split, {}).get(label, 0)} images, not {recorded.get(split, {}).get(label, 0)}"
         for split in SPLITS
@@ -535,16 +408,20 @@ def check_manifest(tree: Tree) -> Iterator[Finding]:
         if counts.get(split, {}).get(label, 0) != recorded.get(split, {}).get(label, 0)
     ]
     yield from _many("counts differ from those in manifest.json", differing, again)
-    digests = {path: look.digest.hex() for path, look in tree.looks.items() if look.digest}
+    digests = {path: record.digest.hex() for path, record in tree.records.items() if record.digest}
     if not differing and manifest.tree_hash(digests) != whole:
         yield Finding(f"files were changed, renamed, added or removed since prepare.py wrote {path}. {again}")
 
 
 def check_strays(tree: Tree) -> Iterator[Finding]:
-    tables = set(tree.splits.values())
-    strays = sorted(path for path in tree.files - {manifest.NAME} - tables if not names_image(Path(path)))
-    if strays:
-        yield Finding(f"files that no script reads: {len(strays)}, first {strays[0]}", is_fault=False)
+    tables = {f"split/{split}.csv" for split in SPLITS} if tree.spec.layout != "folders" else set()
+    others = [path for path in tree.others if path not in tables and path != manifest.NAME]
+    for what, paths in (
+        ("images that no script reads", [path for path in others if names_image(Path(path))]),
+        ("files that no script reads", [path for path in others if not names_image(Path(path))]),
+    ):
+        if paths:
+            yield Finding(f"{what}: {len(paths)}, first {paths[0]}", is_fault=False)
 
 
 def check_overlap(tree: Tree) -> Iterator[Finding]:
@@ -552,25 +429,24 @@ def check_overlap(tree: Tree) -> Iterator[Finding]:
     if other and any((tree.data_dir / folder).is_dir() for folder in SPECS[other].folders):
         shared = published_classes("miniimagenet")["train"].keys() & published_classes("tieredimagenet")["test"].keys()
         yield Finding(
-            f"{len(shared)} training classes of miniimagenet are test classes of tieredimagenet, which lies beside it: "
+            f"{len(shared)} training classes of miniimagenet are test classes of tieredimagenet, which is in the same folder: "
             f"never evaluate an encoder of one on the other ({', '.join(sorted(shared))})",
             is_fault=False,
         )
 
 
 CHECKS: tuple[Callable[[Tree], Iterator[Finding]], ...] = (  # the most harmful first
-    check_places,
-    check_reading,
+    check_listing,
     check_classes,
     check_leaks,
     check_cropped,
     check_resolution,
     check_pixels,
     check_images,
-    check_rows,
     check_counts,
     check_manifest,
     check_overlap,
+    check_conversions,
     check_strays,
 )
 
@@ -579,61 +455,41 @@ CHECKS: tuple[Callable[[Tree], Iterator[Finding]], ...] = (  # the most harmful 
 
 
 def _report(tree: Tree, findings: Sequence[Finding]) -> dict[str, Any]:
-    faults = [_one_line(finding.text) for finding in findings if finding.is_fault]
-    counts = tree.counts()
-    if not tree.images and not faults:
-        faults = [_one_line(f"{tree.root} holds no images. Get the data set: {tree.spec.obtain}")]
-    classes = "/".join(str(len(counts[split])) for split in counts)
+    faults = [printable(finding.text) for finding in findings if finding.is_fault]
+    classes = "/".join(str(len(found)) for found in tree.counts.values())
     what = (
         f"is right: {classes} classes, {len(tree.images)} images"
         if not faults
         else f"is not right; faults: {len(faults)}"
     )
+    sizes = Counter(shape[:2] for _, shape in tree.shapes())
     return {
         "dataset": tree.name,
         "path": str(tree.root),
         "right": not faults,
-        "verdict": _one_line(f"{tree.name} in {tree.root} {what}"),
+        "verdict": printable(f"{tree.name} in {tree.root} {what}"),
         "faults": faults,
-        "notes": [_one_line(finding.text) for finding in findings if not finding.is_fault],
+        "notes": [printable(finding.text) for finding in findings if not finding.is_fault],
         "splits": {
             split: {"classes": len(found), "images": sum(found.values()), "per_class": dict(sorted(found.items()))}
-            for split, found in counts.items()
+            for split, found in tree.counts.items()
         },
-        "sizes": _histogram(Counter(shape[:2] for _, shape in tree.shapes())),
+        "sizes": {f"{width}x{height}": n for (width, height), n in sizes.most_common()},
         "modes": dict(Counter(shape[2] for _, shape in tree.shapes()).most_common()),
     }
-
-
-def _histogram(sizes: Counter[tuple[int, int]]) -> dict[str, int]:
-    """The sizes themselves where they are few, else ranges of the longer side, each with the number of images."""
-    if len(sizes) <= FEW_SIZES:
-        return {f"{width}x{height}": number for (width, height), number in sizes.most_common()}
-    edges = (0, *SIZE_BINS)
-    found = {f"{low + 1}-{high}": 0 for low, high in zip(edges, SIZE_BINS, strict=False)} | {f"{SIZE_BINS[-1] + 1}-": 0}
-    ranges = list(found)
-    for (width, height), number in sizes.items():
-        found[ranges[sum(max(width, height) > edge for edge in SIZE_BINS)]] += number
-    return {span: number for span, number in found.items() if number}
 
 
 def _as_text(report: dict[str, Any]) -> list[str]:
     lines = []
     for split, found in report.get("splits", {}).items():
         lines.append(f"{split:5} {found['classes']:5} classes {found['images']:8} images")
-    most = max(report.get("sizes", {}).values(), default=0)
-    for size, number in report.get("sizes", {}).items():
-        lines.append(f"{size:>9} px {number:8}  {'#' * -(-30 * number // most)}")
-    if report.get("modes"):
-        lines.append("colour modes: " + ", ".join(f"{mode} {number}" for mode, number in report["modes"].items()))
+    for what, name in (("sizes", "sizes"), ("colour modes", "modes")):
+        if found := report.get(name):
+            lines.append(f"{what}: {first_few([f'{value} ({number})' for value, number in found.items()])}")
     lines += [f"note: {note}" for note in report["notes"]]
     if report["path"] is not None:
         lines += [f"fault: {fault}" for fault in report["faults"]]
     return [*lines, report["verdict"]]
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split()).encode(errors="backslashreplace").decode()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""The flags of training and evaluation, and the command line of the next stage."""
+"""The flags that scripts share beside those of the data and the model, and the commands that they print."""
 
 import argparse
-import copy
+import contextlib
+import io
 import json
+import re
 import shlex
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,13 @@ from torch.utils.data import Dataset
 
 from engine.distributed import Ranks
 from engine.evaluation import Evaluator
-from engine.run import LAST_STATE, deciding
+from engine.run import LAST_STATE, RECORD, read_record, result_flags
 from engine.stopping import StopRequest
+from engine.training import FitSettings
 from utils import LARGEST_SEED, InputError, available_cores, number_above_zero, number_at_least, number_between
 
-# Flags that belong to one stage of training and say nothing about the next.
-OF_ONE_STAGE = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_every")
+# Flags that belong to one stage of training and mean nothing to the next.
+STAGE_FLAGS = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_every")
 
 
 def add_training_arguments(
@@ -44,12 +48,12 @@ def add_training_arguments(
         nargs="?",
         const="",
         metavar="FOLDER",
-        help="go on with the run in the folder that the other flags name, or start it where there is none; with FOLDER, "
-        "go on with the run in there, by its own flags",
+        help="resume the run in the folder that the other flags name, or start it if there is none; with FOLDER, resume "
+        "the run in FOLDER with its own flags",
     )
 
     group = parser.add_argument_group("validation")
-    group.add_argument("-set", choices=("val", "test"), default="val", help="split to validate on")
+    add_set_argument(group, ("val", "test"), default="val", help="split to validate on")
     group.add_argument("-random_val_task", action="store_true", help="draw new validation episodes every epoch")
 
 
@@ -58,8 +62,8 @@ def parse_run(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,
     folder_of: Callable[[argparse.Namespace], Path],
-) -> tuple[argparse.Namespace, Path]:
-    """The flags of a training script, and the folder of its run.
+) -> tuple[argparse.Namespace, Path, bool]:
+    """The flags of a training script, the folder of its run, and whether this resumes the run that is there.
 
     With ``-resume FOLDER``, flags that are not given are those of the run in there.
 
@@ -68,60 +72,65 @@ def parse_run(
         folder_of: the folder that the flags name.
 
     Raises:
-        InputError: ``-resume FOLDER`` without a run in it, or flags that decide the result and are not those of the run.
+        InputError: there is nothing to resume, or flags that decide the result differ from those of the run.
     """
     args = parser.parse_args(argv)
     if args.resume is None:
-        return args, folder_of(args)
+        return args, folder_of(args), False
     folder = Path(args.resume) if args.resume else folder_of(args)
     if not (folder / LAST_STATE).is_file():
         if args.resume:
-            raise InputError(f"-resume {folder}: expected a run with its {LAST_STATE}; there is none")
-        return args, folder
-    try:
-        content = json.loads((folder / "run.json").read_text())
-        recorded, by = content["flags"], content["script"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"-resume: expected the flags of the run in {folder / 'run.json'}; {error!r}") from error
-    if by != script:
-        raise InputError(f"-resume: expected a run of {script} in {folder}; it is one of {by}")
+            raise InputError(f"-resume {folder}: nothing to resume, there is no {LAST_STATE}")
+        return args, folder, False
+    record = read_record(folder)
+    recorded = record["flags"]
+    if record["script"] != script:
+        raise InputError(f"-resume: {folder} holds a run of {record['script']}, not of {script}")
     if args.resume:
-        absent = object()
-        blank = copy.deepcopy(parser)
-        blank.set_defaults(**dict.fromkeys(vars(args), absent))
-        given = vars(blank.parse_args(argv))
-        for name, value in recorded.items():
-            if given.get(name, absent) is absent:
-                setattr(args, name, tuple(value) if isinstance(value, list) else value)
+        args = _parse_over(recorded, parser, sys.argv[1:] if argv is None else argv, folder / RECORD)
     if args.seed == 0:
         args.seed = recorded["seed"]  # the one that was drawn
-    now = json.loads(json.dumps(deciding(args)))
-    if now["max_epoch"] > recorded["max_epoch"]:  # a run may be made longer
-        recorded["max_epoch"] = now["max_epoch"]
+    flags = json.loads(json.dumps(result_flags(args)))
+    if flags["max_epoch"] > recorded["max_epoch"]:  # a run may be made longer
+        del flags["max_epoch"]
     different = [
-        f"-{name} {value} (there: {recorded[name]})"
-        for name, value in now.items()
+        f"-{name} {value} (was {recorded[name]})"
+        for name, value in flags.items()
         if name in recorded and value != recorded[name]
     ]
     if different:
         raise InputError(
-            f"-resume: expected the flags of the run in {folder}; got {', '.join(different)}. Give those of the run, or "
-            "start another with -extra_dir"
+            f"-resume: the run in {folder} has other flags: {', '.join(different)}. Resume it with its own flags, or start "
+            "another run with -extra_dir"
         )
-    return args, folder
+    return args, folder, True
 
 
-def training_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What :func:`engine.training.fit` takes from the flags."""
-    return {
-        "max_epoch": args.max_epoch,
-        "lr": args.lr,
-        "step_size": args.step_size,
-        "gamma": args.gamma,
-        "save_all": args.save_all,
-        "save_every": args.save_every,
-        "half_precision": args.amp == "float16",
-    }
+def _parse_over(
+    recorded: dict[str, Any], parser: argparse.ArgumentParser, argv: Sequence[str], path: Path
+) -> argparse.Namespace:
+    """Parse a command line whose defaults are the flags recorded in a file, which are checked as those of a user are."""
+    known = {name: value for name, value in recorded.items() if name in vars(parser.parse_args([]))}
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return parser.parse_args([*_words(parser, {**known, "resume": None}), *argv])
+    except SystemExit:
+        raise InputError(f"{path} has flags that cannot be used ({message.getvalue().strip()})") from None
+
+
+def fit_settings(args: argparse.Namespace, **more: Any) -> FitSettings:
+    """The settings of :func:`engine.training.fit` that the flags give; ``more`` are the script's own."""
+    return FitSettings(
+        max_epoch=args.max_epoch,
+        lr=args.lr,
+        step_size=args.step_size,
+        gamma=args.gamma,
+        half_precision=args.amp == "float16",
+        save_all=args.save_all,
+        save_every=args.save_every,
+        **more,
+    )
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -188,19 +197,9 @@ def add_json_argument(group: Any, what: str = "the results") -> None:
     group.add_argument("-json", metavar="FILE", help=f'also write {what} to FILE; "-" prints them and nothing else')
 
 
-def add_rank_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The flag that :func:`solver_threads` reads; returns its group, for a script to add to."""
-    return parser.add_argument_group("several processes (torchrun, or srun)")
-
-
-def loader_processes(args: argparse.Namespace, ranks: Ranks) -> int:
+def loader_processes(args: argparse.Namespace) -> int:
     """Processes that load images for this one."""
-    return max(1, min(8, available_cores() // ranks.local_size)) if args.num_workers is None else args.num_workers
-
-
-def solver_threads(args: argparse.Namespace, ranks: Ranks) -> int:
-    """Threads for the solvers on the CPU; torchrun leaves torch itself only one."""
-    return args.solver_threads or max(1, available_cores() // ranks.local_size)
+    return max(1, min(8, available_cores())) if args.num_workers is None else args.num_workers
 
 
 def make_evaluator(
@@ -212,15 +211,14 @@ def make_evaluator(
     ranks: Ranks | None = None,
     stop: StopRequest | None = None,
 ) -> Evaluator:
-    """An evaluator of episodes of the shape that the flags give them."""
-    ranks = ranks or Ranks()
+    """An evaluator of episodes of the shape that the flags ask for."""
     return Evaluator(
         dataset,
         way=args.way,
         shot=args.shot,
         device=device,
         seed=args.seed,
-        num_workers=loader_processes(args, ranks),
+        num_workers=loader_processes(args),
         feature_cache=args.feature_cache,
         episode_batch=args.episode_batch,
         keep_pixels=keep_pixels,
@@ -235,32 +233,53 @@ def folder_number(value: float, digits: int) -> str:
     return rounded if float(rounded) == value else repr(value)
 
 
-def same_command(script: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """The command line that goes on with a run that was stopped."""
-    return _command(script, parser, vars(args) | {"resume": args.resume or True})  # without a value where it has none
+def encoder_suffix(args: argparse.Namespace) -> str:
+    """What the encoder adds to the name of a run folder: nothing for the published one."""
+    name = getattr(args, "backbone", "resnet12")
+    return "" if name == "resnet12" else "-" + re.sub(r"[^\w.-]+", "-", name)
 
 
-def next_command(script: str, parser: argparse.ArgumentParser, args: argparse.Namespace, **changed: Any) -> str:
-    """The command line of the next stage: every flag that it has too, of a value that is not its default there.
+def resume_command(script: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """The command line that resumes a run that was stopped."""
+    given = vars(args) | {"resume": args.resume or True}  # without a value if it has none
+    return shlex.join(["python", script, *_words(parser, given)])
 
-    Flags :data:`OF_ONE_STAGE` are left out.
+
+def next_command(
+    script: str,
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    *,
+    leave_out: Iterable[str] = (),
+    **changed: Any,
+) -> str:
+    """The command line of the next stage, with the flags of this one that are not at their default.
 
     Args:
-        parser: that of the next stage.
-        args: the flags of this one.
-        changed: flags that this stage does not have, or whose value is to be another one.
+        script: of the next stage.
+        parser: of this stage.
+        leave_out: flags that the next stage does not have or should not take over, beside :data:`STAGE_FLAGS`.
+        changed: flags that this stage does not have, or whose value is another one in the next stage.
     """
-    return _command(script, parser, {k: v for k, v in vars(args).items() if k not in OF_ONE_STAGE} | changed)
+    left_out = {*STAGE_FLAGS, *leave_out}
+    given = {name: value for name, value in vars(args).items() if name not in left_out} | changed
+    return shlex.join(["python", script, *_words(parser, given)])
 
 
-def _command(script: str, parser: argparse.ArgumentParser, given: dict[str, Any]) -> str:
+def _words(parser: argparse.ArgumentParser, flags: dict[str, Any]) -> list[str]:
+    """Flags as words of a command line, without those at their default, in the order of the parser."""
     defaults = vars(parser.parse_args([]))
-    words = ["python", script]
-    for name in defaults:  # in the order of the parser
-        value = given.get(name, defaults[name])
-        if value == defaults[name]:
+    words = []
+    for name, value in {**defaults, **flags}.items():
+        text, default = (
+            ",".join(map(str, one)) if isinstance(one, list | tuple) else one for one in (value, defaults.get(name))
+        )
+        if text == default:
             continue
-        words.append(f"-{name}")
-        if value is not True:
-            words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
-    return shlex.join(words)
+        if text is True:
+            words.append(f"-{name}")
+        elif str(text).startswith("-"):
+            words.append(f"-{name}={text}")
+        else:
+            words += [f"-{name}", str(text)]
+    return words

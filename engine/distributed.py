@@ -62,16 +62,19 @@ class Ranks:
                 distributed.broadcast(tensor, src=0)
 
     @torch.no_grad()
-    def average(self, tensors: Sequence[Tensor]) -> None:
+    def average(self, tensors: Sequence[Tensor], *, weight: float = 1.0) -> None:
         """Replace floating-point tensors by their mean over the ranks: gradients, running statistics.
 
         Not by DistributedDataParallel, which exchanges gradients during the backward pass: a step that one rank gives up
         would leave the others waiting for it.
+
+        Args:
+            weight: of this rank's tensors; the mean of the weights is 1.
         """
         tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
         if self.size == 1 or not tensors:
             return
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        flat = torch.cat([tensor.flatten() for tensor in tensors]) * weight
         distributed.all_reduce(flat)
         for tensor, mean in zip(tensors, flat.div_(self.size).split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))

@@ -21,7 +21,7 @@ class LoaderError(RuntimeError):
 
 
 def make_loader(dataset: Dataset, batches: Iterable, *, num_workers: int, device: torch.device) -> DataLoader:
-    """A loader of the given batches of items, whose worker processes outlive a pass over them."""
+    """A loader of the given batches of items. Its worker processes are kept from pass to pass."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -43,15 +43,15 @@ def stream(loader: DataLoader) -> Iterator[Any]:
         yield from loader
     except RuntimeError as error:
         if "DataLoader worker" not in str(error) or "Traceback" in str(error):
-            raise  # a worker's own error, handed on
+            raise  # an error in a worker
         raise LoaderError(
-            f"a process that loads images was lost ({str(error).splitlines()[0]}) Shared memory may be short: give a "
-            "container more of it (--shm-size 8g), or lower -num_workers; 0 loads in the main process"
+            f"a process that loads images was lost ({str(error).splitlines()[0].rstrip('. ')}). If shared memory is short, "
+            "give the container more (--shm-size 8g) or lower -num_workers; with 0, the main process loads them"
         ) from error
 
 
 class _Lines(tqdm):
-    """A bar that writes whole lines, one a minute at the most, and never goes back in one."""
+    """A bar that writes whole lines, at most one a minute, for logs."""
 
     def __init__(self, **settings: Any) -> None:
         self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
@@ -72,7 +72,7 @@ class _Lines(tqdm):
 def progress_bar(
     desc: str, *, total: int | None, initial: int = 0, disable: bool = False, unit_scale: bool = False
 ) -> tqdm:
-    """A progress bar on standard error, or lines where that is a file; ``unit_scale`` counts in thousands or millions."""
+    """A progress bar on standard error, or lines if that is a file; ``unit_scale`` counts in thousands or millions."""
     settings = {"desc": desc, "total": total, "initial": initial, "disable": disable, "leave": False}
     settings["unit_scale"] = unit_scale
     return tqdm(dynamic_ncols=True, **settings) if sys.stderr.isatty() else _Lines(**settings)

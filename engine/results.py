@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.evaluation import Episodes, Evaluation, Evaluator, Model, Recorder
-from engine.run import deciding, fingerprint, results
+from engine.run import fingerprint, result_flags, results
 from utils import duration, write_json
 
 
@@ -49,7 +49,11 @@ def final_test(
     """
     ranks = evaluator.ranks
     loaded = fingerprint(weights)
-    identity = {"flags": {**deciding(args), "model_dir": None}, "weights": loaded and loaded["sha256"], "data": data}
+    identity = {
+        "flags": {**result_flags(args), "model_dir": None},
+        "weights": loaded and loaded["sha256"],
+        "data": data,
+    }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     recorder = Recorder(
         folder / f"partial-{digest}.json",

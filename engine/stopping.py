@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM, SIGINT and SIGUSR1 end a run at its next step, after the state has been saved."""
+"""Requests to stop: SIGINT, SIGTERM, SIGHUP and SIGUSR1 end a run after its next step, when the state has been saved."""
 
 import os
 import signal
@@ -6,9 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+from engine.distributed import read_launch
 
-SECONDS_TO_HAND_ON = 5.0
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+
+SECONDS_TO_FORWARD = 5.0
 
 
 class Stopped(Exception):
@@ -27,36 +30,42 @@ class StopRequest:
     signal_number = 0
     since = 0.0
 
-    def note(self, signal_number: int, _frame: object) -> None:
-        """The handler of the signals. The second one stops at once."""
+    def __init__(self, *, is_launched: bool = False) -> None:
+        self.is_launched = is_launched
+
+    def handle(self, signal_number: int, _frame: object) -> None:
+        """The handler of the signals. The second one ends the process at once."""
         if not self.signal_number:
             self.signal_number, self.since = signal_number, time.monotonic()
-        # A launcher hands on the signal that a terminal or a scheduler has sent to all: that is no second request.
-        elif "LOCAL_WORLD_SIZE" not in os.environ or time.monotonic() > self.since + SECONDS_TO_HAND_ON:
+        # A launcher forwards the signal that a terminal or a scheduler has sent to all: that is no second request.
+        elif not self.is_launched or time.monotonic() > self.since + SECONDS_TO_FORWARD:
             os._exit(128 + signal_number)
 
 
 @contextmanager
-def stop_request(continue_with: str | None = None) -> Iterator[StopRequest]:
-    """Note signals instead of being ended by them, as long as the context lasts.
+def stop_request(resume_command: str | None = None) -> Iterator[StopRequest]:
+    """Turn signals into a request to stop for as long as the context lasts. Signals that are ignored stay so, as under nohup.
 
     Args:
-        continue_with: the command line that goes on with the run, printed when it is stopped.
+        resume_command: the command line that resumes the run, printed when it is stopped.
     """
-    request = StopRequest()
-    before = {number: signal.signal(number, request.note) for number in SIGNALS}
+    request = StopRequest(is_launched=read_launch() is not None)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in handled:
+        signal.signal(number, request.handle)
     try:
         yield request
     except Stopped:
-        if continue_with:
-            print(f"continue: {continue_with}", flush=True)
+        if resume_command:
+            print(f"continue: {resume_command}", flush=True)
         raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in handled:
+            signal.signal(number, before[number] or signal.SIG_DFL)
 
 
 def ignore_signals(_worker: int = 0) -> None:
-    """For processes that load images: the main process decides when to stop."""
+    """For processes that load images: the main process decides when they stop."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

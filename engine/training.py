@@ -1,8 +1,8 @@
-"""A training run, and one epoch of it."""
+"""A training run: epochs of steps, each followed by validation."""
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,31 +13,57 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from engine.distributed import Ranks
-from engine.evaluation import DivergenceError, Evaluation
+from engine.evaluation import DivergenceError, Evaluation, Score
 from engine.loading import progress_bar, stream
-from engine.run import RunFolder
+from engine.run import LAST_STATE, RunFolder
 from engine.stopping import Stopped, StopRequest
-from utils import BEST_WEIGHTS, Stopwatch
+from utils import BEST_WEIGHTS, InputError, Stopwatch
 
 # After this many skipped steps in a row the run stops.
 MAX_SKIPPED_IN_A_ROW = 10
 
-# What a script does with a batch: (images, labels, (epoch, number of the batch)) to (logits, labels). The pair names what
-# is drawn on the way.
+# What a script does with a batch: (images, labels, (epoch, number of the batch)) to (logits, labels). The pair names the
+# random draws of the batch.
 Forward = Callable[[Tensor, Tensor, tuple[int, int]], tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class FitSettings:
+    """How a network is trained.
+
+    Attributes:
+        max_epoch: epochs to train.
+        lr, step_size, gamma: the learning rate, which is multiplied by ``gamma`` every ``step_size`` epochs.
+        accumulate: batches per optimiser step over all ranks, which takes their mean gradient. The last step of an epoch may
+            have fewer.
+        half_precision: float16 is in use, so scale the loss.
+        save_all: keep the weights of every epoch.
+        save_every: steps between saves of the state within an epoch; 0 for none.
+        skip_on: errors in a batch, forward or backward, that cost its step and not the run.
+    """
+
+    max_epoch: int
+    lr: float
+    step_size: int
+    gamma: float
+    accumulate: int = 1
+    half_precision: bool = False
+    save_all: bool = False
+    save_every: int = 0
+    skip_on: tuple[type[Exception], ...] = ()
+
+
 def make_optimizer(
-    network: nn.Module, *, lr: float, step_size: int, gamma: float
+    network: nn.Module, settings: FitSettings
 ) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.StepLR]:
-    """The published optimiser: SGD with Nesterov momentum, its learning rate falling in steps."""
-    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=step_size, gamma=gamma)
+    """The published optimiser: SGD with Nesterov momentum, and a learning rate that drops in steps."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=settings.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, settings.step_size, settings.gamma)
 
 
 @dataclass
 class Progress:
-    """Where a run is, in plain numbers."""
+    """How far a run has come, in plain values."""
 
     epoch: int = 1
     batch: int = 0  # batches of the epoch that are done; all of them when only validation is left
@@ -48,46 +74,38 @@ class Progress:
     in_a_row: list[str] = field(default_factory=list)  # the steps skipped since the last one taken
 
     def next_epoch(self) -> None:
-        """The epoch is over."""
+        """Move on to the next epoch."""
         self.epoch, self.batch = self.epoch + 1, 0
         self.losses, self.accuracies = [], []
 
 
-def to_dict(
-    progress: Progress,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler,
-) -> dict[str, Any]:
-    """Tensors, numbers, strings, and lists and dicts of them: what a file can be read back from without running code."""
-    return {
-        "progress": dict(vars(progress)),
-        "network": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "scaler": scaler.state_dict(),
-    }
+def to_state(progress: Progress, parts: dict[str, Any]) -> dict[str, Any]:
+    """The state of a run in tensors and plain values; ``parts`` are what has a ``state_dict``, by name."""
+    return {"progress": dict(vars(progress)), **{name: part.state_dict() for name, part in parts.items()}}
 
 
-def from_dict(
-    state: dict[str, Any],
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler,
-) -> Progress:
-    """Put everything back where :func:`to_dict` took it from."""
-    network.load_state_dict(state["network"])
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    if state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    return Progress(**state["progress"])
+def from_state(run: RunFolder, parts: dict[str, Any]) -> Progress:
+    """Restore the parts from the state of a run, and return its progress.
+
+    Raises:
+        InputError: the state is that of another network, or is damaged.
+    """
+    try:
+        progress = Progress(**run.state["progress"])
+        for name, default in vars(Progress()).items():
+            if type(getattr(progress, name)) is not type(default):
+                raise TypeError(f"{name} is {getattr(progress, name)!r}")
+        for name, part in parts.items():
+            if name != "scaler" or run.state[name]:  # empty if there was no loss scale
+                part.load_state_dict(run.state[name])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the state in {run.path / LAST_STATE} does not fit this run ({reason})") from error
+    return progress
 
 
 class StepGuard:
-    """Takes an optimiser's step if the gradient is whole and finite; otherwise leaves the network as it was before.
+    """Takes an optimiser step if the gradient is complete and finite; otherwise leaves the network as it was.
 
     Args:
         network: the module in training. A skipped step also takes back what its batches did to its buffers: one batch that
@@ -162,21 +180,19 @@ def train_epoch(
     loader: DataLoader,
     guard: StepGuard,
     run: RunFolder,
+    settings: FitSettings,
     *,
-    device: torch.device,
-    accumulate: int = 1,
-    skip_on: tuple[type[Exception], ...] = (),
     stop: StopRequest | None = None,
     after_step: Callable[[int], None] = lambda signal_number: None,
 ) -> None:
     """The rest of an epoch, from where ``guard.progress`` says it is.
 
+    A step has three parts: every rank computes the gradient of its own batches; the ranks agree whether all of them
+    succeeded; they average the gradients and take the step, or all skip it.
+
     Args:
-        network: what is trained; ``forward`` calls it. Its gradients are averaged over the ranks.
+        network: what is trained; ``forward`` calls it.
         loader: of this rank's batches; its ``batch_sampler`` is a :class:`engine.distributed.Shard`.
-        accumulate: batches per optimiser step over all ranks, which takes their mean gradient. The last step of an epoch
-            may have fewer.
-        skip_on: errors of a batch that cost its step, not the run.
         stop: whether this process has been asked to stop.
         after_step: called with the signal by which any rank has been asked to stop, or 0.
     """
@@ -185,53 +201,79 @@ def train_epoch(
     title = f"epoch {progress.epoch}"
     with progress_bar(title, total=len(shard), initial=progress.batch, disable=not ranks.is_first) as bar:
         while progress.batch < len(shard):
-            window = min(accumulate, len(shard) - progress.batch)  # batches of this step, over all ranks
-            numbers = range(1, window + 1) if shard.by_image else range(1 + ranks.rank, window + 1, ranks.size)
-            rows: list[list[float]] = []  # loss, hits and queries of each batch of this rank
-            failure = None
-            for number in numbers:
-                images, labels = next(batches)
-                try:
-                    if failure:
-                        raise FloatingPointError(failure)
-                    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                    logits, labels = forward(images, labels, (progress.epoch, progress.batch + number))
-                    loss = F.cross_entropy(logits, labels)
-                    hits = (logits.argmax(1) == labels).sum()
-                    rows.append([*torch.stack([loss.detach(), hits]).tolist(), len(labels)])
-                    if not math.isfinite(rows[-1][0]):
-                        raise FloatingPointError("the loss is not finite")
-                    if number != numbers[-1]:
-                        guard.scaler.scale(loss / len(numbers)).backward()
-                except (FloatingPointError, *skip_on) as error:
-                    failure = str(error)
-            # Agree first: has a batch of any rank failed, has any rank been asked to stop, what came of all batches?
-            rows = rows if failure is None else [[0.0, 0, 1]] * len(numbers)
-            signal_number = stop.signal_number if stop else 0
-            table = ranks.gather([failure is not None, signal_number, *(value for row in rows for value in row)])
-            failed, signals = any(row[0] for row in table), [int(row[1]) for row in table]
-            scores = [row[2 + k : 5 + k] for k in range(0, 3 * len(numbers), 3) for row in table]
-            if failed:
-                failure = next(filter(None, ranks.gather_objects(failure)))
-            else:
-                queries = sum(score[2] for score in scores)
-                share = rows[-1][2] * ranks.size / queries if shard.by_image else 1 / len(numbers)
-                guard.scaler.scale(loss * share).backward()
-                ranks.average([parameter.grad for parameter in network.parameters() if parameter.grad is not None])
-                if shard.by_image:  # the ranks have parts of one batch
-                    scores = [[sum(s[0] * s[2] for s in scores) / queries, sum(s[1] for s in scores), queries]]
-            first, progress.batch = progress.batch, progress.batch + window
-            if guard.step(f"epoch {progress.epoch}, batch {progress.batch}", failure):
-                for number, (value, hits, count) in enumerate(scores, start=first + 1):
-                    progress.losses.append(value)
-                    progress.accuracies.append(100 * hits / count)
+            first, window = progress.batch, min(settings.accumulate, len(shard) - progress.batch)
+            own = range(1, window + 1) if shard.by_image else range(1 + ranks.rank, window + 1, ranks.size)
+            places = [(progress.epoch, first + number) for number in own]
+            own_scores, failure = _differentiate(forward, batches, places, guard, settings)
+
+            scores, failure, signal_number = _agree(ranks, len(places), own_scores, failure, stop)
+            if failure is None:
+                weight = 1.0
+                if shard.by_image:  # the ranks have parts of one batch, which may differ in size
+                    scores = [_whole(scores)]
+                    weight = own_scores[0].queries * ranks.size / scores[0].queries
+                gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+                ranks.average(gradients, weight=weight)
+
+            progress.batch += window
+            if guard.step(f"{title}, batch {progress.batch}", failure):
+                for number, score in enumerate(scores, start=first + 1):
+                    progress.losses.append(score.loss)
+                    progress.accuracies.append(score.accuracy)
                     step = (progress.epoch - 1) * len(shard.batches) + number
-                    run.scalars(step, loss=value, acc=progress.accuracies[-1], total_loss=value / window)
+                    run.scalars(step, loss=score.loss, acc=score.accuracy, total_loss=score.loss / window)
             bar.set_postfix_str(
                 f"loss {_mean(progress.losses):.4f}, acc {_mean(progress.accuracies):.2f} %", refresh=False
             )
             bar.update(window)
-            after_step(max(signals))
+            after_step(signal_number)
+
+
+def _differentiate(
+    forward: Forward,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    places: list[tuple[int, int]],
+    guard: StepGuard,
+    settings: FitSettings,
+) -> tuple[list[Score], str | None]:
+    """Add up the gradients of this rank's batches of a step. Returns their scores, and what went wrong if anything did."""
+    scores: list[Score] = []
+    failure = None
+    device = guard.ranks.device
+    for place in places:
+        images, labels = next(batches)
+        if failure is not None:
+            continue
+        try:
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            logits, labels = forward(images, labels, place)
+            loss = F.cross_entropy(logits, labels)
+            hits = (logits.argmax(1) == labels).sum()
+            scores.append(Score(*torch.stack([loss.detach(), hits]).tolist(), len(labels)))
+            if not math.isfinite(scores[-1].loss):
+                raise FloatingPointError("the loss is not finite")
+            guard.scaler.scale(loss / len(places)).backward()
+        except (FloatingPointError, *settings.skip_on) as error:
+            failure = str(error) or type(error).__name__
+    return scores, failure
+
+
+def _agree(
+    ranks: Ranks, count: int, scores: list[Score], failure: str | None, stop: StopRequest | None
+) -> tuple[list[Score], str | None, int]:
+    """The scores of all ranks' batches in order, the failure of any rank, and the signal that any has received."""
+    values = [value for score in scores for value in score] if failure is None else [0.0] * 3 * count
+    table = ranks.gather([failure is not None, stop.signal_number if stop else 0, *values])
+    if any(row[0] for row in table):
+        failure = next(filter(None, ranks.gather_objects(failure)))
+    everyone = [Score(*row[k : k + 3]) for k in range(2, 2 + 3 * count, 3) for row in table]
+    return everyone, failure, max(int(row[1]) for row in table)
+
+
+def _whole(parts: list[Score]) -> Score:
+    """The score of a batch from those of its parts."""
+    queries = sum(part.queries for part in parts)
+    return Score(sum(part.loss * part.queries for part in parts) / queries, sum(part.hits for part in parts), queries)
 
 
 def _mean(values: list[float]) -> float:
@@ -244,111 +286,88 @@ def fit(
     loader: DataLoader,
     validate: Callable[[int], Evaluation],
     run: RunFolder,
+    settings: FitSettings,
     *,
     weights_of: nn.Module,
-    device: torch.device,
-    max_epoch: int,
-    lr: float,
-    step_size: int,
-    gamma: float,
-    half_precision: bool = False,
-    save_all: bool = False,
-    save_every: int = 0,
-    accumulate: int = 1,
-    skip_on: tuple[type[Exception], ...] = (),
     ranks: Ranks | None = None,
     stop: StopRequest | None = None,
 ) -> None:
-    """Train until ``max_epoch`` epochs are done; after each, validate, write the log, and keep the best weights.
+    """Train epoch by epoch; after each, validate, write the logs, and keep the best weights.
 
-    A resumed run goes on from the state in its folder.
+    A resumed run continues from the state in its folder.
 
     Args:
         network: what is trained; in training mode during an epoch.
         loader: of the training batches; see :func:`train_epoch`.
-        validate: evaluates the network as it is after an epoch. Of equal accuracies the later epoch wins.
+        validate: evaluates the network after an epoch. Of equal accuracies the later epoch wins.
         weights_of: the module whose state dict is the checkpoint.
-        lr, step_size, gamma: see :func:`make_optimizer`.
-        half_precision: float16 is in use, so scale the loss.
-        save_all: keep the weights of every epoch.
-        save_every: steps between saves of the state within an epoch; 0 for none.
-        accumulate, skip_on, stop: see :func:`train_epoch`.
+        stop: whether this process has been asked to stop.
 
     Raises:
         DivergenceError: the numbers are no longer finite.
+        InputError: the state of a resumed run cannot be restored.
         Stopped: the run was asked to stop; its state is saved.
     """
     ranks = ranks or Ranks()
-    optimizer, scheduler = make_optimizer(network, lr=lr, step_size=step_size, gamma=gamma)
-    scaler = torch.amp.GradScaler(device.type, enabled=half_precision)
-    parts = network, optimizer, scheduler, scaler
-    progress = from_dict(run.state, *parts) if run.state else Progress()
+    optimizer, scheduler = make_optimizer(network, settings)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.half_precision)
+    parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    progress = from_state(run, parts) if run.state else Progress()
     guard = StepGuard(network, optimizer, scaler, progress, ranks)
 
-    def save() -> None:
-        if ranks.is_first:
-            run.save_state(to_dict(progress, *parts))
-
     def after_step(signal_number: int) -> None:
-        steps = -(-progress.batch // accumulate)
-        if signal_number or (save_every and steps % save_every == 0):
-            save()
+        steps = -(-progress.batch // settings.accumulate)
+        if signal_number or (settings.save_every and steps % settings.save_every == 0):
+            run.save_state(to_state(progress, parts))
         if signal_number:
             raise Stopped(signal_number)
 
-    while progress.epoch <= max_epoch:
-        watch = Stopwatch()
-        epoch, length = progress.epoch, len(loader.batch_sampler)
-        rate = optimizer.param_groups[0]["lr"]
-        if progress.batch < length:
+    while progress.epoch <= settings.max_epoch:
+        watch, rate = Stopwatch(), optimizer.param_groups[0]["lr"]
+        if progress.batch < len(loader.batch_sampler):
             network.train()
-            loader.batch_sampler.set_epoch(epoch, progress.batch)
-            train_epoch(
-                network,
-                forward,
-                loader,
-                guard,
-                run,
-                device=device,
-                accumulate=accumulate,
-                skip_on=skip_on,
-                stop=stop,
-                after_step=after_step,
-            )
-            save()  # validation may take long, and may fail
+            loader.batch_sampler.set_epoch(progress.epoch, progress.batch)
+            train_epoch(network, forward, loader, guard, run, settings, stop=stop, after_step=after_step)
+            run.save_state(to_state(progress, parts))  # validation may take long, and may fail
         try:
-            result = validate(epoch)
+            result = validate(progress.epoch)
         except DivergenceError as error:
             since = f"; steps were skipped since {progress.in_a_row[0]}" if progress.in_a_row else ""
-            raise DivergenceError(f"validation after epoch {epoch}: {error}{since}. Lower -lr, now {rate:g}") from error
-        with (
-            warnings.catch_warnings()
-        ):  # torch misses the optimiser's steps where all were skipped, or taken before a stop
+            raise DivergenceError(
+                f"validation after epoch {progress.epoch}: {error}{since}. Lower -lr, now {rate:g}"
+            ) from error
+        with warnings.catch_warnings():  # torch misses the optimiser's steps if all were skipped, or preceded a stop
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
             scheduler.step()
         is_best = result.accuracy >= progress.best
         if is_best:
             progress.best = result.accuracy
             run.save_weights(BEST_WEIGHTS, weights_of.state_dict())
-        if save_all:
-            run.save_weights(f"epoch-{epoch}.pth", weights_of.state_dict())
-        loss, accuracy = _mean(progress.losses), _mean(progress.accuracies)
-        run.scalars(epoch, val_loss=result.loss, val_acc=result.accuracy)
-        run.record(
-            epoch=epoch,
-            lr=rate,
-            train_loss=loss,
-            train_acc=accuracy,
-            val_loss=result.loss,
-            val_acc=result.accuracy,
-            val_interval=result.interval,
-            best=is_best,
-            skipped_steps=progress.skipped,
-        )
-        skipped = f", {progress.skipped} steps skipped" if progress.skipped else ""
-        run.log(
-            f"epoch {epoch}/{max_epoch}: train loss {loss:.4f} acc {accuracy:.2f} %, validation loss {result.loss:.4f} "
-            f"acc {result}{' (best)' if is_best else ''}, lr {rate:.4g}, {watch}{skipped}"
-        )
+        if settings.save_all:
+            run.save_weights(f"epoch-{progress.epoch}.pth", weights_of.state_dict())
+        _log_epoch(run, progress, result, rate, is_best, settings.max_epoch, watch)
         progress.next_epoch()
-        save()
+        run.save_state(to_state(progress, parts))
+
+
+def _log_epoch(
+    run: RunFolder, progress: Progress, result: Evaluation, rate: float, is_best: bool, max_epoch: int, watch: Stopwatch
+) -> None:
+    loss, accuracy = _mean(progress.losses), _mean(progress.accuracies)
+    run.scalars(progress.epoch, val_loss=result.loss, val_acc=result.accuracy)
+    run.record(
+        epoch=progress.epoch,
+        lr=rate,
+        train_loss=loss,
+        train_acc=accuracy,
+        val_loss=result.loss,
+        val_acc=result.accuracy,
+        val_interval=result.interval,
+        best=is_best,
+        skipped_steps=progress.skipped,
+    )
+    skipped = f", {progress.skipped} steps skipped" if progress.skipped else ""
+    run.log(
+        f"epoch {progress.epoch}/{max_epoch}: train loss {loss:.4f} acc {accuracy:.2f} %, validation loss "
+        f"{result.loss:.4f} acc {result}{' (best)' if is_best else ''}, lr {rate:.4g}, {watch}{skipped}"
+    )

@@ -1,4 +1,4 @@
-"""What the run that wrote a checkpoint says about it: the flags that decide what its network computes."""
+"""The flags that a checkpoint was trained with, from the ``run.json`` of its run."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -7,16 +7,19 @@ from typing import Any
 
 from utils import InputError, read_json, status, warn
 
-# Flags that weights were trained with, and are used with. Those of one view mean nothing to another.
+# Flags that weights should be used with as they were trained. Those of one view mean nothing to another.
 VIEW_FLAGS = ("patch_list", "patch_ratio", "num_patch", "feature_pyramid")
-TRAINED_FLAGS = ("dataset", "deepemd", "image_size", *VIEW_FLAGS, "head", "temperature", "metric", "norm", "kshot")
+TRAINED_FLAGS = (
+    *("dataset", "backbone", "deepemd", "image_size", *VIEW_FLAGS),
+    *("head", "temperature", "metric", "norm", "kshot"),
+)
 
 
 def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, ignore: Sequence[str] = ()) -> None:
     """Replace the defaults of :data:`TRAINED_FLAGS` by those in ``run.json`` beside the weights of ``-model_dir``.
 
-    A line says which flags were taken from there, and a warning which of those on the command line differ. Nothing happens
-    without such a file, as beside the published weights; a damaged one is ignored with a warning.
+    Prints a line that lists the flags taken from there, and a warning that lists those on the command line that differ. Without
+    such a file, as beside the published weights, nothing changes. A damaged one is ignored with a warning.
 
     Args:
         parser, argv: what ``args`` was parsed from.
@@ -26,7 +29,7 @@ def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, i
     weights = Path(args.model_dir or "none")
     path = (weights if weights.is_dir() else weights.parent) / "run.json"
     if args.model_dir in (None, "none") or not path.is_file():
-        return None
+        return
     actions = {action.dest: action for action in _actions(parser, args)}
     names = [name for name in TRAINED_FLAGS if name in actions and name not in ignore]
     try:
@@ -36,7 +39,8 @@ def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, i
             lambda run: {name: _parse(actions[name], run["flags"][name]) for name in names if name in run["flags"]},
         )
     except InputError as error:
-        return warn(f"{error}. The flags of these weights are unknown: those not given have their defaults")
+        warn(f"{error}. It is ignored: flags that are not given keep their defaults")
+        return
     words = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
     given = {name for name in trained if words & set(actions[name].option_strings)}
     if "deepemd" in given and args.deepemd != trained["deepemd"]:
@@ -50,7 +54,6 @@ def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, i
         differing = {name: value for name, value in changed.items() if name in given}
         here = as_words({name: getattr(args, name) for name in differing})
         warn(f"{here} differs from the run that trained the weights ({path}): {as_words(differing)}")
-    return None
 
 
 def as_words(flags: dict[str, Any]) -> str:

@@ -15,10 +15,22 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from utils import run_script
+from utils import run_script, write_json
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
+# Names that files and classes may have.
+ODD_NAMES = [
+    "caf\udce9",  # a file name that is not UTF-8
+    "$x_1$ and 5$ {\\frac",
+    "two\nlines\tand \x1b[31m",
+    "\u732b \u72ac",  # cat, dog
+    "\u202eabc\u05d0\u05d1 \u0642\u0637",  # right to left
+    "\U0001f408",
+    "x" * 300,
+    "",
+    " ",
+]
 
 
 def golden(name: str) -> dict[str, Tensor]:
@@ -123,3 +135,27 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 def torchrun(count: int) -> list[object]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+
+
+def write_run(folder: Path, epochs: int, **more) -> Path:
+    """The trlog.json of a run of so many epochs."""
+    rows = [
+        {
+            "epoch": k,
+            "train_loss": 2 / k,
+            "train_acc": 10 * k,
+            "val_loss": 1 / k,
+            "val_acc": 20 + k,
+            "val_interval": 2.0,
+        }
+        for k in range(1, epochs + 1)
+    ]
+    write_json(folder / "trlog.json", {"args": {}, "epochs": rows, **more})
+    return folder
+
+
+def write_evaluation(path: Path, accuracies, *, data=None, **flags) -> Path:
+    """The results.json of an evaluation."""
+    same = {"dataset": "glyphs", "set": "test", "way": 5, "shot": 1, "query": 5, "seed": 1, "verify_images": False}
+    write_json(path, {"accuracies": [float(value) for value in accuracies], "flags": same | flags, "data": data})
+    return path

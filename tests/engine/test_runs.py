@@ -1,13 +1,16 @@
 """Runs that are stopped, killed, resumed, repeated, and spread over processes."""
 
 import argparse
+import copy
 import importlib.metadata
+import itertools
 import json
 import os
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,13 +19,16 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, finish, run, start, succeed, torchrun, wait_for
+from torch import nn
 
 import engine.start
 import train_meta
-from engine import distributed, stopping
+import utils
+from engine import cache, distributed, stopping
 from engine.distributed import Ranks, Shard
 from engine.evaluation import Evaluator
 from engine.run import RunFolder
+from engine.training import train_epoch
 from utils import InputError
 
 TINY = ["-gpu", "cpu", "-image_size", "16", "-query", "2", "-way", "2", "-dataset", "folder", "-episode_batch", "1"]
@@ -151,7 +157,7 @@ def test_resume_starts_a_run_where_there_is_none(whole, folder, tmp_path):
     succeed(*PRETRAIN, *HERE, "-data_dir", folder, "-resume", cwd=tmp_path)
     whole["train_pretrain.py"].check(Ended(folder_of(PRETRAIN, tmp_path)))
     done = run(*PRETRAIN, *HERE, "-data_dir", folder, "-resume", "nowhere", cwd=tmp_path)
-    assert (done.status, "error: -resume nowhere: expected a run with its last.pth" in done.err) == (1, True)
+    assert (done.status, "error: -resume nowhere: nothing to resume, there is no last.pth" in done.err) == (1, True)
 
 
 def test_flags_of_a_resumed_run(folder, tmp_path, monkeypatch):
@@ -161,9 +167,9 @@ def test_flags_of_a_resumed_run(folder, tmp_path, monkeypatch):
     path = folder_of(PRETRAIN, tmp_path)
     again = [*PRETRAIN, *HERE, "-data_dir", folder, "-seed", 0, "-resume"]
     for flags, message in (
-        (["-query", 3], "-query 3 (there: 2)"),
-        (["-max_epoch", 1, "-temperature", 3], "-temperature 3.0 (there: 12.5)"),
-        (["-max_epoch", 1], "-max_epoch 1 (there: 2)"),
+        (["-query", 3], "-query 3 (was 2)"),
+        (["-max_epoch", 1, "-temperature", 3], "-temperature 3.0 (was 12.5)"),
+        (["-max_epoch", 1], "-max_epoch 1 (was 2)"),
     ):
         done = run(*again, *flags, cwd=tmp_path)
         assert (done.status, message in done.err) == (1, True), done.err
@@ -197,7 +203,7 @@ def test_a_folder_is_named_and_stopped_again(whole, folder, tmp_path, monkeypatc
     assert all(torch.equal(value, expected.network[key]) for key, value in mine.network.items())
     assert all(torch.equal(a, b) for a, b in zip(mine.momentum, expected.momentum, strict=True))
     done = run("train_pretrain.py", "-resume", path, cwd=tmp_path)
-    assert (done.status, "expected a run of train_pretrain.py in" in done.err) == (1, True)
+    assert (done.status, "holds a run of train_meta.py, not of train_pretrain.py" in done.err) == (1, True)
 
 
 def test_other_data_is_refused(folder, tmp_path, monkeypatch):
@@ -299,7 +305,7 @@ def test_two_runs_in_one_folder(folder, tmp_path):
     wait_for((path / "results.txt").exists, first)
     second = finish(start(words, tmp_path))
     assert second.status == 1
-    assert re.search(rf"expected no other run in .*; process {first.pid} on .*, started .* -extra_dir", second.err)
+    assert re.search(rf"in use by process {first.pid} on .* \(started .*-extra_dir", second.err)
     assert not (path / "previous-1").exists()
     first.kill()
     finish(first)
@@ -479,18 +485,16 @@ def test_training_by_two_processes(folder, tmp_path, monkeypatch):
         assert done.status == 0, done.err
         assert done.out.count("epoch 1/1") == 1  # the first rank alone prints
         state = torch.load(tmp_path / "checkpoint/folder/fcn/1shot-2way" / name / "last.pth", weights_only=True)
-        states.append((state["state"], state["points"]))
-    momenta = [[entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()] for state, _ in states]
+        states.append(state["state"])
+    momenta = [[entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()] for state in states]
     for one, two in zip(*momenta, strict=True):
         assert (one - two).norm() <= 1e-5 * one.norm()
-    losses = [points["data/loss"][:, 1] for _, points in states]
-    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
-    # Running statistics are the mean over the ranks, each of which has seen one of the two tasks.
-    key = "encoder.layer1.0.bn1.running_mean"
-    assert states[1][0]["network"][key].isfinite().all()
+    folders = [tmp_path / "checkpoint/folder/fcn/1shot-2way" / name for name in ("one", "two")]
+    losses = [json.loads((path / "trlog.json").read_text())["epochs"][0]["train_loss"] for path in folders]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     monkeypatch.setattr(train_meta, "start", lambda args: (Ranks(0, 2, 2), torch.device("cpu"), []))
     done = run(*words, "-bs", "3", cwd=tmp_path)
-    assert (done.status, "-bs 3: expected a multiple of the 2 processes" in done.err) == (1, True)
+    assert (done.status, "-bs 3 is not a multiple of the 2 processes" in done.err) == (1, True)
 
 
 def test_the_launcher_is_stopped_and_the_run_goes_on_alone(folder, tmp_path):
@@ -513,62 +517,120 @@ def test_the_launcher_is_stopped_and_the_run_goes_on_alone(folder, tmp_path):
     assert numbers == list(range(1, len(numbers) + 1))  # none twice, none missing
 
 
-def fails_once(rank: int) -> None:
-    """A rank of a run of two steps. In the first, a task of the second rank cannot be solved; it alone is asked to stop."""
-    from test_engine import Batches, Samples
-    from torch import nn
+def ranks_meet(rank: int, out: str) -> None:
+    """What each of two ranks does for the tests below; what it finds is written to a file."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
+    from test_training import FailsInBackward, classify, guard_of, loader_of, settings
 
-    from engine.run import OtherRank
-    from engine.training import StepGuard, make_optimizer, train_epoch
+    ranks, _, _ = engine.start.start(argparse.Namespace(gpu="cpu", seed=1, deterministic=False))
+    run = RunFolder(Path(out), {}, writes=False)
+    found: dict[str, object] = {"cores": utils.available_cores()}
 
-    for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", 2)):
-        os.environ[name] = str(value)
-    ranks, device, _ = engine.start.start(argparse.Namespace(gpu="cpu", seed=1, deterministic=False))
-    torch.manual_seed(0)
-    network = nn.Linear(2, 2)
-    shard = Shard(Batches([[k, k + 1] for k in range(8)]), ranks, by_image=False)
-    shard.set_epoch(1)
-    loader = torch.utils.data.DataLoader(Samples(), batch_sampler=shard)
-    optimizer, _ = make_optimizer(network, lr=0.1, step_size=1, gamma=1.0)
-    guard = StepGuard(network, optimizer, ranks=ranks)
+    torch.manual_seed(rank)
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    network[1].running_mean.fill_(rank + 1.0)
+    own = [value.tolist() for value in network.state_dict().values()]
+    ranks.copy_from_first(network)
+    found["own"], found["copied"] = own, [value.tolist() for value in network.state_dict().values()]
 
-    def forward(images, labels, at):
-        if at[1] == 2:
-            raise ArithmeticError("no solution")
-        return network(images), labels
+    # Three images: two for the first rank, one for the second. Alone, this rank has all three.
+    start = nn.Linear(2, 2)
+    ranks.copy_from_first(start)
+    for name, who in (("shared", ranks), ("alone", Ranks())):
+        network = copy.deepcopy(start)
+        guard = guard_of(network, who)
+        train_epoch(network, classify(network), loader_of([[0, 1, 5]], who, by_image=True), guard, run, settings())
+        found[name] = [*network.weight.flatten().tolist(), *guard.progress.losses, *guard.progress.accuracies]
 
-    stop, noted = stopping.StopRequest(), []
-    stop.signal_number = signal.SIGTERM if rank == 1 else 0
-    train_epoch(
-        network,
-        forward,
-        loader,
-        guard,
-        OtherRank(Path(), None),
-        device=device,
-        accumulate=4,
-        skip_on=(ArithmeticError,),
-        stop=stop,
-        after_step=noted.append,
+    network = nn.BatchNorm1d(2)
+    loader = loader_of([[0, 2], [10, 12]], ranks)
+    train_epoch(network, classify(network), loader, guard_of(network, ranks), run, settings(accumulate=2))
+    found["running mean"] = network.running_mean.tolist()
+
+    found["failures"] = []
+    for in_backward, accumulate in itertools.product((False, True), (2, 4)):
+        network = copy.deepcopy(start)
+        guard = guard_of(network, ranks)
+
+        def forward(images, labels, place, network=network, in_backward=in_backward):
+            if place[1] == 2 and not in_backward:
+                raise ArithmeticError("no solution")
+            logits = network(images)
+            return FailsInBackward.apply(logits) if place[1] == 2 else logits, labels
+
+        stop, signals = stopping.StopRequest(), []
+        stop.signal_number = signal.SIGTERM if rank == 1 else 0
+        flags = settings(accumulate=accumulate, skip_on=(ArithmeticError,))
+        loader = loader_of([[k, k + 1] for k in range(8)], ranks)
+        train_epoch(network, forward, loader, guard, run, flags, stop=stop, after_step=signals.append)
+        progress = guard.progress
+        found["failures"].append([progress.skipped, len(progress.losses), signals, network.weight.tolist()])
+    Path(out, f"{rank}.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> list[dict]:
+    """What two ranks that work together find."""
+    out = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = (
+        "import sys; sys.path[:0] = sys.argv[3:]; import test_runs; test_runs.ranks_meet(int(sys.argv[1]), sys.argv[2])"
     )
-    assert noted == [signal.SIGTERM] * 2
-    assert (guard.progress.skipped, len(guard.progress.losses)) == (1, 4)
-    weights = ranks.gather(network.weight.flatten().tolist())
-    assert weights[0] == weights[1]
-
-
-def test_what_one_rank_meets_all_act_on():
-    code = "import sys; sys.path[:0] = sys.argv[2:]; import test_runs; test_runs.fails_once(int(sys.argv[1]))"
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29431"}
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    places = [str(ROOT / name) for name in (".", "tests", "tests/engine")]
     processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank), str(ROOT), str(ROOT / "tests")], env=environment)
+        subprocess.Popen([sys.executable, "-c", code, str(rank), str(out), *places], env=environment)
         for rank in range(2)
     ]
     try:
-        assert [process.wait(90) for process in processes] == [0, 0]
+        assert [process.wait(120) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_the_first_rank_gives_the_others_its_weights(two_ranks):
+    first, second = two_ranks
+    assert first["own"] != second["own"]
+    assert first["copied"] == second["copied"] == first["own"]
+
+
+def test_parts_of_a_batch_weigh_as_many_images_as_they_have(two_ranks):
+    for found in two_ranks:
+        assert found["shared"] == pytest.approx(found["alone"], rel=1e-6)
+
+
+def test_running_statistics_are_the_mean_over_the_ranks(two_ranks):
+    for found in two_ranks:  # a tenth of the means 1 and 11 of the two batches
+        assert found["running mean"] == pytest.approx([0.6, 0.6])
+
+
+def test_what_one_rank_meets_all_act_on(two_ranks):
+    """A task of the second rank has no solution, or no gradient, and it alone is asked to stop."""
+    first, second = two_ranks
+    assert first["failures"] == second["failures"]
+    for (skipped, losses, signals, _), accumulate in zip(first["failures"], (2, 4, 2, 4), strict=True):
+        assert (skipped, losses) == (1, 8 - accumulate)
+        assert signals == [signal.SIGTERM] * (8 // accumulate)
+
+
+def test_ranks_share_the_cores_of_their_machine(two_ranks):
+    assert two_ranks[0]["cores"] == two_ranks[1]["cores"] == max(1, utils.available_cores() // 2)
+
+
+def test_ranks_share_the_memory_of_their_machine(monkeypatch):
+    monkeypatch.setattr(cache, "free_memory", lambda device: 8000)
+    data = argparse.Namespace(view=argparse.Namespace(is_random=False, patches=1))
+    rooms = [
+        Evaluator(
+            data, way=2, shot=1, device=torch.device("cpu"), seed=1, keep_pixels=True, ranks=Ranks(0, size, size)
+        ).pixels.room
+        for size in (1, 4)
+    ]
+    assert rooms[0] == 4 * rooms[1] > 0
 
 
 def test_a_rank_that_dies_takes_the_run_down(folder, tmp_path):

@@ -138,6 +138,7 @@ def test_records_of_earlier_versions_lack_flags(folder, capsys):
             {"image_size": True},
             {"image_size": {}},
             {"head": "unknown"},
+            {"norm": "unknown"},
             {"temperature": -1},
             {"temperature": float("nan")},
             {"feature_pyramid": [0]},

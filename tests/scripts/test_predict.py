@@ -1,17 +1,20 @@
 """Classifying one's own images: the table, the list, prototypes kept and refused, pictures; and the same as a library."""
 
 import json
+import os
 import re
 import shutil
+import stat
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ODD_NAMES, ROOT
 from PIL import Image
 
-import predict as module
+import predict
 from dataloader import make_view
 from engine.start import set_seed
 from Models import DeepEMD
@@ -110,16 +113,16 @@ def test_prototypes_are_kept_and_refused(images, tmp_path, capsys):
     pictures = [sorted((tmp_path / run).iterdir()) for run in ("fresh", "again")]
     assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
     for more, expected in (
-        (["-seed", "2"], "expected prototypes of these weights"),
-        (["-deepemd", "grid"], "give -deepemd fcn"),
-        (["-image_size", "48"], "give -image_size 32$"),
-        (["-feature_pyramid", "2,1"], "give no -feature_pyramid$"),
-        (["-head", "cosine"], "give -head deepemd$"),
+        (["-seed", "2"], "made with other weights"),
+        (["-deepemd", "grid"], "set -deepemd fcn"),
+        (["-image_size", "48"], "set -image_size 32$"),
+        (["-feature_pyramid", "2,1"], "set no -feature_pyramid$"),
+        (["-head", "cosine"], "set -head deepemd$"),
     ):
         with pytest.raises(InputError, match=expected):
             main(["-prototypes", str(kept), "-query", str(images / "query"), *TINY, *more])
     main(["-support", str(images / "support"), "-save", str(kept), *TINY, "-deepemd", "grid"])
-    with pytest.raises(InputError, match="give -deepemd grid, -patch_list 2,3, -patch_ratio 2.0$"):
+    with pytest.raises(InputError, match="set -deepemd grid, -patch_list 2,3, -patch_ratio 2.0$"):
         main(["-prototypes", str(kept), "-query", str(images / "query"), *TINY])
     kept.write_bytes(b"else")
     with pytest.raises(InputError, match="file of prototypes"):
@@ -156,18 +159,18 @@ def test_pictures(images, tmp_path, arguments):
 def test_patches_are_drawn_by_name_alone(images):
     """Whatever the other threads draw at the time."""
     view = make_view("sampling", train=False, image_size=32, num_patch=9)
-    encoder = module.Encoder(DeepEMD(solver="simplex"), view, seed=1, device=torch.device("cpu"))
     files = [str(path) for path in sorted(images.glob("query/[a-z]*/*.png"))]
-    alone = [encoder.see(file).pixels for file in files]
+    alone = [predict.view_file(file, view, 1).pixels for file in files]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
-            assert all(map(torch.equal, alone, (seen.pixels for seen in pool.map(encoder.see, files))))
+            together = pool.map(lambda file: predict.view_file(file, view, 1).pixels, files)
+            assert all(map(torch.equal, alone, together))
 
 
 def test_heads_without_a_match(images, tmp_path, capsys):
     found, _ = listed(capsys, "-support", images / "support", "-query", images / "query" / "ant", "-head", "cosine")
     assert [item["cost"] for item in found] == [None, None]
-    with pytest.raises(InputError, match="expected the head deepemd"):
+    with pytest.raises(InputError, match="computes no flow"):
         main(["-support", str(images / "support"), "-query", "x", *TINY, "-head", "knn", "-picture", str(tmp_path)])
 
 
@@ -189,36 +192,131 @@ def test_one_class_and_a_file_of_json(images, tmp_path):
 
 
 def test_queries_are_read_as_they_are_needed(images, monkeypatch):
-    """Memory does not grow with their number: the first answer comes before the last file is looked at."""
-    seen = []
-    see = module.Encoder.see
-    monkeypatch.setattr(module.Encoder, "see", lambda self, file: seen.append(file) or see(self, file))
-    model = DeepEMD(solver="simplex").folded()
-    view = make_view("fcn", train=False, image_size=32)
-    encoder = module.Encoder(model, view, seed=1, device=torch.device("cpu"))
-    prototypes = module.fit(model, encoder, str(images / "support"))
-    seen.clear()
-    answers = module.answers(
-        model, encoder, prototypes, 5 * [str(p) for p in sorted(images.glob("query/[a-z]*/*.png"))]
-    )
+    """Memory does not grow with their number: the first answer comes before the last file is read."""
+    monkeypatch.setattr(predict, "READ_AHEAD", 4)
+    read, view_file = [], predict.view_file
+    model, view = DeepEMD(solver="simplex").folded(), make_view("fcn", train=False, image_size=32)
+    settings = {"seed": 1, "device": torch.device("cpu")}
+    prototypes = predict.fit(model, view, str(images / "support"), **settings)
+    monkeypatch.setattr(predict, "view_file", lambda file, *given: read.append(file) or view_file(file, *given))
+    files = 5 * [str(path) for path in sorted(images.glob("query/[a-z]*/*.png"))]
+    answers = predict.answers(model, view, prototypes, files, **settings)
     next(answers)
-    assert len(seen) < 30
+    assert len(read) == 4
     assert len(list(answers)) == 29
+
+
+def test_the_example_nearest_to_the_prototype_is_shown(images, tmp_path):
+    """Of examples B A A A A, the mean is nearest to A."""
+    a, b = sorted((images / "query").glob("[bc]*/0.png"))
+    torch.manual_seed(0)
+    for name, source in zip("01234", (b, a, a, a, a), strict=True):
+        (tmp_path / "class").mkdir(exist_ok=True)
+        shutil.copy(source, tmp_path / "class" / f"{name}.png")
+    model, view = DeepEMD(solver="simplex", kshot="mean").folded(), make_view("fcn", train=False, image_size=32)
+    prototypes = predict.fit(model, view, str(tmp_path), seed=1, device=torch.device("cpu"))
+    assert prototypes.files[0] in ("1.png", "2.png", "3.png", "4.png")
+    assert torch.equal(prototypes.examples[0].pixels, predict.view_file(str(a), view, 1).pixels)
+
+
+def test_results_are_written_through_links_and_pipes(images, tmp_path):
+    query = [str(images / "query" / "ant")]
+    real, link, pipe = (tmp_path / name for name in ("real.json", "link.json", "pipe"))
+    real.write_text("old")
+    real.chmod(0o600)
+    link.symlink_to(real)
+    os.mkfifo(pipe)
+    content = []
+    reader = threading.Thread(target=lambda: content.append(pipe.read_bytes()))
+    reader.start()
+    support = ["-support", str(images / "support")]
+    main([*support, "-query", *query, *TINY, "-json", str(link), "-save", str(pipe)])
+    reader.join(10)
+    assert link.is_symlink()
+    assert real.stat().st_mode & 0o777 == 0o600
+    assert len(json.loads(real.read_text())) == 2
+    (tmp_path / "kept.pth").write_bytes(content[0])
+    main(["-prototypes", str(tmp_path / "kept.pth"), "-query", *query, *TINY, "-json", os.devnull])
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.pth", "link.json", "pipe", "real.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"nodes": None},
+        {"nodes": torch.zeros(3, 640, 4)},
+        {"nodes": torch.full((2, 640, 4), float("nan"))},
+        {"nodes": torch.zeros(2, 640, 5)},
+        {"nodes": torch.zeros(2, 640, 4, dtype=torch.int64)},
+        {"classes": ["bee"]},
+        {"classes": [1, 2]},
+        {"classes": 7},
+        {"files": ["x"]},
+        {"examples": []},
+        {"examples": 2 * [{"pixels": torch.zeros(3, 9, 9, dtype=torch.uint8), "image": None, "boxes": []}]},
+        {"examples": 2 * [{"pixels": torch.zeros(3, 32, 32), "image": None, "boxes": []}]},
+        {"examples": 2 * [{"pixels": None, "image": None, "boxes": []}]},
+        {"examples": 2 * [{"pixel": None}]},
+        {"settings": None},
+        {"weights": None},
+        {"format": 9},
+    ],
+)
+def test_damaged_prototypes_are_rejected(two_prototypes, tmp_path, change):
+    content = torch.load(two_prototypes, weights_only=True)
+    model, view = DeepEMD(solver="simplex").folded(), make_view("fcn", train=False, image_size=32)
+    given = {"device": torch.device("cpu"), "settings": content["settings"], "weights": content["weights"]}
+    assert len(predict.load_prototypes(str(two_prototypes), model, view, **given).classes) == 2
+    for bad in ({**content, **change}, {key: content[key] for key in content if key not in change}):
+        torch.save(bad, tmp_path / "bad.pth")
+        with pytest.raises(InputError, match=r"^-prototypes .*bad\.pth"):
+            predict.load_prototypes(str(tmp_path / "bad.pth"), model, view, **given)
+
+
+@pytest.fixture(scope="module")
+def two_prototypes(images, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    for name in ("ant", "bee"):
+        shutil.copytree(images / "support" / name, folder / "support" / name)
+    main(["-support", str(folder / "support"), "-save", str(folder / "kept.pth"), *TINY])
+    return folder / "kept.pth"
+
+
+def test_a_class_and_a_file_of_any_name(images, tmp_path, capfd, recwarn):
+    """One line for each in the table, and pictures without a warning."""
+    names = [name for name in ODD_NAMES if name.strip()]
+    source = images / "support" / "ant" / "0.png"
+    for name in names:
+        name = name.replace("/", "_")[:250]
+        (tmp_path / "support" / name).mkdir(parents=True)
+        shutil.copy(source, tmp_path / "support" / name)
+        (tmp_path / "query").mkdir(exist_ok=True)
+        shutil.copy(source, tmp_path / "query" / f"{name}.png")
+    flags = ["-support", tmp_path / "support", "-query", tmp_path / "query", "-picture", tmp_path / "out", "-top", "2"]
+    main([*map(str, flags), *TINY])
+    printed = capfd.readouterr()
+    assert len(printed.out.splitlines()) == 1 + 2 * len(names)
+    assert all(line.isprintable() for line in printed.out.splitlines())
+    assert len(list((tmp_path / "out").iterdir())) == len(names)
+    assert [line.split(":")[0] for line in printed.err.splitlines()] == ["device", "weights", "pictures"]
+    assert not recwarn.list
 
 
 def test_errors_are_one_line(images, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     support = ["-support", str(images / "support")]
     for arguments, expected in (
-        (["-support", str(tmp_path / "none"), "-query", "x"], "there is none"),
+        (["-support", str(tmp_path / "none"), "-query", "x"], "there is no such folder"),
         (["-support", str(tmp_path / "empty"), "-query", "x"], "one folder per class"),
-        ([*support, "-query", str(tmp_path / "empty")], "at least one image that can be read"),
-        ([*support, "-query", str(tmp_path / "none.png")], "at least one image that can be read"),
-        (["-prototypes", str(tmp_path / "none"), "-query", "x"], "there is none"),
+        ([*support, "-query", str(tmp_path / "empty")], "none of the images of -query can be read"),
+        ([*support, "-query", str(tmp_path / "none.png")], "none of the images of -query can be read"),
+        (["-prototypes", str(tmp_path / "none"), "-query", "x"], "there is no such file"),
     ):
         with pytest.raises(InputError, match=expected) as caught:
             main([*arguments, *TINY])
         assert "\n" not in str(caught.value)
+    capsys.readouterr()
     for arguments in (
         [*support],
         ["-query", "x"],
@@ -228,7 +326,7 @@ def test_errors_are_one_line(images, tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             main([*arguments, *TINY])
         assert ended.value.code == 2
-        assert "expected -" in capsys.readouterr().err
+        assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_library_example_of_the_readme(images, tmp_path, monkeypatch):

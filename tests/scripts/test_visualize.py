@@ -1,4 +1,4 @@
-"""Pictures: that they are there, that they show what was computed, and that what they say is right."""
+"""visualize.py: its pictures exist, show what was computed, and what they say is right."""
 
 import contextlib
 import io
@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import write_images
+from helpers import write_evaluation, write_images, write_run
+from matplotlib.text import Text
 from PIL import Image
 
 import visualize
 from dataloader.arguments import draw_episodes, open_dataset
-from dataloader.views import make_view
 from engine.run import RunFolder
-from pictures import drawing
-from utils import run_script, write_json
+from pictures import matches, sheet
+from utils import run_script
 
 SMALL = ["-gpu", "cpu", "-image_size", "32", "-query", "2", "-num_workers", "0", "-way", "3", "-model_dir", "none"]
 
@@ -32,8 +32,8 @@ class Done:
         before = Path.cwd()
         os.chdir(cwd)
         if monkeypatch:
-            for name, seen in (("draw_match", self.matches), ("draw_episode", self.sheets)):
-                monkeypatch.setattr(drawing, name, self.spy(getattr(drawing, name), seen))
+            for place, name, seen in ((matches, "draw_match", self.matches), (sheet, "draw_sheet", self.sheets)):
+                monkeypatch.setattr(place, name, self.spy(getattr(place, name), seen))
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 run_script(lambda: script.main([str(flag) for flag in flags]))
@@ -55,7 +55,7 @@ class Done:
 
 
 def texts(figure) -> list[str]:
-    return [text.get_text() for axes in figure.axes for text in axes.texts]
+    return [line for text in figure.findobj(Text) for line in text.get_text().split("\n")]
 
 
 def pictures(folder: Path) -> set[str]:
@@ -92,7 +92,7 @@ def test_an_episode_is_the_one_that_eval_evaluates(data, tmp_path, monkeypatch, 
     suffix = "pdf" if "pdf" in variant else "png"
     done = Done(
         visualize,
-        ["episode", *flags, "-episode", 2, "-queries", "1,5", "-top", 3, "-out", "new/here"],
+        ["episode", *flags, "-episode", 2, "-queries", "1,5", "-flows", 3, "-out", "new/here"],
         tmp_path,
         monkeypatch,
     )
@@ -120,14 +120,14 @@ def test_an_episode_is_the_one_that_eval_evaluates(data, tmp_path, monkeypatch, 
     assert {f"{value:.2f}" for value in sheet["logits"].flatten().tolist()} <= set(words)
     assert words.count("right") == sum(hits)
 
-    for (query, protos), match, words in done.matches:
+    for (query, protos, matching), match, words in done.matches:
         number = int(re.search(r"query (\d)", match["title"])[1])
         assert match["truth"] == number % 3
         row = sheet["numbers"].index(number)
-        torch.testing.assert_close(match["logits"], sheet["logits"][row])
-        assert match["flow"].shape == (3, nodes, nodes)
+        torch.testing.assert_close(matching.logits, sheet["logits"][row])
+        assert matching.flow.shape == (3, nodes, nodes)
         # The share of the mass, computed another way.
-        for flow in match["flow"].double():
+        for flow in matching.flow.double():
             shares = (flow / flow.sum()).flatten().sort(descending=True).values
             count = int((shares > 1e-6).sum())
             share = f"top 3 of {count} flows: {100 * shares[:3].sum():.0f} % of the mass"
@@ -136,77 +136,13 @@ def test_an_episode_is_the_one_that_eval_evaluates(data, tmp_path, monkeypatch, 
             assert sorted(k for panel in panels if not panel.is_overview for k in node_numbers(panel)) == list(
                 range(nodes)
             )
-        right = int(match["logits"].argmax()) == match["truth"]
+        right = int(matching.logits.argmax()) == match["truth"]
         assert any(word.startswith("right: " if right else "wrong: ") for word in words)
         assert sum("nearest to its prototype" in word for word in words) == (3 if "-sfc_update_step" in variant else 0)
 
 
 def node_numbers(panel):
     return range(panel.first, panel.first + len(panel.boxes))
-
-
-def test_boxes_are_those_of_the_view(glyphs):
-    for deepemd in ("grid", "sampling"):
-        args = visualize.build_parser().parse_args(
-            ["episode", "-dataset", "glyphs", "-data_dir", str(glyphs), "-deepemd", deepemd, "-image_size", "16"]
-        )
-        dataset = open_dataset(args, "test", train=False)
-        (seen,) = visualize.see_episode(dataset, [(3, 77)])
-        pixels, _ = dataset[3, 77]
-        assert torch.equal(seen.pixels, pixels)
-        boxes = dataset._boxes((seen.image.shape[1], seen.image.shape[0]), 77)
-        overview, *mosaics = visualize.panels_of(seen, dataset.view, len(boxes))
-        assert overview.boxes == [tuple(map(float, box[:4])) for box in boxes]
-        assert np.array_equal(overview.pixels, np.asarray(seen.image))
-        shown = [
-            panel.pixels[int(upper) : int(lower), int(left) : int(right)]
-            for panel in mosaics
-            for left, upper, right, lower in panel.boxes
-        ]
-        assert np.array_equal(np.stack(shown), np.moveaxis(pixels.numpy(), 1, -1))
-
-
-def test_boxes_of_a_large_image_shrink_with_it():
-    view = make_view("grid", train=False, image_size=16, patch_list=(2,), patch_ratio=1)
-    seen = visualize.see(Image.new("RGB", (960, 480)), view, 1)
-    overview, _ = visualize.panels_of(seen, view, 4)
-    assert overview.pixels.shape == (240, 480, 3)
-    assert overview.boxes[3] == (240, 120, 480, 240)
-    assert overview.places[3] == (0.75, 0.75)
-
-
-def test_cells_of_a_pyramid():
-    coarse, fine = drawing.cell_panels(np.zeros((3, 84, 84), np.uint8), [1, 2])
-    assert (coarse.first, coarse.boxes) == (0, [(0, 0, 84, 84)])
-    assert (fine.first, fine.boxes[1], fine.boxes[2]) == (1, (42, 0, 84, 42), (0, 42, 42, 84))
-
-
-def test_strongest_flows():
-    found = drawing.strongest(np.array([[0.0, 3.0], [1.0, 4.0]]), 2)
-    assert found.query == [1, 0]
-    assert found.proto == [1, 1]
-    assert found.shares == [0.5, 0.375]
-    assert (found.share, found.count) == (0.875, 3)
-    assert drawing.strongest(np.eye(2), 9).shares == [0.5, 0.5]
-
-
-def test_queries_that_are_drawn_include_wrong_ones():
-    logits = torch.eye(2).repeat(5, 1)
-    assert visualize.choose_queries(logits, 2) == [0, 1, 2, 3]
-    logits[7], logits[9], logits[5] = (logits[row].flip(0) for row in (7, 9, 5))
-    assert visualize.choose_queries(logits, 2) == [0, 1, 5, 7]
-    assert visualize.choose_queries(torch.eye(2).flip(0), 2) == [0, 1]
-
-
-def test_long_names_stay_apart():
-    names = [f"{'x' * 40}_{kind}_{'y' * 40}" for kind in ("cat", "dog")] + ["short"]
-    short = drawing.short_names(names, 30)
-    assert len(set(short)) == 3
-    assert max(map(len, short)) <= 30
-    for room in (4, 11):
-        lines = drawing._wrap("a_rather-long name/of something_and_more", room, 3)
-        assert len(lines) <= 3
-        assert max(map(len, lines)) <= room
 
 
 def test_pair(tmp_path, monkeypatch):
@@ -217,31 +153,12 @@ def test_pair(tmp_path, monkeypatch):
     assert pictures(tmp_path / "out") == {"pair-0000-0001.png"}
     logit, cost = map(float, re.search(r"logit (\S+), cost of the match (\S+)", done.out).groups())
     assert cost == pytest.approx(1 - logit / 12.5, abs=2e-4)
-    ((_, match, words),) = done.matches
-    assert match["logits"].item() == pytest.approx(logit, abs=1e-4)
+    (((_, _, matching), _, words),) = done.matches
+    assert matching.logits.item() == pytest.approx(logit, abs=1e-4)
     assert not any("predicted" in word for word in words)
     sampled = Done(visualize, [*flags, "-deepemd", "sampling"], tmp_path).out
     assert sampled != done.out
     assert Done(visualize, [*flags, "-deepemd", "sampling"], tmp_path).out == sampled
-
-
-# --- Curves and comparisons -------------------------------------------------------------------------------------------
-
-
-def write_run(folder: Path, epochs: int, **more) -> Path:
-    rows = [
-        {
-            "epoch": k,
-            "train_loss": 2 / k,
-            "train_acc": 10 * k,
-            "val_loss": 1 / k,
-            "val_acc": 20 + k,
-            "val_interval": 2.0,
-        }
-        for k in range(1, epochs + 1)
-    ]
-    write_json(folder / "trlog.json", {"args": {}, "epochs": rows, **more})
-    return folder
 
 
 def test_curves(tmp_path):
@@ -249,80 +166,30 @@ def test_curves(tmp_path):
     done = Done(visualize, ["curves", runs[0], runs[1] / "trlog.json", "-out", "out", "-format", "pdf"], tmp_path)
     assert done.status == 0, done.err
     assert pictures(tmp_path / "out") == {"curves.pdf"}
-    run = visualize.read_run(runs[0], "mine")
-    assert run.epochs == [1, 2, 3]
-    assert run.val_acc == [21, 22, 23]
-    assert run.test == (30, 1)
-    figure = drawing.draw_curves([run])
-    drawn = [line.get_ydata().tolist() for axes in figure.axes for line in axes.lines]
-    assert drawn[:4] == [[2, 1, 2 / 3], [1, 0.5, 1 / 3], [10, 20, 30], [21, 22, 23]]
-
-
-def test_curves_of_a_run_before_and_after_a_stop(tmp_path):
-    """What RunFolder wrote is read, and a resumed run shows each epoch once."""
-    values = {"train_loss": 1.0, "train_acc": 5.0, "val_loss": 1.0, "val_acc": 3.0, "val_interval": 0.5}
-    run = RunFolder(tmp_path / "run", {})
-    run.record(epoch=1, **values)
-    run.save_state({})
-    run.record(epoch=2, **values)
-    run.writer.close()
-    again = RunFolder(tmp_path / "run", {}, resume=True)
-    again.record(epoch=2, **values)
-    again.finish(test_acc=4.0, test_interval=0.25)
-    found = visualize.read_run(tmp_path / "run", "run")
-    assert found.epochs == [1, 2]
-    assert found.test == (4, 0.25)
-
-
-def write_evaluation(path: Path, accuracies, *, data=None, **flags) -> Path:
-    flags = {
-        "dataset": "glyphs",
-        "set": "test",
-        "way": 5,
-        "shot": 1,
-        "query": 5,
-        "seed": 1,
-        "verify_images": False,
-        **flags,
-    }
-    write_json(path, {"accuracies": [float(value) for value in accuracies], "flags": flags, "data": data})
-    return path
 
 
 def test_compare(tmp_path):
-    random = np.random.RandomState(0)
-    first, second = 4 * random.randint(5, 20, 50), 4 * random.randint(5, 20, 40)
-    same = {"classes": 5}
+    """Evaluations of different protocols stand in one table."""
     files = [
-        write_evaluation(tmp_path / "runs/first/results.json", first, data=same),
-        write_evaluation(tmp_path / "runs/second/results.json", second),
-        write_evaluation(tmp_path / "runs/seed/results.json", second, seed=2),
-        write_evaluation(tmp_path / "runs/final/results.json", first, set="val", pretrain_dir="x", data=same),
-        write_evaluation(tmp_path / "runs/other/results.json", second, data={"classes": 6}),
+        write_evaluation(tmp_path / "runs/first/results.json", [20, 40, 60]),
+        write_evaluation(tmp_path / "runs/second/results.json", [40, 40, 40]),
+        write_evaluation(tmp_path / "runs/third/results.json", [80], shot=5),
     ]
-    done = Done(visualize, ["compare", *files, "-out", "out"], tmp_path)
+    done = Done(visualize, ["compare", *files], tmp_path)
     assert done.status == 0, done.err
-    assert pictures(tmp_path / "out") == {"compare.png"}
-    rows = {line.split()[0]: line for line in done.out.splitlines()}
-    values = second - first[:40]
-    expected = f"{values.mean():+.2f} +- {1.96 * values.std() / 40**0.5:.2f}  (40 episodes, paired)"
-    assert rows["second"].endswith(expected)
-    assert f"{second.mean():.2f} +- {1.96 * second.std() / 40**0.5:.2f}" in rows["second"]
-    assert rows["seed"].endswith("not paired: -seed 2, not 1")
-    assert "+0.00 +- 0.00  (50 episodes, paired)" in rows["final"]
-    assert rows["other"].endswith("not paired: other images")
-    assert "minus first" in rows["evaluation"]
+    assert [line.split()[0] for line in done.out.splitlines()[:4]] == ["evaluation", "first", "second", "third"]
+    assert pictures(tmp_path / "checkpoint/pictures") == {"compare.png"}
+    done = Done(visualize, ["compare", *files, "-names", "before it,after it,5-shot", "-out", "out"], tmp_path)
+    assert done.out.splitlines() == [
+        "evaluation  episodes  accuracy (%)    minus before it",
+        "before it          3  40.00 +- 18.48",
+        "after it           3  40.00 +- 0.00   +0.00 +- 18.48  (3 episodes, paired)",
+        "5-shot             1  80.00 +- 0.00   not paired: -shot 5, not 1",
+        "out/compare.png",
+    ]
     assert Done(visualize, ["compare", files[0], "-out", "out"], tmp_path).status == 0
-
-
-def test_names_that_tell_paths_apart():
-    def names(*paths):
-        return visualize.distinct_names([Path(path) for path in paths])
-
-    assert names("runs/a/results.json", "runs/b/results.json") == ["a", "b"]
-    assert names("a/x", "a/x/y") == ["x", "x/y"]
-    assert names("a/x.json", "a/x.json") == ["x.json (1)", "x.json (2)"]
-    assert names("a/x.json") == ["a/x.json"]
+    refused = Done(visualize, ["compare", *files, "-names", "a,b"], tmp_path)
+    assert refused.err == "error: -names has 2 names for 3 files; give one for each, joined by commas\n"
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------
@@ -331,28 +198,28 @@ def test_names_that_tell_paths_apart():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["episode", "-head", "proto"], "error: -head proto: expected the head deepemd"),
-        (["episode", "-queries", "6"], "error: -queries: expected numbers from 0 to 5 (-way times -query); got 6"),
+        (["episode", "-head", "proto"], "error: -head proto computes no flow"),
+        (["episode", "-queries", "6"], "error: there is no query 6: -way times -query are 6, numbered from 0"),
         (["episode", "-queries", "1,-2"], "expected whole numbers of 0 or more joined by commas"),
         (
             ["episode", "-episode", "5", "-test_episode", "5"],
-            "error: -episode 5: expected a number below -test_episode 5",
+            "error: there is no -episode 5: the evaluation has -test_episode 5",
         ),
         (["episode", "-model_dir", "nowhere"], "error: no checkpoint at nowhere"),
-        (["episode", "-out", "file"], "error: expected to write file/episode-0.png"),
+        (["episode", "-out", "file"], "error: cannot write file/episode-0.png"),
         (["episode", "-format", "gif"], "argument -format"),
         (["pair", "good.png", "bad.png"], "error: expected an image in bad.png"),
-        (["pair", "good.png", "good.png", "-head", "knn"], "error: -head knn: expected the head deepemd"),
-        (["curves", "nowhere"], "error: expected the curves of a run in nowhere; it cannot be read"),
-        (["curves", "empty"], "error: expected the curves of a run in empty/trlog.json; no epoch of it is finished"),
-        (["curves", "good.json"], "error: expected the curves of a run in good.json; it has another content"),
-        (["curves", "list.json"], "error: expected the curves of a run in list.json; it has another content"),
-        (["compare", "list.json"], "error: expected the results of an evaluation in list.json; it has another content"),
+        (["pair", "good.png", "good.png", "-head", "knn"], "error: -head knn computes no flow"),
+        (["curves", "nowhere"], "error: cannot read the curves of a run from nowhere"),
+        (["curves", "empty"], "error: empty/trlog.json has no curves yet: no epoch of the run is finished"),
+        (["curves", "good.json"], "error: good.json is damaged, or not the curves of a run"),
+        (["curves", "list.json"], "error: list.json is damaged, or not the curves of a run"),
+        (["compare", "list.json"], "error: list.json is damaged, or not the results of an evaluation"),
+        (["compare", "good.json", "bad.png"], "error: bad.png is damaged, or not the results of an evaluation"),
         (
-            ["compare", "good.json", "bad.png"],
-            "error: expected the results of an evaluation in bad.png; it is not JSON",
+            ["compare", "none.json"],
+            "error: none.json is damaged, or not the results of an evaluation (ValueError: it has no accuracies",
         ),
-        (["compare", "none.json"], "error: expected the results of an evaluation in none.json; it has no accuracies"),
         ([], "the following arguments are required: COMMAND"),
     ],
 )
@@ -416,7 +283,7 @@ def test_log_images(data, tmp_path):
     assert tensorboard_images(folder) == {f"images/{names[0]}": [1, 2], f"images/{names[1]}": [1]}
     refused = Done(train_meta, [*flags, "-head", "proto", "-log_images", 1], tmp_path)
     assert refused.status == 1
-    assert refused.err.startswith("error: -head proto: expected the head deepemd")
+    assert refused.err.startswith("error: -head proto computes no flow")
 
 
 def test_pictures_of_an_epoch_that_is_done_again(tmp_path):

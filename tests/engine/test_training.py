@@ -1,38 +1,33 @@
-"""The loops, on a model small enough to reason about."""
+"""Training on a model small enough to reason about: steps, epochs, what is skipped, saved and restored."""
 
 import argparse
 import itertools
 import math
+import os
 
 import pytest
 import torch
 from torch import nn
 
 from engine import arguments
-from engine.arguments import folder_number, next_command
+from engine.arguments import encoder_suffix, folder_number, next_command
 from engine.distributed import Ranks, Shard
 from engine.evaluation import DivergenceError, Evaluation
 from engine.loading import LoaderError, make_loader, stream
 from engine.run import RunFolder
-from engine.training import MAX_SKIPPED_IN_A_ROW, StepGuard, fit, make_optimizer, train_epoch
-from utils import make_parser, whole_numbers
+from engine.training import MAX_SKIPPED_IN_A_ROW, FitSettings, StepGuard, fit, make_optimizer, train_epoch
+from utils import InputError, Process, make_parser, set_process, whole_numbers
 
 CPU = torch.device("cpu")
 
 
 class Samples(torch.utils.data.Dataset):
-    """Sample i is the vector of i; its view is random or not, as one is told. Counts what it is asked for."""
-
-    def __init__(self, is_random=False):
-        self.view = argparse.Namespace(is_random=is_random, patches=1)
-        self.asked = []
+    """Sample i is the vector of i."""
 
     def __len__(self):
         return 1000
 
-    def __getitem__(self, item):
-        self.asked.append(item)
-        index = item[0] if isinstance(item, tuple) else item
+    def __getitem__(self, index):
         return torch.full((2,), float(index)), index % 2
 
 
@@ -45,8 +40,10 @@ class Batches(list):
         self.epoch = epoch
 
 
-def loader_of(batches):
-    return make_loader(Samples(), Shard(Batches(batches), Ranks(), by_image=False), num_workers=0, device=CPU)
+def loader_of(batches, ranks=None, *, by_image=False):
+    return make_loader(
+        Samples(), Shard(Batches(batches), ranks or Ranks(), by_image=by_image), num_workers=0, device=CPU
+    )
 
 
 # --- loading ---
@@ -54,8 +51,6 @@ def loader_of(batches):
 
 class DiesInItsWorker(torch.utils.data.Dataset):
     def __getitem__(self, index):
-        import os
-
         os._exit(9)
 
 
@@ -74,11 +69,12 @@ def run(tmp_path):
     return RunFolder(tmp_path / "run", {})
 
 
-RATES = {"lr": 0.1, "step_size": 2, "gamma": 0.5}
+def settings(**changed):
+    return FitSettings(**{"max_epoch": 1, "lr": 0.1, "step_size": 2, "gamma": 0.5, **changed})
 
 
-def guard_of(network):
-    return StepGuard(network, make_optimizer(network, **RATES)[0])
+def guard_of(network, ranks=None):
+    return StepGuard(network, make_optimizer(network, settings())[0], ranks=ranks)
 
 
 def classify(network):
@@ -93,7 +89,7 @@ def test_accumulation_is_the_mean_gradient(run, batches, accumulate):
         network = nn.Linear(2, 2)
         network.load_state_dict(start.state_dict())
         loader = loader_of(these)
-        train_epoch(network, classify(network), loader, guard_of(network), run, device=CPU, accumulate=count)
+        train_epoch(network, classify(network), loader, guard_of(network), run, settings(accumulate=count))
         assert network.weight.grad is None  # nothing is left to the next epoch
         weights.append(network.weight.detach())
     torch.testing.assert_close(*weights)
@@ -114,7 +110,7 @@ def test_fit_keeps_the_best_and_the_later_of_equals(run, accuracies, kept):
         return Evaluation(1.0, next(results), 1.0, [])
 
     loader = loader_of([[0, 1]])
-    fit(network, forward, loader, validate, run, weights_of=network, device=CPU, max_epoch=3, save_all=True, **RATES)
+    fit(network, forward, loader, validate, run, settings(max_epoch=3, save_all=True), weights_of=network)
     best, same = (
         torch.load(run.path / name, weights_only=True)["params"] for name in ("max_acc.pth", f"epoch-{kept}.pth")
     )
@@ -175,7 +171,7 @@ def test_a_batch_that_overflows_leaves_no_trace(run):
         return taken
 
     guard.step = step
-    train_epoch(network, forward, loader, guard, run, device=CPU)
+    train_epoch(network, forward, loader, guard, run, settings())
     loss = guard.progress.losses[-1]
     assert (guard.progress.skipped, len(steps)) == (1, 2)
     assert math.isfinite(loss)
@@ -195,12 +191,45 @@ def test_a_failing_batch_costs_its_step(run):
     guard = guard_of(network)
     weights = []
     guard.optimizer.register_step_post_hook(lambda *_: weights.append(network.weight.detach().clone()))
-    train_epoch(network, forward, loader, guard, run, device=CPU, accumulate=2, skip_on=(ArithmeticError,))
+    train_epoch(network, forward, loader, guard, run, settings(accumulate=2, skip_on=(ArithmeticError,)))
     assert guard.progress.skipped == 1
     assert len(guard.progress.losses) == 2  # of the step that was taken
     assert len(weights) == 1  # the step of the second pair only
     with pytest.raises(ArithmeticError):
-        train_epoch(network, forward, loader, guard_of(network), run, device=CPU)
+        train_epoch(network, forward, loader, guard_of(network), run, settings())
+
+
+class FailsInBackward(torch.autograd.Function):
+    """A solver whose answer is fine and whose gradient cannot be computed."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise ArithmeticError("no gradient")
+
+
+@pytest.mark.parametrize(("accumulate", "bad"), [(1, 2), (2, 3), (2, 4), (3, 3)])
+def test_a_failing_gradient_costs_its_step(run, capsys, accumulate, bad):
+    """Wherever in its step the batch is: the last one of four, of six, the only one."""
+    network = nn.Linear(2, 2)
+
+    def forward(images, labels, place):
+        logits = network(images)
+        return FailsInBackward.apply(logits) if place[1] == bad else logits, labels
+
+    guard = guard_of(network)
+    taken = []
+    guard.optimizer.register_step_post_hook(lambda *_: taken.append(network.weight.isfinite().all().item()))
+    loader = loader_of([[k, k + 1] for k in range(6)])
+    flags = settings(accumulate=accumulate, skip_on=(ArithmeticError,))
+    train_epoch(network, forward, loader, guard, run, flags)
+    assert (guard.progress.skipped, taken) == (1, [True] * (6 // accumulate - 1))
+    assert len(guard.progress.losses) == 6 - accumulate
+    assert "step skipped (1 so far): no gradient" in capsys.readouterr().out
+    assert network.weight.grad is None
 
 
 def test_gradients_of_a_failed_step_are_cleared(run):
@@ -217,7 +246,7 @@ def test_gradients_of_a_failed_step_are_cleared(run):
 
         loader = loader_of(batches)
         train_epoch(
-            network, forward, loader, guard_of(network), run, device=CPU, accumulate=2, skip_on=(ArithmeticError,)
+            network, forward, loader, guard_of(network), run, settings(accumulate=2, skip_on=(ArithmeticError,))
         )
         results.append(network.weight.detach())
     assert torch.equal(*results)
@@ -231,11 +260,11 @@ def test_float16_scales_the_loss_and_backs_off(run, scale, skipped):
     plain.load_state_dict(start)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
     for one, guard in (
-        (network, StepGuard(network, make_optimizer(network, **RATES)[0], scaler)),
+        (network, StepGuard(network, make_optimizer(network, settings())[0], scaler)),
         (plain, guard_of(plain)),
     ):
         loader = loader_of([[200, 301]] * 3)
-        train_epoch(one, classify(one), loader, guard, run, device=CPU)
+        train_epoch(one, classify(one), loader, guard, run, settings())
         if one is network:
             assert guard.progress.skipped == skipped
             assert scaler.get_scale() == scale / 2**skipped
@@ -246,19 +275,22 @@ def test_losses_of_skipped_steps_are_not_logged(run):
     network = nn.Linear(2, 2)
     network.weight.register_hook(lambda gradient: gradient * math.nan)  # a finite loss, and no finite gradient
     guard = guard_of(network)
-    train_epoch(network, classify(network), loader_of([[0, 1]]), guard, run, device=CPU)
-    assert (guard.progress.skipped, guard.progress.losses, run.points) == (1, [], {})
+    scalars = []
+    run.scalars = lambda step, **values: scalars.append(step)
+    train_epoch(network, classify(network), loader_of([[0, 1]]), guard, run, settings())
+    assert (guard.progress.skipped, guard.progress.losses) == (1, [])
+    assert scalars == []
 
 
-def test_threads_and_processes_are_shared_by_the_ranks(monkeypatch):
-    monkeypatch.setattr(arguments, "available_cores", lambda: 24)
-    args = argparse.Namespace(num_workers=None, solver_threads=None)
-    for local_size, workers, threads in ((1, 8, 24), (4, 6, 6), (48, 1, 1)):
-        ranks = Ranks(0, local_size, local_size)
-        assert arguments.loader_processes(args, ranks) == workers
-        assert arguments.solver_threads(args, ranks) == threads
-    args = argparse.Namespace(num_workers=0, solver_threads=3)
-    assert (arguments.loader_processes(args, ranks), arguments.solver_threads(args, ranks)) == (0, 3)
+def test_loader_processes_are_shared_by_the_ranks(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(24), raising=False)
+    try:
+        for local_size, workers in ((1, 8), (4, 6), (48, 1)):
+            set_process(Process(0, local_size, local_size))
+            assert arguments.loader_processes(argparse.Namespace(num_workers=None)) == workers
+        assert arguments.loader_processes(argparse.Namespace(num_workers=0)) == 0
+    finally:
+        set_process(Process())
 
 
 def test_divergence_in_validation_names_the_steps(run):
@@ -272,26 +304,96 @@ def test_divergence_in_validation_names_the_steps(run):
 
     loader = loader_of([[0, 1], [2, 3], [4, 5]])
     with pytest.raises(DivergenceError, match="after epoch 1: .* skipped since epoch 1, batch 2. Lower -lr, now 0.1"):
-        fit(network, forward, loader, validate, run, weights_of=network, device=CPU, max_epoch=1, **RATES)
+        fit(network, forward, loader, validate, run, settings(), weights_of=network)
+
+
+# --- state ---
+
+
+def fit_once(folder, network, batches, validate=lambda epoch: Evaluation(1.0, 50.0, 1.0, []), **flags):
+    """One run, new or resumed, of a network on batches."""
+    run = RunFolder(folder, {}, resume=True)
+    fit(network, classify(network), loader_of(batches), validate, run, settings(**flags), weights_of=network)
+    run.writer.close()
+    run._lock.close()
+    return run
+
+
+def test_the_state_is_saved_every_so_many_steps(run, monkeypatch):
+    network, saved = nn.Linear(2, 2), []
+    monkeypatch.setattr(
+        RunFolder,
+        "save_state",
+        lambda self, state: saved.append((state["progress"]["epoch"], state["progress"]["batch"])),
+    )
+    flags = settings(accumulate=2, save_every=2, max_epoch=2)
+    loader = loader_of([[k, k + 1] for k in range(9)])
+
+    def validate(epoch):
+        return Evaluation(1.0, 50.0, 1.0, [])
+
+    fit(network, classify(network), loader, validate, run, flags, weights_of=network)
+    # After steps 2 and 4 of the five, at the end of the training part, and after validation.
+    assert saved == [(1, 4), (1, 8), (1, 9), (2, 0), (2, 4), (2, 8), (2, 9), (3, 0)]
+    saved.clear()
+    fit(network, classify(network), loader, validate, run, settings(max_epoch=1), weights_of=network)
+    assert saved == [(1, 9), (2, 0)]
+
+
+def test_a_resumed_run_has_the_learning_rate_and_loss_scale_that_it_had(tmp_path):
+    network = nn.Linear(2, 2)
+    hook = network.weight.register_hook(lambda gradient: gradient * math.nan)  # the loss scale is halved
+    flags = {"half_precision": True, "step_size": 1}
+    fit_once(tmp_path, network, [[0, 1]], **flags)
+    hook.remove()
+    network = nn.Linear(2, 2)
+    run = fit_once(tmp_path, network, [[0, 1]], **flags, max_epoch=3)
+    assert [epoch["lr"] for epoch in run.curves["epochs"]] == [0.1, 0.05, 0.025]
+    assert run.state["scaler"]["scale"] == torch.amp.GradScaler("cpu", enabled=True).get_scale() / 2
+    assert run.state["progress"]["skipped"] == 1
+
+
+def test_a_state_that_does_not_fit_is_named(tmp_path):
+    fit_once(tmp_path, nn.Linear(2, 2), [[0, 1]])
+    with pytest.raises(InputError, match=r"last\.pth does not fit this run") as error:
+        fit_once(tmp_path, nn.Linear(2, 3), [[0, 1]], max_epoch=2)
+    assert "\n" not in str(error.value)
+    good = torch.load(tmp_path / "last.pth", weights_only=True)
+    for part, value in (("optimizer", {}), ("network", [1]), ("progress", {"epoch": 1, "losses": 3})):
+        torch.save({**good, "state": {**good["state"], part: value}}, tmp_path / "last.pth")
+        with pytest.raises(InputError, match=r"last\.pth"):
+            fit_once(tmp_path, nn.Linear(2, 2), [[0, 1]], max_epoch=2)
 
 
 # --- flags ---
 
 
-def test_next_command():
-    stage, following = make_parser("this"), make_parser("next")
-    for parser in (stage, following):
-        parser.add_argument("-way", type=int, default=5)
-        parser.add_argument("-patch_list", type=whole_numbers, default="2,3")
-        parser.add_argument("-compile", action="store_true")
-        parser.add_argument("-lr", type=float, default=0.1 if parser is stage else 0.2)
-    stage.add_argument("-sfc_lr", type=float, default=0.1)
-    following.add_argument("-sfc_lr", type=float, default=100.0)
-    stage.add_argument("-num_episode", type=int, default=1)
-    following.add_argument("-model_dir")
-    args = stage.parse_args(["-patch_list", "5,3,2", "-compile", "-lr", "7", "-num_episode", "3"])
-    found = next_command("eval.py", following, args, model_dir="a b/max_acc.pth")
-    assert found == "python eval.py -patch_list 5,3,2 -compile -sfc_lr 0.1 -model_dir 'a b/max_acc.pth'"
+def test_the_next_command_has_the_flags_that_are_not_at_their_default():
+    parser = make_parser("this")
+    parser.add_argument("-way", type=int, default=5)
+    parser.add_argument("-patch_list", type=whole_numbers, default="2,3")
+    parser.add_argument("-feature_pyramid", type=whole_numbers)
+    parser.add_argument("-compile", action="store_true")
+    parser.add_argument("-lr", type=float, default=0.1)
+    parser.add_argument("-sfc_lr", type=float, default=0.1)  # 100 in the next stage, which keeps its own
+    parser.add_argument("-solver", default="opencv")
+    parser.add_argument("-extra_dir", default="")
+    parser.add_argument("-num_episode", type=int, default=1)
+    words = ["-patch_list", "5,3,2", "-feature_pyramid", "2", "-compile", "-lr", "7", "-num_episode", "3"]
+    args = parser.parse_args([*words, "-solver", "ipm", "-extra_dir=-mine"])
+    changed = {"model_dir": "a b/max_acc.pth", "solver": "opencv"}
+    found = next_command("eval.py", parser, args, leave_out=["num_episode"], **changed)
+    assert found == (
+        "python eval.py -patch_list 5,3,2 -feature_pyramid 2 -compile -extra_dir=-mine -model_dir 'a b/max_acc.pth'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("encoder", "suffix"),
+    [(None, ""), ("resnet12", ""), ("timm:resnet18", "-timm-resnet18"), ("timm:hf-hub:a/b.c", "-timm-hf-hub-a-b.c")],
+)
+def test_run_folders_name_an_encoder_that_is_not_the_published_one(encoder, suffix):
+    assert encoder_suffix(argparse.Namespace(**({} if encoder is None else {"backbone": encoder}))) == suffix
 
 
 def test_numbers_in_folder_names_are_not_rounded():

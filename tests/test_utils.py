@@ -213,13 +213,14 @@ def test_run_folder_keeps_what_was_there(tmp_path, capsys):
     assert not list(tmp_path.rglob("*.part"))
     assert f"run folder: {tmp_path / 'run'}" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot write the run to"):
         RunFolder(tmp_path / "file" / "run", {})
 
 
 def test_a_disk_that_fills_up_costs_nothing_that_was_saved(tmp_path, monkeypatch):
     run = RunFolder(tmp_path / "run", {})
-    path = run.save_weights("max_acc.pth", {"w": torch.zeros(1)})
+    run.save_weights("max_acc.pth", {"w": torch.zeros(1)})
+    path = run.path / "max_acc.pth"
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~utils._umask()
     before = path.read_bytes()
 

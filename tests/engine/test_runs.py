@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, finish, run, start, succeed, torchrun, wait_for
@@ -23,13 +24,15 @@ from torch import nn
 
 import engine.start
 import train_meta
+import train_pretrain
 import utils
 from engine import cache, distributed, stopping
+from engine.arguments import parse_run
 from engine.distributed import Ranks, Shard
 from engine.evaluation import Evaluator
 from engine.run import RunFolder
 from engine.training import train_epoch
-from utils import InputError
+from utils import InputError, append_line
 
 TINY = ["-gpu", "cpu", "-image_size", "16", "-query", "2", "-way", "2", "-dataset", "folder", "-episode_batch", "1"]
 PRETRAIN = ["train_pretrain.py", *TINY, "-max_epoch", "2", "-num_episode", "2", "-bs", "14", "-lr", "0.01"]
@@ -168,6 +171,7 @@ def test_flags_of_a_resumed_run(folder, tmp_path, monkeypatch):
     again = [*PRETRAIN, *HERE, "-data_dir", folder, "-seed", 0, "-resume"]
     for flags, message in (
         (["-query", 3], "-query 3 (was 2)"),
+        (["-lr", 0.02], "-lr 0.02 (was 0.01)"),
         (["-max_epoch", 1, "-temperature", 3], "-temperature 3.0 (was 12.5)"),
         (["-max_epoch", 1], "-max_epoch 1 (was 2)"),
     ):
@@ -219,16 +223,164 @@ def test_other_data_is_refused(folder, tmp_path, monkeypatch):
     assert (done.status, "its train images have other names or sizes" in done.err) == (1, True)
 
 
-def test_a_state_of_another_version_is_refused(folder, tmp_path):
-    path = folder_of(PRETRAIN, tmp_path)
-    path.mkdir(parents=True)
-    (path / "run.json").write_text('{"script": "train_pretrain.py", "flags": {"max_epoch": 1, "seed": 1}, "data": {}}')
-    torch.save({"format": 0}, path / "last.pth")
-    done = run(*PRETRAIN, *HERE, "-data_dir", folder, "-resume", cwd=tmp_path)
-    assert (done.status, "expected a state of format 1" in done.err) == (1, True)
-    (path / "last.pth").write_bytes(b"cut off")
-    done = run(*PRETRAIN, *HERE, "-data_dir", folder, "-resume", cwd=tmp_path)
-    assert (done.status, "it is damaged or another format" in done.err) == (1, True)
+# --- files of a run ---
+
+
+def saved_run(path: Path, **flags: object) -> RunFolder:
+    """A run of which one epoch is saved, and of which more was logged before it was killed."""
+    run = RunFolder(path, flags)
+    for epoch in (1, 2):
+        run.scalars(epoch, loss=1.0 / epoch)
+        run.image("match", np.full((4, 4, 3), epoch, np.uint8), epoch)
+        run.record(epoch=epoch)
+        run.log(f"epoch {epoch}")
+        if epoch == 1:
+            run.save_state({"progress": {"epoch": 2}})
+    run.writer.close()
+    run._lock.close()
+    return run
+
+
+def logged(path: Path) -> tuple[list[tuple[int, float]], list[int], str, list[dict]]:
+    """Scalars and pictures in TensorBoard, lines and curves."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(path / "tf"), size_guidance={"scalars": 0, "images": 0}, purge_orphaned_data=False)
+    events.Reload()
+    scalars = [(event.step, event.value) for event in events.Scalars("data/loss")]
+    pictures = [event.step for event in events.Images("images/match")] if events.Tags()["images"] else []
+    return (
+        scalars,
+        pictures,
+        (path / "results.txt").read_text(),
+        json.loads((path / "trlog.json").read_text())["epochs"],
+    )
+
+
+def test_logs_are_rolled_back_to_the_saved_state(tmp_path):
+    saved_run(tmp_path)
+    assert logged(tmp_path) == ([(1, 1.0), (2, 0.5)], [1, 2], "epoch 1\nepoch 2\n", [{"epoch": 1}, {"epoch": 2}])
+    (tmp_path / "tf/events.out.tfevents.9.newer").write_bytes(b"written after the state was saved")
+    for _ in range(2):  # resumed, killed, and resumed again
+        run = RunFolder(tmp_path, {}, resume=True)
+        run._lock.close()
+    run.scalars(2, loss=0.25)
+    run.image("match", np.zeros((4, 4, 3), np.uint8), 2)
+    run.writer.close()
+    assert logged(tmp_path) == ([(1, 1.0), (2, 0.25)], [1, 2], "epoch 1\n", [{"epoch": 1}])
+    assert not (tmp_path / "tf/events.out.tfevents.9.newer").exists()
+
+
+def test_the_state_does_not_grow_with_the_log(tmp_path):
+    run = RunFolder(tmp_path, {})
+    sizes = []
+    for count in (1, 2000):
+        for step in range(count):
+            run.scalars(step, loss=0.0)
+            append_line(tmp_path / "results.txt", "a line")
+        run.save_state({"progress": {"epoch": 1}})
+        sizes.append((tmp_path / "last.pth").stat().st_size)
+    assert sizes[1] - sizes[0] < 200
+
+
+def test_logs_that_were_removed_do_not_matter(tmp_path):
+    saved_run(tmp_path)
+    shutil.rmtree(tmp_path / "tf")
+    (tmp_path / "results.txt").unlink()
+    (tmp_path / "trlog.json").write_text("{")
+    (tmp_path / "images/match/epoch-1 (1).png").write_bytes(b"")
+    (tmp_path / "images/epoch-x.png").write_bytes(b"")
+    run = RunFolder(tmp_path, {}, resume=True)
+    assert run.state == {"progress": {"epoch": 2}}
+    assert json.loads((tmp_path / "trlog.json").read_text())["epochs"] == [{"epoch": 1}]
+
+
+def test_runs_of_the_earlier_format_are_resumed(tmp_path):
+    saved_run(tmp_path)
+    content = torch.load(tmp_path / "last.pth", weights_only=True)
+    log = {"lines": ["epoch 1"], "points": {"data/loss": torch.tensor([[1, 0.5, 7.0]], dtype=torch.float64)}}
+    torch.save({"format": 1, "state": content["state"], "curves": content["curves"], **log}, tmp_path / "last.pth")
+    run = RunFolder(tmp_path, {}, resume=True)
+    run.save_state(run.state)
+    run.writer.close()
+    assert logged(tmp_path) == ([(1, 0.5)], [], "epoch 1\n", [{"epoch": 1}])
+    assert torch.load(tmp_path / "last.pth", weights_only=True)["format"] == 2
+
+
+GOOD_STATE = {"format": 2, "state": {"progress": {"epoch": 1}}, "curves": {"epochs": []}, "log_sizes": {}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"cut off",
+        b"",
+        [1, 2],
+        {"format": 0},
+        {**GOOD_STATE, "format": 3},
+        {**GOOD_STATE, "state": None},
+        {**GOOD_STATE, "state": {"progress": 3}},
+        {**GOOD_STATE, "curves": []},
+        {**GOOD_STATE, "log_sizes": [1]},
+        {**GOOD_STATE, "log_sizes": {"results.txt": "long"}},
+        {**GOOD_STATE, "format": 1, "lines": 5},
+    ],
+)
+def test_a_state_that_cannot_be_used_is_named(tmp_path, content):
+    saved_run(tmp_path)
+    if isinstance(content, bytes):
+        (tmp_path / "last.pth").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "last.pth")
+    with pytest.raises(InputError, match=r"last\.pth is not .*state of a run") as error:
+        RunFolder(tmp_path, {}, resume=True)
+    assert "\n" not in str(error.value)
+
+
+FLAGS = {"max_epoch": 2, "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read the flags of a run from"),
+        (b"", "is damaged, or not the flags of a run"),
+        (b"\xff\xfe", "is damaged, or not the flags of a run"),
+        ([], "is damaged, or not the flags of a run"),
+        ({"script": "train_pretrain.py"}, "is damaged, or not the flags of a run"),
+        ({"script": 7, "flags": FLAGS}, "is damaged, or not the flags of a run"),
+        ({"script": "train_pretrain.py", "flags": [1]}, "is damaged, or not the flags of a run"),
+        ({"script": "train_pretrain.py", "flags": {**FLAGS, "seed": "one"}}, "is damaged, or not the flags of a run"),
+        ({"script": "train_pretrain.py", "flags": FLAGS, "data": 7}, "is damaged, or not the flags of a run"),
+        ({"script": "train_pretrain.py", "flags": {**FLAGS, "way": "x"}}, "has flags that cannot be used|-way"),
+        ({"script": "train_pretrain.py", "flags": {**FLAGS, "query": None}}, "has flags that cannot be used|-query"),
+        ({"script": "train_pretrain.py", "flags": {**FLAGS, "head": ["a"]}}, "has flags that cannot be used|-head"),
+        ({"script": "train_pretrain.py", "flags": {**FLAGS, "save_all": 2}}, "has flags that cannot be used"),
+    ],
+)
+def test_a_record_that_cannot_be_used_is_named(tmp_path, content, message):
+    (tmp_path / "last.pth").write_bytes(b"")
+    if content is not None:
+        (tmp_path / "run.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    done = run("train_pretrain.py", "-resume", tmp_path, cwd=tmp_path)
+    assert done.status == 1
+    assert done.err.startswith("error: ")
+    assert len(done.err.splitlines()) == 1
+    assert all(part in done.err for part in ("run.json", *message.split("|")))
+
+
+def test_recorded_flags_are_those_of_the_resumed_run(tmp_path):
+    parser = train_pretrain.build_parser()
+    flags = ["-way", "3", "-patch_list", "1,4", "-feature_pyramid", "2", "-compile", "-gpu", "0", "-seed", "7"]
+    args = parser.parse_args([*flags, "-extra_dir=-x", "-resume"])
+    record = {"script": "train_pretrain.py", "flags": {**vars(args), "of_another_version": 5}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "last.pth").write_bytes(b"")
+    argv = ["-resume", str(tmp_path), "-gpu", "cpu", "-max_epoch", "500"]
+    found, folder, resumes = parse_run("train_pretrain.py", parser, argv, train_pretrain.run_folder)
+    assert (folder, resumes) == (tmp_path, True)
+    assert vars(found) == {**vars(args), "gpu": "cpu", "max_epoch": 500, "resume": str(tmp_path)}
+    assert vars(parser.parse_args([])) == vars(train_pretrain.build_parser().parse_args([]))
 
 
 # --- what is written ---
@@ -311,6 +463,47 @@ def test_two_runs_in_one_folder(folder, tmp_path):
     finish(first)
     RunFolder(path, {})  # the lock of a process that is gone is no lock
     assert (path / "previous-1/max_acc.pth").exists()
+
+
+@pytest.fixture
+def no_exit(monkeypatch) -> list[int]:
+    """The statuses that the process would have ended with at once."""
+    ended: list[int] = []
+    monkeypatch.setattr(stopping.os, "_exit", ended.append)
+    return ended
+
+
+def test_a_second_signal_stops_at_once(no_exit):
+    with stopping.stop_request() as request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (request.signal_number, no_exit) == (signal.SIGTERM, [])
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert no_exit == [128 + signal.SIGUSR1]
+    assert request.signal_number == signal.SIGTERM
+
+
+@pytest.mark.parametrize(("seconds", "ended"), [(0.0, []), (stopping.SECONDS_TO_FORWARD + 1, [128 + signal.SIGTERM])])
+def test_a_signal_that_the_launcher_forwards_is_no_second_one(no_exit, environ, monkeypatch, seconds, ended):
+    environ.update(TORCHRUN)
+    now = time.monotonic()
+    with stopping.stop_request() as request:
+        request.handle(signal.SIGTERM, None)
+        monkeypatch.setattr(stopping.time, "monotonic", lambda: now + seconds)
+        request.handle(signal.SIGTERM, None)
+    assert no_exit == ended
+
+
+def test_a_hangup_stops_a_run_unless_it_is_ignored(no_exit):
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, noted in ((signal.SIG_DFL, signal.SIGHUP), (signal.SIG_IGN, 0)):
+            signal.signal(signal.SIGHUP, handler)
+            with stopping.stop_request() as request:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert request.signal_number == noted
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # --- ranks ---

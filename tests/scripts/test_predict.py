@@ -161,6 +161,18 @@ def classifier_of(view: object, **settings: object) -> predict.Classifier:
     return predict.Classifier(DeepEMD(solver="simplex", **settings).folded(), view, 1, torch.device("cpu"))
 
 
+def test_photographs_are_read_upright(images, tmp_path):
+    classifier = classifier_of(make_view("grid", train=False, image_size=32, patch_list=(1, 2)))
+    upright = Image.open(images / "query" / "ant" / "0.png").convert("RGB").crop((0, 0, 20, 14))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    upright.save(tmp_path / "upright.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    one, other = (classifier.read(str(tmp_path / name)) for name in ("upright.png", "turned.png"))
+    assert torch.equal(one.pixels, other.pixels)
+    assert torch.equal(one.image, other.image)
+
+
 def test_patches_are_drawn_by_name_alone(images):
     """Whatever the other threads draw at the time."""
     classifier = classifier_of(make_view("sampling", train=False, image_size=32, num_patch=9))
@@ -317,6 +329,7 @@ def test_errors_are_one_line(images, tmp_path, capsys):
         with pytest.raises(InputError, match=expected) as caught:
             main([*arguments, *TINY])
         assert "\n" not in str(caught.value)
+        assert "-data_dir" not in str(caught.value)  # a flag that this script does not have
     capsys.readouterr()
     for arguments in (
         [*support],

@@ -197,13 +197,12 @@ class Classifier(NamedTuple):
         images = (answer.viewed, *(prototypes.examples[k] for k in chosen))
         nodes, pyramid = answer.nodes.shape[-1], self.model.feature_pyramid
         query, *protos = (panels_of(one, self.view, nodes, pyramid) for one in images)
-        (name, probability), *_ = answer.ranking
         return draw_match(
             query,
             protos,
             Matching(*(part[0].cpu() for part in matching)),
-            names=[prototypes.classes[k] for k in chosen],
-            title=f"{Path(answer.file).name}: {name}, {100 * probability:.1f} %",
+            names=[f"{name}, {100 * probability:.1f} %" for name, probability in answer.ranking[:2]],
+            title=Path(answer.file).name,
             notes=[f"shown by {prototypes.files[k]}" for k in chosen],
             top=flows,
         )

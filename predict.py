@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -34,6 +35,7 @@ from engine.start import start
 from engine.weights_flags import adopt_trained_flags, as_words
 from Models import DeepEMD
 from Models.arguments import add_model_arguments, add_weights_arguments, open_model
+from Models.matching import Matching
 from pictures.canvas import FORMATS, picture_path, save, short_names
 from pictures.match import draw_match
 from pictures.matches import ViewedImage, check_head, panels_of, view_image
@@ -98,11 +100,13 @@ class Prototypes(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The classes of an image by falling probability."""
+    """What was found for an image: its classes by falling probability."""
 
     file: str
     ranking: list[tuple[str, float]]
     cost: float | None  # per unit of mass, of the match with the best class; None for a head that moves nothing
+    viewed: ViewedImage
+    nodes: Tensor  # (C, N)
 
     def as_json(self, top: int) -> dict[str, Any]:
         (name, probability), *others = self.ranking
@@ -113,65 +117,98 @@ class Answer(NamedTuple):
         return content
 
 
-# --- Images -----------------------------------------------------------------------------------------------------------
+class Classifier(NamedTuple):
+    """A model for evaluation, and the view that it sees images through."""
 
+    model: DeepEMD
+    view: View
+    seed: int
+    device: torch.device
 
-def view_file(file: str, view: View, seed: int) -> ViewedImage:
-    """Read an image as the network sees it; the random draws of the view depend on its name alone."""
-    image = read_image(file, advice="")
-    try:
-        return view_image(image, view, named_generator(seed, "predict", Path(file).name).initial_seed())
-    except InputError as error:
-        raise InputError(f"{printable(file)}: {error}") from None
-
-
-def view_files(
-    files: Iterable[str], view: View, seed: int, *, skip: bool = False
-) -> Iterator[list[tuple[str, ViewedImage]]]:
-    """Files and their images, some at a time. With ``skip``, files that cannot be read are named and left out."""
-
-    def read(file: str) -> ViewedImage | InputError:
+    def read(self, file: str) -> ViewedImage:
+        """Read an image as the network sees it; the random draws of the view depend on its name alone."""
+        image = read_image(file, advice="")
         try:
-            return view_file(file, view, seed)
+            return view_image(image, self.view, named_generator(self.seed, "predict", Path(file).name).initial_seed())
         except InputError as error:
-            return error
+            raise InputError(f"{printable(file)}: {error}") from None
 
-    files = iter(files)
-    with ThreadPoolExecutor(available_cores()) as pool:
-        while batch := list(islice(files, READ_AHEAD)):
-            viewed = list(zip(batch, pool.map(read, batch), strict=True))
-            for error in (one for _, one in viewed if isinstance(one, InputError)):
-                if not skip:
-                    raise error
-                warn(f"left out: {error}")
-            if readable := [(file, one) for file, one in viewed if isinstance(one, ViewedImage)]:
-                yield readable
+    def read_all(
+        self, files: Iterable[str], *, skip: bool = False
+    ) -> Iterator[tuple[Sequence[str], Sequence[ViewedImage]]]:
+        """Files and their images, some at a time. With ``skip``, files that cannot be read are named and left out."""
 
+        def attempt(file: str) -> ViewedImage | InputError:
+            try:
+                return self.read(file)
+            except InputError as error:
+                return error
 
-def encode(model: DeepEMD, viewed: Sequence[tuple[str, ViewedImage]], device: torch.device) -> Tensor:
-    """The nodes of images, ``(B, C, N)``."""
-    return encode_images(model, torch.stack([one.pixels for _, one in viewed]), device=device)
+        files = iter(files)
+        with ThreadPoolExecutor(available_cores()) as pool:
+            while batch := list(islice(files, READ_AHEAD)):
+                found = list(zip(batch, pool.map(attempt, batch), strict=True))
+                for _, error in found:
+                    if isinstance(error, InputError):
+                        if not skip:
+                            raise error
+                        warn(f"left out: {error}")
+                if readable := [pair for pair in found if isinstance(pair[1], ViewedImage)]:
+                    yield tuple(zip(*readable, strict=True))
 
+    def encode(self, viewed: Sequence[ViewedImage]) -> Tensor:
+        """The nodes of images, ``(B, C, N)``."""
+        return encode_images(self.model, torch.stack([one.pixels for one in viewed]), device=self.device)
 
-# --- Prototypes -------------------------------------------------------------------------------------------------------
-
-
-def fit(model: DeepEMD, view: View, folder: str, *, seed: int, device: torch.device) -> Prototypes:
-    """Prototypes from ``folder/<class>/<image>``. A class with one image is represented by that image."""
-    layout = DatasetSpec("folders", folders=(".",), split_folders={"support": "."}, obtain="")
-    advice = "-support needs a folder of images for each class"
-    files, labels, classes = read_split(layout, folder, "support", advice=advice)
-    nodes = torch.cat([encode(model, batch, device) for batch in view_files(files, view, seed)])  # (S, C, N)
-    label = torch.tensor(labels)
-    with torch.no_grad():
-        generator = named_generator(seed, "sfc", "predict")
-        proto = model.prototypes(nodes, way=len(classes), labels=label, generator=generator)
+    @torch.no_grad()
+    def fit(self, folder: str) -> Prototypes:
+        """Prototypes from ``folder/<class>/<image>``. A class with one image is represented by that image."""
+        layout = DatasetSpec("folders", folders=(".",), split_folders={"support": "."}, obtain="")
+        advice = "-support needs a folder of images for each class"
+        files, labels, classes = read_split(layout, folder, "support", advice=advice)
+        nodes = torch.cat([self.encode(viewed) for _, viewed in self.read_all(files)])  # (S, C, N)
+        label = torch.tensor(labels)
+        order = named_generator(self.seed, "sfc", "predict")
+        proto = self.model.prototypes(nodes, way=len(classes), labels=label, generator=order)
         similarity = torch.cosine_similarity(nodes, proto[label.to(nodes.device)], dim=1).mean(1)
-    # A class is shown by the example whose nodes are nearest to those of its prototype.
-    by_similarity = sorted(zip(labels, similarity.tolist(), files, strict=True))
-    nearest = [{label: file for label, _, file in by_similarity}[k] for k in range(len(classes))]
-    examples = [view_file(file, view, seed) for file in nearest]
-    return Prototypes(proto, classes, examples, [Path(file).name for file in nearest])
+        # A class is shown by the example whose nodes are nearest to those of its prototype.
+        nearest = {label: file for label, _, file in sorted(zip(labels, similarity.tolist(), files, strict=True))}
+        shown = [nearest[label] for label in range(len(classes))]
+        return Prototypes(proto, classes, [self.read(file) for file in shown], [Path(file).name for file in shown])
+
+    @torch.no_grad()
+    def answers(self, prototypes: Prototypes, files: Iterable[str]) -> Iterator[Answer]:
+        """An answer for each image that can be read; the others are named on standard error."""
+        proto, settings = prototypes.nodes.to(self.device), self.model.settings
+        for batch, viewed in self.read_all(files, skip=True):
+            nodes = self.encode(viewed)
+            logits = self.model.match(proto, nodes, way=len(proto), shot=1).cpu()  # (B, W)
+            for file, row, *image in zip(batch, logits, viewed, nodes, strict=True):
+                probability = row.double().softmax(0).tolist()
+                ranking = [(prototypes.classes[k], probability[k]) for k in row.argsort(descending=True, stable=True)]
+                cost = 1 - float(row.max()) / settings.temperature if settings.uses_solver else None
+                yield Answer(file, ranking, cost, *image)
+
+    @torch.no_grad()
+    def draw(self, prototypes: Prototypes, answer: Answer, flows: int) -> Figure:
+        """The image beside the class that was predicted and the runner-up, with the flows between them."""
+        chosen = [prototypes.classes.index(name) for name, _ in answer.ranking[:2]]
+        matching = self.model.matching(prototypes.nodes.to(self.device)[chosen], answer.nodes[None])
+        images = (answer.viewed, *(prototypes.examples[k] for k in chosen))
+        nodes, pyramid = answer.nodes.shape[-1], self.model.feature_pyramid
+        query, *protos = (panels_of(one, self.view, nodes, pyramid) for one in images)
+        return draw_match(
+            query,
+            protos,
+            Matching(*(part[0].cpu() for part in matching)),
+            names=[f"{name}, {100 * probability:.1f} %" for name, probability in answer.ranking[:2]],
+            title=Path(answer.file).name,
+            notes=[f"shown by {prototypes.files[k]}" for k in chosen],
+            top=flows,
+        )
+
+
+# --- Files of prototypes ----------------------------------------------------------------------------------------------
 
 
 def save_prototypes(prototypes: Prototypes, path: str, *, settings: dict[str, Any], weights: str) -> None:
@@ -182,9 +219,7 @@ def save_prototypes(prototypes: Prototypes, path: str, *, settings: dict[str, An
     write_output(Path(path), buffer.getbuffer())
 
 
-def load_prototypes(
-    path: str, model: DeepEMD, view: View, *, device: torch.device, settings: dict[str, Any], weights: str
-) -> Prototypes:
+def load_prototypes(path: str, classifier: Classifier, *, settings: dict[str, Any], weights: str) -> Prototypes:
     """Prototypes that :func:`save_prototypes` wrote.
 
     Raises:
@@ -199,75 +234,36 @@ def load_prototypes(
         made_with, made_by = dict(content["settings"]), str(content["weights"])
         examples = [ViewedImage(**example) for example in content["examples"]]
         prototypes = Prototypes(content["nodes"], content["classes"], examples, content["files"])
-        if made_by != weights:
-            raise InputError(
-                f"-prototypes {path}: made with other weights ({made_by}, not {weights}). Set the same -model_dir, or make "
-                "them again with -support and -save"
-            )
-        different = {name: value for name, value in made_with.items() if settings.get(name) != value}
-        if different:
-            raise InputError(f"-prototypes {path}: made with other flags; set {as_words(different)}")
-        _check(prototypes, model, view, device)
+        if made_by == weights and made_with == settings:
+            _check(prototypes, classifier)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"-prototypes {path} is damaged ({type(error).__name__}: {error})") from error
+    if made_by != weights:
+        raise InputError(
+            f"-prototypes {path}: made with other weights ({made_by}, not {weights}). Set the same -model_dir, or make "
+            "them again with -support and -save"
+        )
+    if different := {name: value for name, value in made_with.items() if settings.get(name) != value}:
+        raise InputError(f"-prototypes {path}: made with other flags; set {as_words(different)}")
     return prototypes
 
 
-def _check(prototypes: Prototypes, model: DeepEMD, view: View, device: torch.device) -> None:
+def _check(prototypes: Prototypes, classifier: Classifier) -> None:
     """Raise ValueError unless they are what the model and the view make of images."""
     nodes, classes, examples, files = prototypes
-    blank = view_image(Image.new("RGB", (1024, 1024)), view, 0)
-    wanted = (len(classes), *encode(model, [("", blank)], device).shape[1:])
+    blank = view_image(Image.new("RGB", (1024, 1024)), classifier.view, 0)
+    wanted = (len(classes), *classifier.encode([blank]).shape[1:])
     if nodes.shape != wanted or not nodes.is_floating_point() or not bool(nodes.isfinite().all()):
         raise ValueError(f"expected finite nodes of shape {wanted}; got {nodes.dtype} of shape {tuple(nodes.shape)}")
     if not len(classes) == len(examples) == len(files) or not all(isinstance(one, str) for one in (*classes, *files)):
         raise ValueError("expected a name, an example and its file for each class")
     for one in examples:
-        panels_of(one, view, wanted[2], model.feature_pyramid)
-        if one.pixels.shape != blank.pixels.shape or (one.image is None) != (blank.image is None):
+        panels_of(one, classifier.view, wanted[2], classifier.model.feature_pyramid)
+        if one.pixels.shape != blank.pixels.shape:
             raise ValueError(f"expected examples of shape {tuple(blank.pixels.shape)}; got {tuple(one.pixels.shape)}")
 
 
-# --- Answers ----------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def answers(
-    model: DeepEMD, view: View, prototypes: Prototypes, files: Iterable[str], *, seed: int, device: torch.device
-) -> Iterator[tuple[Answer, ViewedImage, Tensor]]:
-    """For each image that can be read: the answer, the image, and its nodes ``(C, N)``."""
-    proto = prototypes.nodes.to(device)
-    for batch in view_files(files, view, seed, skip=True):
-        nodes = encode(model, batch, device)
-        logits = model.match(proto, nodes, way=len(proto), shot=1).cpu()  # (B, W)
-        for (file, viewed), of_image, row in zip(batch, nodes, logits, strict=True):
-            probability = row.double().softmax(0)
-            order = row.argsort(descending=True, stable=True).tolist()
-            cost = 1 - float(row[order[0]]) / model.settings.temperature if model.settings.uses_solver else None
-            yield Answer(file, [(prototypes.classes[k], float(probability[k])) for k in order], cost), viewed, of_image
-
-
-@torch.no_grad()
-def draw(
-    model: DeepEMD, view: View, prototypes: Prototypes, answer: Answer, viewed: ViewedImage, nodes: Tensor, top: int
-) -> Any:
-    """The image beside the class that was predicted and the runner-up, with the flows between them."""
-    chosen = [prototypes.classes.index(name) for name, _ in answer.ranking[:2]]
-    matching = model.matching(prototypes.nodes.to(nodes.device)[chosen], nodes[None])
-    images = (viewed, *(prototypes.examples[k] for k in chosen))
-    query, *protos = (panels_of(one, view, nodes.shape[-1], model.feature_pyramid) for one in images)
-    (name, probability), *_ = answer.ranking
-    return draw_match(
-        query,
-        protos,
-        type(matching)(*(part[0].cpu() for part in matching)),
-        names=[prototypes.classes[k] for k in chosen],
-        title=f"{Path(answer.file).name}: {name}, {100 * probability:.1f} %",
-        notes=[f"shown by {prototypes.files[k]}" for k in chosen],
-        top=top,
-    )
+# --- The command ------------------------------------------------------------------------------------------------------
 
 
 def path_for(file: str, folder: Path, suffix: str, taken: set[Path]) -> Path:
@@ -277,6 +273,17 @@ def path_for(file: str, folder: Path, suffix: str, taken: set[Path]) -> Path:
         path = path.with_stem(f"{path.stem}-{hashlib.sha256(os.fsencode(os.path.abspath(file))).hexdigest()[:6]}")
     taken.add(path)
     return path
+
+
+def print_answer(answer: Answer, label: dict[str, str], top: int) -> None:
+    """A line of the table, and one for each further class."""
+    width = max(len("runner-up"), *map(len, label.values()))
+    cost = "-" if answer.cost is None else f"{answer.cost:.3f}"
+    second = label[answer.ranking[1][0]] if len(label) > 1 else "-"
+    more = f"  {cost:>6}  {second:{width}}  {printable(answer.file)}"
+    for name, probability in answer.ranking[:top]:
+        print(f"{label[name]:{width}}  {100 * probability:9.1f} %{more}", flush=True)
+        more = ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -304,36 +311,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         "settings": {name: getattr(args, name) for name in (*SETTINGS, *of_view)},
         "weights": f"sha256 {loaded['sha256']}" if loaded else f"random weights of seed {args.seed}",
     }
-    model, view = model.folded(), view_of(args, train=False)
-    if args.prototypes:
-        prototypes = load_prototypes(args.prototypes, model, view, device=device, **made_with)
-    else:
-        prototypes = fit(model, view, args.support, seed=args.seed, device=device)
+    classifier = Classifier(model.folded(), view_of(args, train=False), args.seed, device)
+    kept = args.prototypes and load_prototypes(args.prototypes, classifier, **made_with)
+    prototypes = kept or classifier.fit(args.support)
     if args.save:
         save_prototypes(prototypes, args.save, **made_with)
         status(f"prototypes of {len(prototypes.classes)} classes: {args.save}")
     if not args.query:
         return
 
-    label = dict(
-        zip(prototypes.classes, short_names([printable(name) for name in prototypes.classes], 40), strict=True)
-    )
-    width = max(len("runner-up"), *map(len, label.values()))
+    names = prototypes.classes
+    label = dict(zip(names, short_names([printable(name) for name in names], 40), strict=True))
     if args.json != "-":
+        width = max(len("runner-up"), *map(len, label.values()))
         print(f"{'class':{width}}  probability    cost  {'runner-up':{width}}  file")
     listed, taken = [], set()
-    found = answers(model, view, prototypes, image_files(args.query), seed=args.seed, device=device)
-    for answer, viewed, nodes in found:
+    for answer in classifier.answers(prototypes, image_files(args.query)):
         listed.append(answer.as_json(args.top))
         if args.json != "-":
-            cost = "-" if answer.cost is None else f"{answer.cost:.3f}"
-            second = label[answer.ranking[1][0]] if len(label) > 1 else "-"
-            rows = [(f"{cost:>6}", f"{second:{width}}", printable(answer.file)), *((),) * (args.top - 1)]
-            for (name, probability), columns in zip(answer.ranking, rows, strict=False):
-                print("  ".join((f"{label[name]:{width}}", f"{100 * probability:9.1f} %", *columns)), flush=True)
+            print_answer(answer, label, args.top)
         if args.picture:
-            path = path_for(answer.file, folder, args.format, taken)
-            save(draw(model, view, prototypes, answer, viewed, nodes, args.flows), path)
+            figure = classifier.draw(prototypes, answer, args.flows)
+            save(figure, path_for(answer.file, folder, args.format, taken))
     if args.json == "-":
         print(json.dumps(listed, indent=1))
     elif args.json:

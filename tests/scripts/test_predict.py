@@ -122,7 +122,7 @@ def test_prototypes_are_kept_and_refused(images, tmp_path, capsys):
         with pytest.raises(InputError, match=expected):
             main(["-prototypes", str(kept), "-query", str(images / "query"), *TINY, *more])
     main(["-support", str(images / "support"), "-save", str(kept), *TINY, "-deepemd", "grid"])
-    with pytest.raises(InputError, match="set -deepemd grid, -patch_list 2,3, -patch_ratio 2.0$"):
+    with pytest.raises(InputError, match="set -deepemd grid -patch_list 2,3 -patch_ratio 2.0$"):
         main(["-prototypes", str(kept), "-query", str(images / "query"), *TINY])
     kept.write_bytes(b"else")
     with pytest.raises(InputError, match="file of prototypes"):
@@ -156,15 +156,31 @@ def test_pictures(images, tmp_path, arguments):
         picture.load()
 
 
+def classifier_of(view: object, **settings: object) -> predict.Classifier:
+    torch.manual_seed(0)
+    return predict.Classifier(DeepEMD(solver="simplex", **settings).folded(), view, 1, torch.device("cpu"))
+
+
+def test_photographs_are_read_upright(images, tmp_path):
+    classifier = classifier_of(make_view("grid", train=False, image_size=32, patch_list=(1, 2)))
+    upright = Image.open(images / "query" / "ant" / "0.png").convert("RGB").crop((0, 0, 20, 14))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    upright.save(tmp_path / "upright.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    one, other = (classifier.read(str(tmp_path / name)) for name in ("upright.png", "turned.png"))
+    assert torch.equal(one.pixels, other.pixels)
+    assert torch.equal(one.image, other.image)
+
+
 def test_patches_are_drawn_by_name_alone(images):
     """Whatever the other threads draw at the time."""
-    view = make_view("sampling", train=False, image_size=32, num_patch=9)
+    classifier = classifier_of(make_view("sampling", train=False, image_size=32, num_patch=9))
     files = [str(path) for path in sorted(images.glob("query/[a-z]*/*.png"))]
-    alone = [predict.view_file(file, view, 1).pixels for file in files]
+    alone = [classifier.read(file).pixels for file in files]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
-            together = pool.map(lambda file: predict.view_file(file, view, 1).pixels, files)
-            assert all(map(torch.equal, alone, together))
+            assert all(map(torch.equal, alone, (viewed.pixels for viewed in pool.map(classifier.read, files))))
 
 
 def test_heads_without_a_match(images, tmp_path, capsys):
@@ -194,29 +210,27 @@ def test_one_class_and_a_file_of_json(images, tmp_path):
 def test_queries_are_read_as_they_are_needed(images, monkeypatch):
     """Memory does not grow with their number: the first answer comes before the last file is read."""
     monkeypatch.setattr(predict, "READ_AHEAD", 4)
-    read, view_file = [], predict.view_file
-    model, view = DeepEMD(solver="simplex").folded(), make_view("fcn", train=False, image_size=32)
-    settings = {"seed": 1, "device": torch.device("cpu")}
-    prototypes = predict.fit(model, view, str(images / "support"), **settings)
-    monkeypatch.setattr(predict, "view_file", lambda file, *given: read.append(file) or view_file(file, *given))
-    files = 5 * [str(path) for path in sorted(images.glob("query/[a-z]*/*.png"))]
-    answers = predict.answers(model, view, prototypes, files, **settings)
-    next(answers)
-    assert len(read) == 4
-    assert len(list(answers)) == 29
+    classifier = classifier_of(make_view("fcn", train=False, image_size=32))
+    prototypes = classifier.fit(str(images / "support"))
+    opened, read_image = [], predict.read_image
+    monkeypatch.setattr(predict, "read_image", lambda file, **more: opened.append(file) or read_image(file, **more))
+    files = [str(path) for path in sorted(images.glob("query/[a-z]*/*.png"))]
+    answers = classifier.answers(prototypes, [*files, *files[:2]])  # a file that is named twice has two answers
+    assert next(answers).file == files[0]
+    assert len(opened) == 4
+    assert [answer.file for answer in answers] == [*files[1:], *files[:2]]
 
 
 def test_the_example_nearest_to_the_prototype_is_shown(images, tmp_path):
     """Of examples B A A A A, the mean is nearest to A."""
     a, b = sorted((images / "query").glob("[bc]*/0.png"))
-    torch.manual_seed(0)
     for name, source in zip("01234", (b, a, a, a, a), strict=True):
         (tmp_path / "class").mkdir(exist_ok=True)
         shutil.copy(source, tmp_path / "class" / f"{name}.png")
-    model, view = DeepEMD(solver="simplex", kshot="mean").folded(), make_view("fcn", train=False, image_size=32)
-    prototypes = predict.fit(model, view, str(tmp_path), seed=1, device=torch.device("cpu"))
+    classifier = classifier_of(make_view("fcn", train=False, image_size=32), kshot="mean")
+    prototypes = classifier.fit(str(tmp_path))
     assert prototypes.files[0] in ("1.png", "2.png", "3.png", "4.png")
-    assert torch.equal(prototypes.examples[0].pixels, predict.view_file(str(a), view, 1).pixels)
+    assert torch.equal(prototypes.examples[0].pixels, classifier.read(str(a)).pixels)
 
 
 def test_results_are_written_through_links_and_pipes(images, tmp_path):
@@ -259,19 +273,18 @@ def test_results_are_written_through_links_and_pipes(images, tmp_path):
         {"examples": 2 * [{"pixels": None, "image": None, "boxes": []}]},
         {"examples": 2 * [{"pixel": None}]},
         {"settings": None},
-        {"weights": None},
         {"format": 9},
     ],
 )
 def test_damaged_prototypes_are_rejected(two_prototypes, tmp_path, change):
     content = torch.load(two_prototypes, weights_only=True)
-    model, view = DeepEMD(solver="simplex").folded(), make_view("fcn", train=False, image_size=32)
-    given = {"device": torch.device("cpu"), "settings": content["settings"], "weights": content["weights"]}
-    assert len(predict.load_prototypes(str(two_prototypes), model, view, **given).classes) == 2
+    classifier = classifier_of(make_view("fcn", train=False, image_size=32))
+    given = {"settings": content["settings"], "weights": content["weights"]}
+    assert len(predict.load_prototypes(str(two_prototypes), classifier, **given).classes) == 2
     for bad in ({**content, **change}, {key: content[key] for key in content if key not in change}):
         torch.save(bad, tmp_path / "bad.pth")
         with pytest.raises(InputError, match=r"^-prototypes .*bad\.pth"):
-            predict.load_prototypes(str(tmp_path / "bad.pth"), model, view, **given)
+            predict.load_prototypes(str(tmp_path / "bad.pth"), classifier, **given)
 
 
 @pytest.fixture(scope="module")
@@ -307,8 +320,8 @@ def test_errors_are_one_line(images, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     support = ["-support", str(images / "support")]
     for arguments, expected in (
-        (["-support", str(tmp_path / "none"), "-query", "x"], "there is no such folder"),
-        (["-support", str(tmp_path / "empty"), "-query", "x"], "one folder per class"),
+        (["-support", str(tmp_path / "none"), "-query", "x"], "there is no folder"),
+        (["-support", str(tmp_path / "empty"), "-query", "x"], "-support needs a folder of images for each class"),
         ([*support, "-query", str(tmp_path / "empty")], "none of the images of -query can be read"),
         ([*support, "-query", str(tmp_path / "none.png")], "none of the images of -query can be read"),
         (["-prototypes", str(tmp_path / "none"), "-query", "x"], "there is no such file"),
@@ -316,6 +329,7 @@ def test_errors_are_one_line(images, tmp_path, capsys):
         with pytest.raises(InputError, match=expected) as caught:
             main([*arguments, *TINY])
         assert "\n" not in str(caught.value)
+        assert "-data_dir" not in str(caught.value)  # a flag that this script does not have
     capsys.readouterr()
     for arguments in (
         [*support],
@@ -329,10 +343,10 @@ def test_errors_are_one_line(images, tmp_path, capsys):
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_library_example_of_the_readme(images, tmp_path, monkeypatch):
+def test_library_example_of_the_documentation(images, tmp_path, monkeypatch):
     example = next(
         block
-        for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/api.md").read_text(), re.S)
         if "prototypes(" in block
     )
     shutil.copytree(images / "support", tmp_path / "my_support")

@@ -148,6 +148,7 @@ def test_images_are_turned_upright(kind, orientation):
     assert stored.size == (found.size if kind == "TIFF" else (7 * 16, SIDE * 16))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize(
     "data", [b"", b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 9]
 )
@@ -180,12 +181,15 @@ RAMP = np.arange(0, 2**16, 16, dtype=np.uint16).reshape(64, 64)
 def deep_png(values: np.ndarray, colour_type: int, transparent: bytes = b"") -> io.BytesIO:
     """A PNG file of 16 bits per channel: 0 is grey, 2 RGB, 4 grey with alpha, 6 RGBA."""
 
+    return write_png(values.astype(">u2"), values.shape[1], 16, colour_type, transparent)
+
+
+def write_png(rows: np.ndarray, width: int, bits: int, colour_type: int, transparent: bytes) -> io.BytesIO:
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    height, width = values.shape[:2]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), bits, colour_type, 0, 0, 0))
+    rows = b"".join(b"\0" + row.tobytes() for row in rows)
     clear = chunk(b"tRNS", transparent) if transparent else b""
     return io.BytesIO(b"\x89PNG\r\n\x1a\n" + header + clear + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
@@ -271,6 +275,33 @@ def test_fewer_bits_in_16_need_a_word_from_the_file(bits, tmp_path):
             InputError, match=r"deep.png; it cannot be read \(it.* bits.*\. Convert it to 8 bits per channel\)"
         ):
             read_image(str(path))
+
+
+def test_a_dark_image_of_a_stated_depth_stays_dark():
+    grey = LOW[..., 0]
+    header = f"P5 {SIDE} {SIDE} 4095\n".encode()
+    assert same(pixels(io.BytesIO(header + grey.astype(">u2").tobytes())), grey * (255 / 4095))
+    assert same(pixels(deep_tiff(grey, largest=4095)), grey * (255 / 4095))
+
+
+def test_jpeg_2000_colours_of_16_bits_are_refused():
+    """Pillow makes black of their white; it cannot write them, so this is an 8-bit file whose header says 16."""
+    content = bytearray(encode(Image.fromarray(COLOURS), "JPEG2000").getvalue())
+    size_marker = content.index(b"\xff\x51")
+    assert same(pixels(io.BytesIO(content)), COLOURS, within=0)
+    for channel in range(3):
+        content[size_marker + 40 + 3 * channel] = 15
+    with pytest.raises(InputError, match="JPEG 2000 colours of more than 8 bits. Convert it"):
+        decode_image(io.BytesIO(content))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_transparent_grey_of_few_bits_is_put_on_white(bits):
+    levels = np.tile(np.arange(2**bits, dtype=np.uint8), (2, 1))
+    packed = np.packbits(np.unpackbits(levels[..., None], axis=2)[..., -bits:].reshape(2, -1), axis=1)
+    clear = 2**bits // 3
+    content = write_png(packed, levels.shape[1], bits, 0, struct.pack(">H", clear))
+    assert same(pixels(content), np.where(levels == clear, 255, levels * (255 // (2**bits - 1))), within=0)
 
 
 def test_white_is_zero():

@@ -171,7 +171,7 @@ def _refuse_hidden_depth(image: Image.Image, codec: str, args: tuple, file: str 
     if codec == "jpeg2k" and _bits_of_jpeg2000(file) > 8:  # white, rounded up, becomes black
         raise InputError(f"Pillow misreads JPEG 2000 colours of more than 8 bits. {_CONVERT}")
     is_deep = (codec, args[-1]) in (("ppm", _LARGEST_16_BIT), ("ppm_plain", _LARGEST_16_BIT), ("sgi_rle", 2))
-    if (is_deep or codec == "SGI16") and np.array(image).max() <= _LARGEST_14_BIT >> 8:
+    if (is_deep or codec == "SGI16") and np.array(image).max() <= 2**14 >> 8:
         raise InputError(f"it uses so little of 16 bits per channel that they may mean fewer bits. {_CONVERT}")
 
 

@@ -131,7 +131,7 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
 
 def _describe_left_out(folder: Path, files: Sequence[Path]) -> str:
     kinds = Counter(file.suffix.lower() or ("folders" if file.is_dir() else "no suffix") for file in files)
-    listed = first_few([f"{printable(kind)} {count}" for kind, count in kinds.most_common()])
+    listed = first_few([f"{printable(kind)} {count}" for kind, count in sorted(kinds.items())])
     first = printable(str(min(files).relative_to(folder)))
     return f"left out of {printable(str(folder))}: {len(files)} that cannot be read as images ({listed}), first {first}"
 

@@ -9,8 +9,6 @@ sorted by the harm they do, each with its cure. Notes are informational.
 Exit status: 0 if the data set is right, 1 if it is not, 2 for bad flags, 130 after Ctrl-C.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -18,9 +16,8 @@ import os
 import signal
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
@@ -95,6 +92,10 @@ class Tree:
     records: dict[str, FileRecord] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)  # of the readers
 
+    @property
+    def again(self) -> str:
+        return f"Get the data set again: {self.spec.obtain}"
+
     def shapes(self) -> Iterator[tuple[str, tuple[int, int, str]]]:
         """The images that decode."""
         return ((path, self.records[path].facts.shape) for path in self.images if self.records[path].facts)
@@ -110,12 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json not in (None, "-"):
         check_writable(Path(args.json))
     report = verify(args.name, Path(args.data_dir))
-    if args.json == "-":
-        print(json.dumps(report, indent=1))
-    else:
-        print("\n".join(_as_text(report)))
-        if args.json:
-            write_output(Path(args.json), json.dumps(report, indent=1).encode())
+    text = json.dumps(report, indent=1)
+    print(text if args.json == "-" else "\n".join(_as_text(report)))
+    if args.json not in (None, "-"):
+        write_output(Path(args.json), text.encode())
     return 0 if report["right"] else 1
 
 
@@ -124,9 +123,8 @@ def verify(name: str, data_dir: Path) -> dict[str, Any]:
     spec = SPECS[name]
     root = find_root(spec, data_dir)
     if root is None:
-        where = " or ".join(str(data_dir / folder) for folder in spec.folders)
-        what = f"there is no folder {where}" if data_dir.is_dir() else f"there is no folder {data_dir}"
-        verdict = printable(f"{name} is missing: {what}. Set -data_dir, or get it: {spec.obtain}")
+        where = " or ".join(str(data_dir / name) for name in spec.folders) if data_dir.is_dir() else data_dir
+        verdict = printable(f"{name} is missing: there is no folder {where}. Set -data_dir, or get it: {spec.obtain}")
         return {"dataset": name, "path": None, "right": False, "verdict": verdict, "faults": [verdict], "notes": []}
     tree = Tree(name, spec, data_dir, root)
     _list_images(tree)
@@ -185,32 +183,23 @@ def _read_files(tree: Tree) -> None:
     hashed = [path for path in tree.others if path != manifest.NAME] if manifest.NAME in tree.others else []
     paths = [*tree.images, *hashed]
     known: dict[Any, Any] = {}  # one object for equal facts, however many images have them
-    bar = tqdm(
+    bar_over = partial(
+        tqdm,
         desc=f"reading {tree.name}",
         total=len(paths),
         unit="file",
         leave=False,
-        dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 10,
         disable=not sys.stderr.isatty() and len(paths) < IN_PROCESS,
     )
     read = partial(_read_file, str(tree.root), frozenset(hashed))
-    with bar, _mapping(len(paths)) as map_all:
-        for path, record in zip(paths, map_all(read, paths), strict=True):
-            tree.records[path] = record._replace(facts=known.setdefault(record.facts, record.facts))
-            bar.update()
-
-
-@contextmanager
-def _mapping(count: int) -> Iterator[Callable[..., Iterable[FileRecord]]]:
-    """A ``map`` over worker processes, or over none where there is little to do."""
-    workers = available_cores()
-    if workers == 1 or count < IN_PROCESS:
-        yield map
-        return
+    workers = available_cores() if len(paths) >= IN_PROCESS else 1
+    # The pool starts no process before it is used; its processes leave Ctrl-C to this one.
     pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    map_all = map if workers == 1 else partial(pool.map, chunksize=CHUNK)
     try:
-        yield partial(pool.map, chunksize=CHUNK)
+        for path, record in zip(paths, bar_over(map_all(read, paths)), strict=True):
+            tree.records[path] = record._replace(facts=known.setdefault(record.facts, record.facts))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -235,11 +224,14 @@ def _read_file(root: str, not_images: frozenset[str], name: str) -> FileRecord:
 # --- Checks -----------------------------------------------------------------------------------------------------------
 
 
-def _many(what: str, where: Sequence[str], cure: str) -> Iterator[Finding]:
-    """One fault for any number of the same."""
+def _many(what: str, where: Sequence[str], cure: str, *, is_fault: bool = True) -> Iterator[Finding]:
+    """One finding for any number of the same."""
     if where:
         first = f": {where[0]}" if len(where) == 1 else f": {len(where)}, first {where[0]}"
-        yield Finding(f"{what}{first}" + (f". {cure}" if cure else ""))
+        yield Finding(f"{what}{first}" + (f". {cure}" if cure else ""), is_fault)
+
+
+_note = partial(_many, cure="", is_fault=False)
 
 
 def check_listing(tree: Tree) -> Iterator[Finding]:
@@ -248,29 +240,24 @@ def check_listing(tree: Tree) -> Iterator[Finding]:
     for problem in tree.problems:
         kinds[problem.kind].append(problem)
     for kind, problems in kinds.items():
-        texts = [problem.text for problem in problems]
         is_optional = kind == MISSING_SPLIT and tree.spec.folders == (".",) and tree.counts
-        if is_optional or not problems[0].is_fault:
-            if kind != STRAY_FILES:
-                yield Finding(f"{kind}: {first_few(texts)}", is_fault=False)
-        else:
-            yield from _many(kind, texts, problems[0].cure)
+        is_fault = problems[0].is_fault and not is_optional
+        if kind != STRAY_FILES:
+            texts, cure = [problem.text for problem in problems], problems[0].cure if is_fault else ""
+            yield from _many(kind, texts, cure, is_fault=is_fault)
 
 
 def check_classes(tree: Tree) -> Iterator[Finding]:
-    counts = tree.counts
-    for one, other in combinations(counts, 2):
-        both = sorted(counts[one].keys() & counts[other].keys())
-        yield from _many(
-            f"classes both in {one} and in {other}", both, "Each class belongs in one split; remove the other"
-        )
+    for (one, found), (other, found_too) in combinations(tree.counts.items(), 2):
+        both = sorted(found.keys() & found_too.keys())
+        yield from _many(f"classes both in {one} and in {other}", both, "Leave each class in one split")
     home = {label: split for split, labels in published_classes(tree.name).items() for label in labels}
-    for split, found in counts.items():
+    for split, found in tree.counts.items():
         missing, unknown = compare_classes(tree.name, split, found)
         strayed = [f"{label} belongs in {home[label]}" for label in unknown if label in home]
         yield from _many(f"classes in {split} that belong in another split", strayed, "Move them")
         unknown = [label for label in unknown if label not in home]
-        yield from _many(f"classes missing from {split}", missing, f"Get the data set again: {tree.spec.obtain}")
+        yield from _many(f"classes missing from {split}", missing, tree.again)
         yield from _many(f"classes in {split} that the published split does not have", unknown, "Rename or remove them")
 
 
@@ -295,53 +282,40 @@ def check_leaks(tree: Tree) -> Iterator[Finding]:
     if across and not leaks:
         known = ", as in the published set" if published else ""
         yield Finding(f"images in two splits{known}: {number}", is_fault=False)
-    if within:
-        first = " = ".join(within[0][:3])
-        yield Finding(f"images that occur more than once within a split: {len(within)}, first {first}", is_fault=False)
+    yield from _note("images that occur more than once within a split", [" = ".join(paths[:3]) for paths in within])
 
 
 def _same_content(tree: Tree) -> list[list[str]]:
     """The paths of images that have the same bytes, in groups of two or more."""
-    first: dict[bytes, str] = {}
-    groups: dict[bytes, list[str]] = {}
+    groups: dict[bytes, list[str]] = defaultdict(list)
     for path in tree.images:
-        digest = tree.records[path].digest
-        if digest is not None and first.setdefault(digest, path) != path:
-            groups.setdefault(digest, [first[digest]]).append(path)
-    return list(groups.values())
+        if digest := tree.records[path].digest:
+            groups[digest].append(path)
+    return [paths for paths in groups.values() if len(paths) > 1]
 
 
 def check_images(tree: Tree) -> Iterator[Finding]:
     broken = [f"{path} ({record.fault})" for path, record in tree.records.items() if record.fault]
-    yield from _many(
-        "files that cannot be read", broken, f"Replace them, or get the data set again: {tree.spec.obtain}"
-    )
+    yield from _many("files that cannot be read", broken, "Replace or remove them")
 
 
 def check_conversions(tree: Tree) -> Iterator[Finding]:
-    facts = [(path, tree.records[path].facts) for path in tree.images if tree.records[path].facts]
-    transparent = [path for path, fact in facts if fact.is_transparent]
-    turned = [path for path, fact in facts if fact.is_turned]
-    if transparent:
-        what = "images with transparent pixels, which are read as white"
-        yield Finding(f"{what}: {len(transparent)}, first {transparent[0]}", is_fault=False)
-    if turned:
-        how = "read as they are stored" if tree.spec.is_published else "turned upright"
-        what = f"images whose EXIF orientation asks for a turn, which are {how}"
-        yield Finding(f"{what}: {len(turned)}, first {turned[0]}", is_fault=False)
+    facts = {path: tree.records[path].facts for path in tree.images if tree.records[path].facts}
+    how = "read as they are stored" if tree.spec.is_published else "turned upright"
+    transparent = [path for path, fact in facts.items() if fact.is_transparent]
+    turned = [path for path, fact in facts.items() if fact.is_turned]
+    yield from _note("images with transparent pixels, which are read as white", transparent)
+    yield from _note(f"images whose EXIF orientation asks for a turn, which are {how}", turned)
 
 
 def check_counts(tree: Tree) -> Iterator[Finding]:
-    cure = f"Get the data set again: {tree.spec.obtain}"
     for split, found in tree.counts.items():
-        wrong = [
-            f"{label} has {here} of {published}"
-            for label, (here, published) in compare_counts(tree.name, split, found).items()
-        ]
-        yield from _many(f"classes in {split} with too few or too many images", wrong, cure)
+        differing = compare_counts(tree.name, split, found).items()
+        wrong = [f"{label} has {here} of {published}" for label, (here, published) in differing]
+        yield from _many(f"classes in {split} with too few or too many images", wrong, tree.again)
         here, published = sum(found.values()), published_images(tree.name, split)
         if published not in (None, here) and not wrong and not any(compare_classes(tree.name, split, found)):
-            yield Finding(f"{split} has {here} images, the published split {published}. {cure}")
+            yield Finding(f"{split} has {here} images, the published split {published}. {tree.again}")
 
 
 def check_resolution(tree: Tree) -> Iterator[Finding]:
@@ -377,51 +351,33 @@ def check_cropped(tree: Tree) -> Iterator[Finding]:
 
 def check_pixels(tree: Tree) -> Iterator[Finding]:
     if edge := tree.spec.pixels:
-        wrong = [
-            f"{path} ({shape[0]}x{shape[1]} {shape[2]})"
-            for path, shape in tree.shapes()
-            if shape != (edge, edge, "RGB")
-        ]
-        yield from _many(f"images that are not {edge}x{edge} RGB", wrong, f"Get the data set again: {tree.spec.obtain}")
+        shapes = ((path, "{}x{} {}".format(*shape)) for path, shape in tree.shapes())
+        wrong = [f"{path} ({shape})" for path, shape in shapes if shape != f"{edge}x{edge} RGB"]
+        yield from _many(f"images that are not {edge}x{edge} RGB", wrong, tree.again)
 
 
 def check_manifest(tree: Tree) -> Iterator[Finding]:
     if manifest.NAME not in tree.others:
         return
-    path = tree.root / manifest.NAME
-    again = f"Build it again: {tree.spec.obtain}"
+    path, cure = tree.root / manifest.NAME, f"Build it again: {tree.spec.obtain}"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        recorded = {split: Counter(entry["per_class"]) for split, entry in content["splits"].items()}
-        name, whole = content["dataset"], content["sha256"]
+        name, recorded = content["dataset"], content["sha256"]
     except Exception as error:  # whatever a file that is no manifest makes the lines above raise
-        yield Finding(f"{path} is no manifest of prepare.py ({type(error).__name__}: {error}). {again}")
+        yield Finding(f"{path} is no manifest of prepare.py ({type(error).__name__}: {error}). {cure}")
         return
-    if name != tree.name:
-        yield Finding(f"{path} is of the data set {name}, not of {tree.name}. {again}")
-        return
-    counts = tree.counts
-    differing = [
-        f"{split} {label} has {counts.get(split, {}).get(label, 0)} images, not {recorded.get(split, {}).get(label, 0)}"
-        for split in SPLITS
-        for label in sorted(counts.get(split, {}).keys() | recorded.get(split, {}).keys())
-        if counts.get(split, {}).get(label, 0) != recorded.get(split, {}).get(label, 0)
-    ]
-    yield from _many("counts differ from those in manifest.json", differing, again)
     digests = {path: record.digest.hex() for path, record in tree.records.items() if record.digest}
-    if not differing and manifest.tree_hash(digests) != whole:
-        yield Finding(f"files were changed, renamed, added or removed since prepare.py wrote {path}. {again}")
+    if name != tree.name:
+        yield Finding(f"{path} is of the data set {name}, not of {tree.name}. {cure}")
+    elif manifest.tree_hash(digests) != recorded:
+        yield Finding(f"files were changed, renamed, added or removed since prepare.py wrote {path}. {cure}")
 
 
 def check_strays(tree: Tree) -> Iterator[Finding]:
     tables = {f"split/{split}.csv" for split in SPLITS} if tree.spec.layout != "folders" else set()
     others = [path for path in tree.others if path not in tables and path != manifest.NAME]
-    for what, paths in (
-        ("images that no script reads", [path for path in others if names_image(Path(path))]),
-        ("files that no script reads", [path for path in others if not names_image(Path(path))]),
-    ):
-        if paths:
-            yield Finding(f"{what}: {len(paths)}, first {paths[0]}", is_fault=False)
+    yield from _note("images that no script reads", [path for path in others if names_image(Path(path))])
+    yield from _note("files that no script reads", [path for path in others if not names_image(Path(path))])
 
 
 def check_overlap(tree: Tree) -> Iterator[Finding]:
@@ -457,17 +413,14 @@ CHECKS: tuple[Callable[[Tree], Iterator[Finding]], ...] = (  # the most harmful 
 def _report(tree: Tree, findings: Sequence[Finding]) -> dict[str, Any]:
     faults = [printable(finding.text) for finding in findings if finding.is_fault]
     classes = "/".join(str(len(found)) for found in tree.counts.values())
-    what = (
-        f"is right: {classes} classes, {len(tree.images)} images"
-        if not faults
-        else f"is not right; faults: {len(faults)}"
-    )
+    right = f"right: {classes} classes, {len(tree.images)} images"
+    what = f"not right; faults: {len(faults)}" if faults else right
     sizes = Counter(shape[:2] for _, shape in tree.shapes())
     return {
         "dataset": tree.name,
         "path": str(tree.root),
         "right": not faults,
-        "verdict": printable(f"{tree.name} in {tree.root} {what}"),
+        "verdict": printable(f"{tree.name} in {tree.root} is {what}"),
         "faults": faults,
         "notes": [printable(finding.text) for finding in findings if not finding.is_fault],
         "splits": {

@@ -6,12 +6,15 @@ import io
 import lzma
 import os
 import random
+import re
 import shutil
 import signal
 import stat
 import subprocess
 import sys
 import tarfile
+import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -20,7 +23,10 @@ import fetch as module
 import gdown
 import pytest
 import requests
+import sources
+from archives import BrokenArchive
 from fetch import DOWNLOADS, fetch, main
+from folders import exclusive
 from helpers import ROOT
 
 from utils import InputError, run_script
@@ -290,6 +296,154 @@ def test_bad_archive_leaves_nothing(tmp_path, monkeypatch, capsys, low_bound, wh
     assert said.count("\n") == 1
 
 
+def header(kind: bytes, size: int, name: str = "././@LongLink") -> bytes:
+    info = member(name, kind)
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def sized(size: int) -> bytes:
+    """The header of a file of any size, written in base 256."""
+    content = bytearray(header(tarfile.REGTYPE, 0, "cub/a"))
+    content[124:136] = (size + (0x80 << 88) * (size > 0)).to_bytes(12, "big", signed=size < 0)
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content)
+    return bytes(content)
+
+
+def sparse_chain(count: int) -> bytes:
+    """An old sparse header that is continued in ``count`` further blocks."""
+    first = bytearray(header(tarfile.GNUTYPE_SPARSE, 0, "cub/a"))
+    first[482] = 1  # continued
+    first[148:156] = b" " * 8
+    first[148:156] = b"%06o\0 " % sum(first)
+    block = (b"00000000000\0" * 42).ljust(504, b"\0") + b"\1" + bytes(7)
+    return bytes(first) + block * count
+
+
+MIB = 1 << 20
+HEADERS = {
+    "pax header": header(tarfile.XHDTYPE, 40 * MIB) + bytes(40 * MIB),
+    "global pax header": header(tarfile.XGLTYPE, 40 * MIB) + bytes(40 * MIB),
+    "long name": header(tarfile.GNUTYPE_LONGNAME, 40 * MIB) + b"a" * (40 * MIB),
+    "long link": header(tarfile.GNUTYPE_LONGLINK, 40 * MIB) + b"a" * (40 * MIB),
+    "many long names": (header(tarfile.GNUTYPE_LONGNAME, MIB // 2) + b"a" * (MIB // 2)) * 80,
+    "sparse map": sparse_chain(80_000),
+    "negative size": sized(-512),
+    "very negative size": sized(-(1 << 80)),
+    "size beyond 64 bits": sized(1 << 80),
+    "pax header of negative size": header(tarfile.XHDTYPE, 0)[:124] + b"\xff" * 12 + bytes(376),
+}
+
+
+@pytest.mark.parametrize("place", ["first", "behind a member", "in a class tar"])
+@pytest.mark.parametrize("what", HEADERS)
+def test_a_header_is_not_read_whole_whatever_size_it_claims(tmp_path, what, place):
+    content = HEADERS[what]
+    if content[148:156] == bytes(8):  # made by hand, without a checksum
+        content = content[:148] + b"%06o\0 " % (sum(content[:512]) + 8 * 32) + content[156:]
+    name = "cub/n01532829.tar" if place == "in a class tar" else "cub/a"
+    good = tar(tmp_path / "good", (name, b"x" if place != "in a class tar" else content)).read_bytes()
+    content = {"first": content + good, "behind a member": good[:1024] + content, "in a class tar": good}[place]
+    path = raw(tmp_path / "local", gzip.compress(content, 1))
+    tracemalloc.start()
+    if place == "in a class tar":
+        with pytest.raises(InputError, match="is broken|out of proportion"):
+            sources.open_source(path).entries()
+    else:
+        with pytest.raises(InputError, match="is broken|out of proportion"):
+            fetch("cub", str(path), tmp_path)
+        assert list((tmp_path / "datasets").iterdir()) == []
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * MIB
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_a_zip_that_understates_its_sizes_is_not_decompressed_whole(tmp_path, method):
+    path = zipped(tmp_path / "local.zip", ("cub/a.png", bytes(192 * MIB)), method=method)
+    data = path.read_bytes()
+    path.write_bytes(data.replace((192 * MIB).to_bytes(4, "little"), (100).to_bytes(4, "little")))
+    for read in (
+        lambda: fetch("cub", str(path), tmp_path),
+        lambda: dict(sources.open_source(path).read({"cub/a.png"})),
+    ):
+        tracemalloc.start()
+        with pytest.raises(BrokenArchive, match="is broken or incomplete .Bad CRC-32"):
+            read()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 120 * MIB
+    assert list((tmp_path / "datasets").iterdir()) == []
+
+
+@pytest.mark.parametrize("pack", ["w:gz", "w:bz2", "w:xz", "zip"])
+@pytest.mark.parametrize("big", ["cub/a.png", "cub/n01532829.tar"])
+def test_a_bomb_is_no_source(tmp_path, monkeypatch, low_bound, pack, big):
+    path, members = tmp_path / "local", (("cub/x.png", b"x"), (big, ZEROS))
+    _ = zipped(path, *members) if pack == "zip" else tar(path, *members, mode=pack)
+    with pytest.raises(BrokenArchive, match="out of proportion"):
+        sources.open_source(path).entries()
+    with pytest.raises(BrokenArchive, match="out of proportion"):
+        list(sources.open_source(path).read({"cub/a.png"}))
+
+
+def test_a_file_that_memory_may_not_hold_is_no_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LARGEST_FILE", 1000)
+    for path in (tar(tmp_path / "a.tar", *TWO), zipped(tmp_path / "a.zip", *TWO)):
+        with pytest.raises(InputError, match="so it is not an image"):
+            list(sources.open_source(path).read({"cub/a"}))
+
+
+@pytest.mark.parametrize("what", [what for what in BROKEN if what.startswith("tar") and re.search("cut|changed", what)])
+def test_a_source_is_checked_to_its_end(tmp_path, what):
+    path = BROKEN[what][0](tmp_path / "local")
+    with pytest.raises(InputError, match=BROKEN[what][1]):
+        sources.open_source(path).entries()
+
+
+def test_copies_by_links_are_within_the_bound(tmp_path, low_bound):
+    links = [(member(f"cub/{number}", tarfile.LNKTYPE, "cub/a"), b"") for number in range(200)]
+    path = tar(tmp_path / "local.tar", ("cub/a", NOISE), *links, mode="w:gz")
+    with pytest.raises(BrokenArchive, match="out of proportion"):
+        fetch("cub", str(path), tmp_path)
+    assert list((tmp_path / "datasets").iterdir()) == []
+
+
+def test_one_process_at_a_time(tmp_path):
+    path = tar(tmp_path / "local.tar", ("cub/a", b"x"))
+    child = os.fork()
+    if not child:
+        with exclusive(tmp_path / "datasets" / DOWNLOADS["cub"].archive):
+            (tmp_path / "held").touch()
+            time.sleep(60)
+        os._exit(0)
+    try:
+        while not (tmp_path / "held").exists():
+            time.sleep(0.01)
+        with pytest.raises(InputError, match="Wait for it to finish"):
+            fetch("cub", str(path), tmp_path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    fetch("cub", str(path), tmp_path)
+    assert files(tmp_path / "datasets") == {"cub/a": b"x"}
+
+
+def test_what_another_process_has_just_fetched_is_kept(tmp_path, monkeypatch, capsys):
+    path = tar(tmp_path / "local.tar", ("cub/a", b"x"))
+
+    def after_another_process(target):
+        monkeypatch.setattr(module, "exclusive", exclusive)
+        fetch("cub", str(path), tmp_path)
+        return exclusive(target)
+
+    monkeypatch.setattr(module, "exclusive", after_another_process)
+    pretend_gdown(monkeypatch, lambda _: pytest.fail("downloaded again"))
+    fetch("cub", None, tmp_path)
+    assert "exists: nothing to do" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("pack", [bz2.compress, lzma.compress, gzip.compress])
 def test_compressed_text_is_no_archive(tmp_path, pack):
     with pytest.raises(InputError, match="neither a tar nor a zip archive"):
@@ -468,19 +622,22 @@ def test_stopped(tmp_path, monkeypatch, capsys, number, when):
 @pytest.mark.parametrize("kind", ["pretrain", "trained"])
 def test_shell_wrapper(tmp_path, kind):
     project = tmp_path / "project"
+    project.mkdir()
+    script = shutil.copy(ROOT / f"download_{kind}_model.sh", project)
+    environment = {**os.environ, "PYTHON": "echo"}
+    done = subprocess.run(["bash", script, "a b.tar"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{project}/datasets/fetch.py {kind}_model a b.tar\n"
+
+
+def test_the_command_fetches_into_its_own_project(tmp_path):
+    project = tmp_path / "project"
     (project / "datasets").mkdir(parents=True)
-    script = f"download_{kind}_model.sh"
-    for name in (script, *(path.relative_to(ROOT) for path in ROOT.glob("datasets/*.py"))):
-        shutil.copy(ROOT / name, project / name)
+    for path in ROOT.glob("datasets/*.py"):
+        shutil.copy(path, project / "datasets")
     for name in ("utils.py", "engine"):
         (project / name).symlink_to(ROOT / name)
-    tar(tmp_path / "local.tar", (f"deepemd_{kind}_model/a", b"x"))
-    done = subprocess.run(
-        ["bash", f"project/{script}", "local.tar"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert files(project / f"deepemd_{kind}_model") == {"a": b"x"}
+    tar(tmp_path / "local.tar", ("deepemd_trained_model/a", b"x"))
+    command = [sys.executable, "project/datasets/fetch.py", "trained_model", "local.tar"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert files(project / "deepemd_trained_model") == {"a": b"x"}

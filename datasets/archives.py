@@ -86,11 +86,10 @@ class Archive(ABC):
                 yield member
 
     def chunks(self, member: Member) -> Iterator[bytes]:
-        """The content of a file, in pieces that stay small however well it is compressed."""
+        """The content of a file, in pieces."""
         count = 0
         with reading(self.path), member.open() as file:
-            # zipfile hands as many compressed bytes at once to bzip2 and LZMA as it is asked to read.
-            while chunk := file.read(getattr(file, "MIN_READ_SIZE", 1 << 20)):
+            while chunk := file.read(1 << 20):
                 count += len(chunk)
                 yield chunk
             if count != member.size:
@@ -122,6 +121,13 @@ class Zip(Archive):
             for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
                 if info.flag_bits & 1:
                     raise BrokenArchive(f"{self.path} is encrypted, which is not supported")
+                if info.compress_type not in (
+                    zipfile.ZIP_STORED,
+                    zipfile.ZIP_DEFLATED,
+                ):  # zipfile does not bound others
+                    raise BrokenArchive(
+                        f"{self.path} has another compression than deflate. Extract it, and pass the folder"
+                    )
                 mode = stat.S_IFMT(info.external_attr >> 16)
                 is_folder = info.is_dir() or mode == stat.S_IFDIR
                 kind = "folder" if is_folder else "file" if mode in (0, stat.S_IFREG) else "other"

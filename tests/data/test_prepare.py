@@ -364,6 +364,24 @@ def test_pickles_that_are_not_those_of_cifar_end_with_one_line(tmp_path, cifar, 
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_full_disk_leaves_no_partial_file(tmp_path, cifar, monkeypatch):
+    write = Path.write_bytes
+
+    def fill(path, content):
+        write(path, content[:9] if "bear" in path.name else content)
+        if "bear" in path.name:
+            raise OSError(28, "No space left on device")
+
+    source = zipped(tmp_path / "cifar.zip", CIFAR)
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    with pytest.raises(OSError, match="No space left"):
+        main(["fc100", "-source", str(source), "-out", str(tmp_path)])
+    kept = tree(tmp_path / ".FC100.part")
+    assert kept.pop(module.STATE)
+    assert 0 < len(kept) < len(CIFAR)
+    assert all(content in CIFAR.values() for content in kept.values())
+
+
 def test_a_run_that_wrote_no_image_leaves_nothing(tmp_path, cifar):
     for source in ("nowhere", zipped(tmp_path / "other.zip", {"a/b.png": b"x"}), save(tmp_path / "x.zip", b"PK")):
         refused("fc100", "-source", source, "-out", tmp_path / "out")

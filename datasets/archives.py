@@ -27,6 +27,10 @@ class BrokenArchive(InputError):
     """The archive itself is at fault; nothing is gained by keeping it."""
 
 
+class NotATar(BrokenArchive):
+    """It does not begin as a tar does."""
+
+
 @contextmanager
 def reading(path: Path | str) -> Iterator[None]:
     """Turn any error that a damaged file causes in its reader into one line."""
@@ -81,9 +85,15 @@ class Archive(ABC):
         with reading(self.path):
             for member in self._members():
                 total += member.size
-                if total > self.bound:
-                    raise _out_of_proportion(self.path, self.bound)
+                self.check_growth(total)
                 yield member
+
+    def check_growth(self, size: int) -> None:
+        """Raise BrokenArchive if the content is out of proportion to the size of the archive."""
+        if size > self.bound:
+            raise BrokenArchive(
+                f"{self.path} holds over {self.bound >> 20} MiB, which is out of proportion to its own size"
+            )
 
     def chunks(self, member: Member) -> Iterator[bytes]:
         """The content of a file, in pieces."""
@@ -98,7 +108,7 @@ class Archive(ABC):
     def inner_members(self, member: Member) -> Iterator[Member]:
         """The members of a tar in this archive."""
         with reading(self.path), member.open() as file:
-            yield from _tar_members(_BoundedStream(file, self.path, self.bound))
+            yield from _tar_members(_BoundedStream(file, self))
 
 
 def open_archive(path: Path) -> Archive:
@@ -107,9 +117,10 @@ def open_archive(path: Path) -> Archive:
     Raises:
         BrokenArchive: it is neither.
     """
-    with reading(path):
-        if _is_tar(path):
-            return Tar(path)
+    try:
+        next(Tar(path).members(), None)
+        return Tar(path)
+    except NotATar:
         if zipfile.is_zipfile(path):
             return Zip(path)
     raise BrokenArchive(f"{path} is neither a tar nor a zip archive, or it is incomplete")
@@ -136,73 +147,53 @@ class Zip(Archive):
 
 class Tar(Archive):
     def _members(self) -> Iterator[Member]:
-        with _decompress(self.path) as file:
-            yield from _tar_members(_BoundedStream(file, self.path, self.bound))
-
-
-def _decompress(path: Path) -> IO[bytes]:
-    with open(path, "rb") as file:
-        start = file.read(6)
-    return next((opener for magic, opener in COMPRESSED.items() if start.startswith(magic)), open)(path, "rb")
-
-
-def _is_tar(path: Path) -> bool:
-    try:
-        with _decompress(path) as file:
-            tarfile.open(fileobj=_BoundedStream(file, path, SPARE_BYTES), mode="r:").close()
-    except tarfile.TarError:
-        return False
-    return True
-
-
-def _out_of_proportion(path: Path, bound: int) -> BrokenArchive:
-    return BrokenArchive(f"{path} holds over {bound >> 20} MiB, which is out of proportion to its own size")
+        with open(self.path, "rb") as file:
+            start = file.read(6)
+        opener = next((opener for magic, opener in COMPRESSED.items() if start.startswith(magic)), open)
+        with opener(self.path, "rb") as file:
+            yield from _tar_members(_BoundedStream(file, self))
 
 
 class _BoundedStream:
     """The decompressed bytes of a tar, for tarfile to read from.
 
     tarfile reads a header into memory whole, whatever size it claims: ``left`` is the number of bytes that may be read until
-    it is set again. ``bound`` is how far a compressed archive may expand.
+    it is set again.
     """
 
-    def __init__(self, file: IO[bytes], path: Path, bound: int) -> None:
-        self.file, self.path, self.bound, self.left = file, path, bound, LARGEST_HEADER
+    def __init__(self, file: IO[bytes], archive: Archive) -> None:
+        self.file, self.archive, self.left = file, archive, LARGEST_HEADER
+        self.tell = file.tell
+        self.seekable = file.seekable
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= self.left:
-            raise BrokenArchive(f"{self.path} is broken: it has a header of more than {LARGEST_HEADER >> 10} KiB")
+            raise BrokenArchive(f"{self.archive.path} is broken: it has a header of over {LARGEST_HEADER >> 10} KiB")
         content = self.file.read(size)
         self.left -= len(content)
-        self._check(self.file.tell())
+        self.archive.check_growth(self.file.tell())
         return content
 
     def seek(self, position: int) -> int:
-        self._check(position)
+        self.archive.check_growth(position)
         return self.file.seek(position)
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def seekable(self) -> bool:
-        return True
-
-    def _check(self, position: int) -> None:
-        if position > self.bound:
-            raise _out_of_proportion(self.path, self.bound)
 
 
 def _tar_members(stream: _BoundedStream) -> Iterator[Member]:
-    with tarfile.open(fileobj=stream, mode="r:") as archive:
+    try:
+        archive = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115 - closed below
+    except tarfile.TarError as error:
+        raise NotATar(f"{stream.archive.path} is broken: it holds something else than a tar ({error})") from error
+    with archive:
         previous = -1
         while True:
             stream.left = LARGEST_HEADER
             info = archive.next()
-            stream.left = 2 * stream.bound
+            stream.left = 2 * stream.archive.bound
             if info is None:
                 break
             if info.size < 0 or archive.offset <= previous:  # a negative size would have tarfile read in circles
-                raise BrokenArchive(f"{stream.path} is broken: {info.name} has an impossible size")
+                raise BrokenArchive(f"{stream.archive.path} is broken: {info.name} has an impossible size")
             previous, archive.members = archive.offset, []  # tarfile keeps them all: gigabytes for all of ImageNet
             name = info.name.removeprefix("./")
             is_link = info.issym() or info.islnk()
@@ -214,7 +205,7 @@ def _tar_members(stream: _BoundedStream) -> Iterator[Member]:
         stream.seek(archive.offset)
         if stream.read(BLOCK) != bytes(BLOCK):
             raise BrokenArchive(
-                f"{stream.path} is broken or incomplete: byte {archive.offset} cannot be read as a header"
+                f"{stream.archive.path} is broken or incomplete: byte {archive.offset} cannot be read as a header"
             )
         while stream.read(1 << 20):
             pass

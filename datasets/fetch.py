@@ -22,14 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gdown
 from archives import BLOCK, Archive, BrokenArchive, open_archive
 from folders import exclusive, holds_files, remove_empty
-from requests.exceptions import HTTPError, RequestException
+from requests.exceptions import RequestException
 
+from dataloader.catalog import CATALOG
 from utils import InputError, make_parser, run_script
 
 PROJECT = Path(__file__).resolve().parents[1]
-GONE = "It was reported gone in 2023. "
-PREPARE = "Or build it from its original source: python datasets/prepare.py {}"
-TRAIN = "Such models can be trained with train_pretrain.py and train_meta.py."
+GONE = "The published archive was reported gone in 2023. "
 RETRIES, TIMEOUT = 3, 60  # seconds without an answer
 
 
@@ -43,30 +42,24 @@ class Download(NamedTuple):
     into: str = "datasets"  # relative to the project
 
 
+def _data_set(name: str, drive_id: str, note: str = "") -> Download:
+    spec = CATALOG[name]
+    return Download(drive_id, f"{name}.tar", spec.folders, f"{note}To build it from its original source: {spec.obtain}")
+
+
+def _model(folder: str, drive_id: str) -> Download:
+    train = "To train such models: train_pretrain.py and train_meta.py"
+    return Download(drive_id, f"{folder}.tar", (folder,), train, ".")
+
+
 DOWNLOADS = {
-    "miniimagenet": Download(
-        "191cFzwwNTzG_mHUDABF0Nh77cI6pa-qq",
-        "miniimagenet.tar",
-        ("miniimagenet",),
-        GONE + PREPARE.format("miniimagenet"),
-    ),
-    "tieredimagenet": Download(
-        "1ANczVwnI1BDHIF65TgulaGALFnXBvRfs",
-        "tieredimagenet.tar",
-        ("tiered_imagenet", "tieredimagenet"),
-        GONE + PREPARE.format("tieredimagenet -source ILSVRC2012_img_train.tar"),
-    ),
-    "cub": Download("1B8jmZin9teye7Lte9ZKsQ3lyMASbxune", "cub.tar", ("cub",), PREPARE.format("cub")),
-    "fc100": Download("1nEh3O2RJ5zTbWj7luyQCNcklpX0_5KlS", "FC100.tar", ("FC100", "fc100"), PREPARE.format("fc100")),
-    "cifar_fs": Download(
-        "1Lq2USoQmbFgCFJlGx3huFSfjqwtxMCL8", "cifar_fs.tar", ("cifar_fs",), PREPARE.format("cifar_fs")
-    ),
-    "pretrain_model": Download(
-        "1Prn7_41NVrZbnePAlSiKjD21Jlz0LKJM", "deepemd_pretrain_model.tar", ("deepemd_pretrain_model",), TRAIN, "."
-    ),
-    "trained_model": Download(
-        "1lGcNHMRnBrjODDmt647RzMJ5cLCd4pmv", "deepemd_trained_model.tar", ("deepemd_trained_model",), TRAIN, "."
-    ),
+    "miniimagenet": _data_set("miniimagenet", "191cFzwwNTzG_mHUDABF0Nh77cI6pa-qq", GONE),
+    "tieredimagenet": _data_set("tieredimagenet", "1ANczVwnI1BDHIF65TgulaGALFnXBvRfs", GONE),
+    "cub": _data_set("cub", "1B8jmZin9teye7Lte9ZKsQ3lyMASbxune"),
+    "fc100": _data_set("fc100", "1nEh3O2RJ5zTbWj7luyQCNcklpX0_5KlS"),
+    "cifar_fs": _data_set("cifar_fs", "1Lq2USoQmbFgCFJlGx3huFSfjqwtxMCL8"),
+    "pretrain_model": _model("deepemd_pretrain_model", "1Prn7_41NVrZbnePAlSiKjD21Jlz0LKJM"),
+    "trained_model": _model("deepemd_trained_model", "1lGcNHMRnBrjODDmt647RzMJ5cLCd4pmv"),
 }
 
 
@@ -86,9 +79,9 @@ def fetch(name: str, source: str | None, project: Path) -> None:
         InputError: the archive cannot be downloaded or extracted, or is not the published one.
     """
     into = project / DOWNLOADS[name].into
-    path = None if source is None else _local(source)
     if _is_in_place(name, into):
         return
+    path = None if source is None else _local(source)
     with exclusive(into / DOWNLOADS[name].archive):
         if _is_in_place(name, into):  # another process may have fetched it by now
             return
@@ -123,6 +116,8 @@ def _local(source: str) -> Path:
 def _download(name: str, into: Path) -> Path:
     archive = DOWNLOADS[name].archive
     path = into / f"{archive}.part"
+    if path.is_file():  # complete, from a call that was interrupted later
+        return path
     print(f"downloading {archive} from Google Drive to {path}*", flush=True)
     try:  # gdown writes to a temporary file beside its output, and resumes that
         gdown.download(id=DOWNLOADS[name].drive_id, output=str(path), resume=True, retries=RETRIES, timeout=TIMEOUT)
@@ -130,22 +125,11 @@ def _download(name: str, into: Path) -> Path:
         if isinstance(error, OSError) and not isinstance(error, RequestException):
             raise  # the disk is at fault
         reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, gdown.exceptions.FileURLRetrievalError):
-            problem = f"Google Drive refused {archive}, because of its quota or its permissions"
-        elif _is_of_network(error):
-            problem = f"the network failed while downloading {archive}; check the connection and run this again"
-        else:
-            problem = f"gdown cannot download {archive}; if this happens again, remove {path}*"
-        raise InputError(f"{problem} ({reason}). {_advice(name)}") from error
+        raise InputError(
+            f"cannot download {archive} from Google Drive ({reason}). Run this again to resume the download, unless the file "
+            f"is over its quota; if that fails as well, remove {path}*. {_advice(name)}"
+        ) from error
     return path
-
-
-def _is_of_network(error: BaseException | None) -> bool:
-    if isinstance(error, HTTPError):
-        return False
-    return isinstance(error, (RequestException, TimeoutError)) or (
-        error is not None and _is_of_network(error.__cause__)
-    )
 
 
 def _advice(name: str) -> str:

@@ -9,7 +9,6 @@ An earlier glyphs tree in the output folder is replaced; a folder that holds any
 appears when it is complete. Exit status: 1 if it cannot be written, 2 for bad flags, 130 after Ctrl-C.
 """
 
-import argparse
 import math
 import os
 import random
@@ -63,7 +62,7 @@ Face = tuple[ImageFont.FreeTypeFont, set[int]]  # and the code points that it ha
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__.splitlines()[0])
     default = Path(__file__).parent / "glyphs"
-    parser.add_argument("-out", type=_folder, default=default, help="folder to write")
+    parser.add_argument("-out", type=Path, default=default, help="folder to write")
     parser.add_argument(
         "-per_class",
         type=number_between(1, MOST_IMAGES, int),
@@ -77,12 +76,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     counts = make_glyphs(args.out, per_class=args.per_class, size=args.size, seed=args.seed)
     print(f"wrote {args.out}: " + ", ".join(f"{split} {count} letters" for split, count in counts.items()))
-
-
-def _folder(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("expected the name of a folder")
-    return Path(text)
 
 
 def make_glyphs(out: Path, *, per_class: int, size: int, seed: int) -> dict[str, int]:

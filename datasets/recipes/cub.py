@@ -6,35 +6,27 @@ from pathlib import PurePosixPath
 from download import Remote
 from sources import Entry, Source, is_image
 
-from recipes.common import (
-    Plan,
-    Recipe,
-    Target,
-    last_parts,
-    missing_images,
-    parquet_file_name,
-    split_of_class,
-    split_tables,
-)
+from recipes import common
+from recipes.common import Plan, Recipe, Target
 from utils import InputError
 
 
 def plan(source: Source, entries: list[Entry], crop: bool) -> Plan:
-    split_of = split_of_class("cub")
+    split_of = common.split_of_class("cub")
     boxes = _read_boxes(source, entries) if crop and not any(entry.label for entry in entries) else {}
     images = {}
     for entry in entries:
         if entry.label is not None:
-            label, file, box = _class_by_number(entry, source, split_of), parquet_file_name(entry), entry.box
+            label, file, box = _class_by_number(entry, source, split_of), common.parquet_file_name(entry), entry.box
         else:
-            folder, label, file = last_parts(entry.name, 3)
+            folder, label, file = common.last_parts(entry.name, 3)
             if folder == "segmentations" or label not in split_of or not is_image(file):
                 continue
             box = boxes.get(f"{label}/{file}")
         if crop and box is None:
             raise InputError(f"{entry.name} in {source.where} has no bounding box. Build the data set with -no_crop")
         images[entry.name] = Target(f"images/{label}/{file}", split_of[label], label, box if crop else None)
-    return Plan(images, split_tables(images.values()), missing_images("cub", images.values()), [])
+    return Plan(images, common.split_tables(images.values()), common.missing_images("cub", images.values()), [])
 
 
 def _class_by_number(entry: Entry, source: Source, classes: Iterable[str]) -> str:

@@ -132,7 +132,7 @@ def test_output_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     "flags",
     [
         *(["-size", "0"], ["-size", "100000"], ["-size", "big"], ["-per_class", "0"], ["-per_class", "1000000000"]),
-        *(["-out", ""], ["-seed", "1.5"], ["surplus"]),
+        *(["-seed", "1.5"], ["surplus"]),
     ],
 )
 def test_bad_flags(monkeypatch, capsys, flags):

@@ -335,7 +335,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "-source",
         nargs="+",
-        default=[],
         metavar="PATH",
         help="archives or folders, or hf://datasets/<repository>[@<revision>] (default: download it, where that is possible)",
     )
@@ -358,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"-no_crop requires {', '.join(name for name, recipe in RECIPES.items() if recipe.crops)}")
     prepare(
         args.name,
-        args.source,
+        args.source or [],
         args.out,
         crop=not args.no_crop,
         shorter_side=args.size,

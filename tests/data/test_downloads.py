@@ -103,14 +103,14 @@ def test_folder_comes_into_place(tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("spelling", ["tiered_imagenet", "tieredimagenet"])
-def test_either_spelling(tmp_path, spelling):
+def test_the_folder_may_have_either_spelling(tmp_path, spelling):
     path = tar(tmp_path / "local.tar", (f"{spelling}/a", b"x"))
     fetch("tieredimagenet", path.as_uri(), tmp_path / "project")
     assert files(tmp_path / "project") == {f"datasets/{spelling}/a": b"x"}
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz", "zip"])
-def test_every_compression(tmp_path, mode):
+def test_every_compression_is_read(tmp_path, mode):
     members = (("cub/a", NOISE), ("cub/b/c", b"x"))
     path = tmp_path / "local"
     _ = zipped(path, *members) if mode == "zip" else tar(path, *members, mode=mode)
@@ -118,7 +118,7 @@ def test_every_compression(tmp_path, mode):
     assert files(tmp_path / "datasets") == {"cub/a": NOISE, "cub/b/c": b"x"}
 
 
-def test_tarfile_without_filters(tmp_path, monkeypatch):
+def test_no_extraction_filter_is_needed(tmp_path, monkeypatch):
     """Python 3.10.0 to 3.10.11 and 3.11.0 to 3.11.3 have no extraction filters."""
 
     def extract(self, *_, **options):
@@ -424,7 +424,7 @@ def test_copies_by_links_are_within_the_bound(tmp_path, low_bound):
     assert list((tmp_path / "datasets").iterdir()) == []
 
 
-def test_one_process_at_a_time(tmp_path):
+def test_a_set_is_fetched_by_one_process_at_a_time(tmp_path):
     path = tar(tmp_path / "local.tar", ("cub/a", b"x"))
     child = os.fork()
     if not child:
@@ -465,7 +465,7 @@ def test_compressed_text_is_no_archive(tmp_path, pack):
 
 
 @pytest.mark.parametrize("source", ["absent.tar", "file:///absent.tar", "file://[", "http://absent/cub.tar", "."])
-def test_no_such_file(tmp_path, source):
+def test_a_missing_archive_is_named(tmp_path, source):
     with pytest.raises(InputError, match="there is no archive"):
         fetch("cub", source, tmp_path)
 
@@ -479,7 +479,7 @@ def test_no_such_file(tmp_path, source):
         lambda path: zipped(path, ("cub/a", bytes(70000))),
     ],
 )
-def test_disk_too_small(tmp_path, monkeypatch, pack):
+def test_too_little_space_is_reported_before_anything_is_written(tmp_path, monkeypatch, pack):
     path = pack(tmp_path / "local")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 60000, 60000))
     monkeypatch.setattr(archives.Archive, "chunks", lambda *_: pytest.fail("wrote before it looked"))
@@ -488,7 +488,7 @@ def test_disk_too_small(tmp_path, monkeypatch, pack):
     assert list((tmp_path / "datasets").iterdir()) == []
 
 
-def test_disk_fills_up(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_download(tmp_path, monkeypatch):
     def full(self, member):
         raise OSError(28, "No space left on device")
 
@@ -549,14 +549,14 @@ def test_a_failed_download_ends_with_its_reason_and_what_to_do(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("broken", ["a web page", "tar, cut in a member"])
-def test_drive_sends_no_archive(tmp_path, monkeypatch, broken):
+def test_a_download_that_is_no_archive_is_removed(tmp_path, monkeypatch, broken):
     pretend_gdown(monkeypatch, BROKEN[broken][0])
     with pytest.raises(InputError, match="Google Drive sent no usable archive"):
         fetch("cub", None, tmp_path)
     assert list((tmp_path / "datasets").iterdir()) == []
 
 
-def test_drive_delivers(tmp_path, monkeypatch):
+def test_a_download_is_extracted_and_removed(tmp_path, monkeypatch):
     pretend_gdown(monkeypatch, lambda out: tar(out, ("cub/a", b"x")))
     fetch("cub", None, tmp_path)
     assert files(tmp_path) == {"datasets/cub/a": b"x"}
@@ -589,7 +589,7 @@ def run(monkeypatch, *arguments) -> int:
 
 
 @pytest.mark.parametrize("arguments", [["imagenet"], [], ["cub", "a.tar", "b.tar"], ["-x"]])
-def test_bad_arguments(monkeypatch, capsys, arguments):
+def test_bad_arguments_end_with_one_line(monkeypatch, capsys, arguments):
     monkeypatch.setattr(module, "fetch", lambda *_: pytest.fail("accepted"))
     assert run(monkeypatch, *arguments) == 2
     said = capsys.readouterr().err
@@ -600,7 +600,7 @@ def test_bad_arguments(monkeypatch, capsys, arguments):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("when", ["download", "extraction"])
-def test_stopped(tmp_path, monkeypatch, capsys, number, when):
+def test_a_stopped_command_ends_with_130_and_keeps_its_download(tmp_path, monkeypatch, capsys, number, when):
     monkeypatch.setattr(module, "PROJECT", tmp_path)
     into = tmp_path / "datasets"
 
@@ -623,7 +623,7 @@ def test_stopped(tmp_path, monkeypatch, capsys, number, when):
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "trained"])
-def test_shell_wrapper(tmp_path, kind):
+def test_the_shell_scripts_pass_their_arguments_on(tmp_path, kind):
     project = tmp_path / "project"
     project.mkdir()
     script = shutil.copy(ROOT / f"download_{kind}_model.sh", project)
@@ -644,3 +644,28 @@ def test_the_command_fetches_into_its_own_project(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert files(project / "deepemd_trained_model") == {"a": b"x"}
+
+
+def git(*arguments: object, cwd: Path = ROOT) -> str:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    return subprocess.run(["git", *map(str, arguments)], cwd=cwd, capture_output=True, text=True).stdout
+
+
+def test_a_clone_with_autocrlf_has_scripts_that_run(tmp_path):
+    git("-c", "core.autocrlf=true", "clone", "-q", "--depth", "1", ROOT.as_uri(), tmp_path / "clone")
+    scripts = [*(tmp_path / "clone").rglob("*.sh"), tmp_path / "clone" / ".ci" / "run"]
+    assert len(scripts) > 3
+    assert not [path.name for path in scripts if b"\r" in path.read_bytes()]
+
+
+def test_git_ignores_data_and_what_builds_leave_but_no_source():
+    ignored = [
+        "datasets/.FC100.lock",
+        "datasets/.FC100.part/a",
+        ".a.tar.lock",
+        ".a.tar.extracting/a",
+        "datasets/cub/a.jpg",
+    ]
+    tracked = ["datasets/a.py", "datasets/recipes/a.py", "pictures/a.py"]
+    assert git("check-ignore", *ignored, *tracked).split() == ignored

@@ -156,7 +156,7 @@ def test_cifar_is_the_same_from_every_source(tmp_path, cifar, name):
             assert names == [label[split]]
 
 
-def test_a_source_in_two_folders(tmp_path, cifar):
+def test_several_sources_are_read_as_one(tmp_path, cifar):
     one = {name: content for name, content in CIFAR.items() if name.startswith("train")}
     other = {name: content for name, content in CIFAR.items() if name not in one}
     given = [str(unpack(tmp_path / "one", one)), str(unpack(tmp_path / "other", other))]
@@ -165,7 +165,7 @@ def test_a_source_in_two_folders(tmp_path, cifar):
     assert "hold files of the same name" in refused("fc100", "-source", *given, given[0], "-out", tmp_path / "again")
 
 
-def test_manifest(tmp_path, cifar):
+def test_the_manifest_records_what_was_built(tmp_path, cifar):
     (tmp_path / "from").mkdir()
     main(["fc100", "-source", str(cifar_sources(tmp_path / "from")["zip"]), "-out", str(tmp_path)])
     record = json.loads((tmp_path / "FC100" / manifest.NAME).read_text())
@@ -181,7 +181,7 @@ def test_tree_hash_sees_names_and_bytes():
     assert len(hashes) == 3
 
 
-def test_second_run_and_other_options(tmp_path, cifar, capsys):
+def test_a_second_run_changes_nothing_and_other_options_are_refused(tmp_path, cifar, capsys):
     source = zipped(tmp_path / "cifar.zip", CIFAR)
     main(["fc100", "-source", str(source), "-out", str(tmp_path)])
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "FC100").rglob("*")}
@@ -196,6 +196,11 @@ def test_second_run_and_other_options(tmp_path, cifar, capsys):
     assert (tmp_path / "other" / "fc100" / "x.png").read_bytes() == b"x"
 
 
+def test_recipes_build_the_folders_that_the_scripts_read():
+    known = {name: recipe.folder for name, recipe in module.RECIPES.items() if name in CATALOG}
+    assert known == {name: CATALOG[name].folders[0] for name in CATALOG if name not in ("folder", "glyphs")}
+
+
 def test_dry_run_writes_nothing(tmp_path, cifar, capsys):
     source = zipped(tmp_path / "cifar.zip", CIFAR)
     main(["fc100", "-source", str(source), "-out", str(tmp_path / "out"), "-dry_run"])
@@ -206,7 +211,7 @@ def test_dry_run_writes_nothing(tmp_path, cifar, capsys):
 
 
 @pytest.mark.parametrize("how", ["interrupt", "kill"])
-def test_stopped_run_continues(tmp_path, cifar, monkeypatch, how):
+def test_a_stopped_run_is_resumed(tmp_path, cifar, monkeypatch, how):
     source = zipped(tmp_path / "cifar.zip", CIFAR)
     make, made = module._make, []
 
@@ -249,7 +254,7 @@ def test_unfinished_work_of_another_source_is_not_used(tmp_path, cifar):
     assert tree(tmp_path / "FC100")["train/apple/apple_s_000000.png"] == CIFAR["train/apple/apple_s_000000.png"]
 
 
-def test_one_build_at_a_time(tmp_path, cifar):
+def test_a_data_set_is_built_by_one_process_at_a_time(tmp_path, cifar):
     source = zipped(tmp_path / "cifar.zip", CIFAR)
     child = os.fork()
     if not child:
@@ -304,7 +309,7 @@ def without(*names: str) -> dict[str, bytes]:
     return {name: content for name, content in CIFAR.items() if not name.startswith(names)}
 
 
-def test_incomplete_source(tmp_path, cifar, capsys):
+def test_an_incomplete_source_is_refused_unless_allowed(tmp_path, cifar, capsys):
     lacking = zipped(tmp_path / "a.zip", without("test/bear/bear_s_000003.png", "train/castle", "test/castle"))
     message = refused("fc100", "-source", lacking, "-out", tmp_path)
     assert "no image of the test class castle; 4 of 5 images of the val class bear" in message
@@ -388,7 +393,7 @@ def test_a_run_that_wrote_no_image_leaves_nothing(tmp_path, cifar):
         assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_broken_sources(tmp_path, cifar):
+def test_broken_sources_end_with_one_line(tmp_path, cifar):
     good = tar_bytes({f"cifar/{name}": content for name, content in CIFAR.items()})
     packed = zipped(tmp_path / "good.zip", CIFAR).read_bytes()
     spoilt = bytearray(packed)
@@ -420,7 +425,7 @@ def test_broken_sources(tmp_path, cifar):
     assert "ILSVRC2012_img_train.tar from image-net.org" in refused("tieredimagenet", "-out", tmp_path)
 
 
-def test_flags_that_do_not_go_together(tmp_path, capsys):
+def test_flags_of_other_data_sets_are_refused(tmp_path, capsys):
     for arguments, expected in (
         (["fc100", "-size", "20"], "-size requires one of cub, miniimagenet, tieredimagenet"),
         (["fc100", "-no_crop"], "-no_crop requires cub"),
@@ -557,7 +562,7 @@ CHOSEN = [(content, *key) for key, content in IMAGENET.items() if NUMBERS[key[0]
     ("naming", "note"),
     [("imagenet", None), ("published", None), ("none", "could not be verified"), ("other", "another one")],
 )
-def test_miniimagenet_of_the_hub(tmp_path, imagenet, capsys, naming, note):
+def test_miniimagenet_is_built_from_parquet_files_whatever_their_names(tmp_path, imagenet, capsys, naming, note):
     """600 images a class, chosen by somebody else; its test split is not part of miniImageNet."""
     name = {
         "imagenet": lambda wnid, number: f"{wnid}_{number}.JPEG",
@@ -579,7 +584,7 @@ def test_miniimagenet_of_the_hub(tmp_path, imagenet, capsys, naming, note):
     assert note in printed if note else "note:" not in printed
 
 
-def test_tieredimagenet(tmp_path, imagenet, monkeypatch):
+def test_tieredimagenet_holds_every_image_of_its_classes_shrunk(tmp_path, imagenet, monkeypatch):
     publish(monkeypatch, {split: {wnid: None} for split, wnid in zip(("train", "val", "test"), NUMBERS, strict=True)})
     monkeypatch.setattr(published, "published_images", lambda name, split: 5)
     for kind, source in imagenet_sources(tmp_path / "from").items():
@@ -626,7 +631,7 @@ def cub(monkeypatch):
     publish(monkeypatch, {"train": {"002.Wren": 2}, "val": {"001.Auk": 2}, "test": {"003.Gull": 2}})
 
 
-def test_cub_cropped_or_not(tmp_path, cub):
+def test_cub_is_cropped_to_its_boxes_unless_told_otherwise(tmp_path, cub):
     files = cub_files()
     for kind, source in {
         "tgz": save(tmp_path / "CUB_200_2011.tgz", tar_bytes(files, "w:gz")),
@@ -645,7 +650,7 @@ def test_cub_cropped_or_not(tmp_path, cub):
         assert all(built[f"images/{name}"] == content for name, content in BIRDS.items())
 
 
-def test_cub_tables_that_are_missing_or_wrong(tmp_path, cub):
+def test_missing_or_wrong_tables_of_cub_are_named(tmp_path, cub):
     for number, (changed, expected) in enumerate(
         (
             ({"bounding_boxes.txt": ""}, "has no bounding_boxes.txt"),
@@ -663,7 +668,7 @@ def test_cub_tables_that_are_missing_or_wrong(tmp_path, cub):
     assert not (tmp_path / "cub").exists()
 
 
-def test_cub_of_the_hub(tmp_path, cub):
+def test_cub_is_built_from_parquet_files(tmp_path, cub):
     """Boxes as left, upper, right, lower; classes by number or name; no file names."""
     corners = [10, 20, 40, 60]
     names = sorted({name.split("/")[0] for name in BIRDS})
@@ -678,7 +683,7 @@ def test_cub_of_the_hub(tmp_path, cub):
     assert "left, upper, right, lower" in refused("cub", "-source", tmp_path / "hub", "-out", tmp_path / "wrong")
 
 
-def test_omniglot(tmp_path, monkeypatch):
+def test_omniglot_is_split_by_script(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes.omniglot, "DRAWINGS", 2)
     monkeypatch.setattr(recipes.omniglot, "CHARACTERS", {"train": 3, "val": 2, "test": 3})
     files = [
@@ -806,7 +811,7 @@ def test_download_continues_what_a_killed_process_left(tmp_path, server, ranges)
     assert server.seen[0][2]["Range"] == "bytes=123456-"
 
 
-def test_download_that_is_complete_or_of_another_file(tmp_path, server):
+def test_a_partial_file_may_be_complete_or_of_another_file(tmp_path, server):
     server.files["/a"] = CONTENT
     remote = Remote(server.url + "/a", digest=digest(CONTENT))
     save(tmp_path / "a.part", CONTENT)
@@ -815,7 +820,7 @@ def test_download_that_is_complete_or_of_another_file(tmp_path, server):
     assert download(remote, tmp_path / "b").read_bytes() == CONTENT
 
 
-def test_download_of_something_else(tmp_path, server):
+def test_a_download_of_something_else_is_removed(tmp_path, server):
     server.files["/a"] = b"<html>quota exceeded</html>"
     for remote, expected in (
         (Remote(server.url + "/a", digest=digest(CONTENT)), "the sha256 .* instead of"),
@@ -826,7 +831,7 @@ def test_download_of_something_else(tmp_path, server):
         assert not list(tmp_path.iterdir())
 
 
-def test_download_refused_or_unreachable(tmp_path, server):
+def test_a_refusal_is_final_and_an_overloaded_server_is_asked_again(tmp_path, server):
     server.status |= {"/terms": 403, "/broken": 503}
     for path, expected in (
         ("/terms", r"HTTP 403 Forbidden\). Accept the terms"),
@@ -880,20 +885,13 @@ def test_miniimagenet_downloads_from_the_hub(tmp_path, imagenet, server, monkeyp
     assert revision in record["source"]
 
 
-def test_hub_refusals(tmp_path, imagenet, server, monkeypatch):
+def test_a_file_without_a_hash_on_the_hub_is_refused(tmp_path, imagenet, server, monkeypatch):
     parquet(tmp_path / "hub" / "train-0.parquet", [(picture(5), None, "n01532829")])
     hub(server, monkeypatch, "ILSVRC/imagenet-1k", "main", tmp_path / "hub")
     path = "/datasets/ILSVRC/imagenet-1k/resolve/main/train-0.parquet"
     arguments = ("tieredimagenet", "-source", "hf://datasets/ILSVRC/imagenet-1k", "-out", tmp_path)
     server.headers[path]["X-Linked-Etag"] = '"of another kind"'
     assert "X-Linked-Etag" in refused(*arguments)
-    for status in (401, 403):
-        server.status[path] = status
-        message = refused(*arguments)
-        assert f"{server.url}/datasets/ILSVRC/imagenet-1k" in message
-        assert "HF_TOKEN" in message
-    server.files["/api/datasets/ILSVRC/imagenet-1k/revision/main"] = b"<html>"
-    assert "is not a list of files" in refused(*arguments)
 
 
 LISTING = "/api/datasets/ILSVRC/imagenet-1k/revision/main"
@@ -941,7 +939,7 @@ def test_a_listing_of_another_kind_is_named(tmp_path, imagenet, server, monkeypa
         assert "is not a list of files" in message
 
 
-def test_cub_downloads_and_checks(tmp_path, cub, server, monkeypatch):
+def test_a_download_is_verified_before_it_is_built_from(tmp_path, cub, server, monkeypatch):
     server.files["/CUB.tgz"] = content = tar_bytes(cub_files(), "w:gz")
     for wanted in ("md5:0", digest(content, "md5")):
         remote = Remote(server.url + "/CUB.tgz", size=len(content), digest=wanted)
@@ -956,7 +954,7 @@ def test_cub_downloads_and_checks(tmp_path, cub, server, monkeypatch):
     assert not list(tmp_path.glob(".cub*"))
 
 
-def test_killed_download_continues(tmp_path, cub, server, monkeypatch):
+def test_a_killed_download_is_resumed(tmp_path, cub, server, monkeypatch):
     server.files["/CUB.tgz"] = content = tar_bytes(cub_files(), "w:gz")
     remote = Remote(server.url + "/CUB.tgz", digest=digest(content))
     monkeypatch.setitem(module.RECIPES, "cub", module.RECIPES["cub"]._replace(downloads={"CUB_200_2011.tgz": remote}))
@@ -966,7 +964,7 @@ def test_killed_download_continues(tmp_path, cub, server, monkeypatch):
     assert len(tree(tmp_path / "cub")) == len(BIRDS) + 3
 
 
-def test_parquet_without_its_library(tmp_path, imagenet, monkeypatch):
+def test_parquet_without_its_library_names_what_to_install(tmp_path, imagenet, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     save(tmp_path / "hub" / "a.parquet", b"PAR1")
     assert "pip install -r requirements-data.txt" in refused(
@@ -974,7 +972,7 @@ def test_parquet_without_its_library(tmp_path, imagenet, monkeypatch):
     )
 
 
-def test_broken_parquet(tmp_path, imagenet):
+def test_broken_parquet_ends_with_one_line(tmp_path, imagenet):
     good = parquet(tmp_path / "good" / "train-0.parquet", [(picture(5), None, "n01532829")] * 9).read_bytes()
     for content, expected in ((good[: len(good) // 2], "is broken"), (b"PAR1" * 9, "is broken")):
         source = save(tmp_path / "broken" / "train-0.parquet", content)

@@ -251,7 +251,10 @@ def _write_images(source: Source, plan: Plan, work: Path, side: int) -> dict[str
 
     bar = progress_bar(work.name.strip(".").removesuffix(".part"), total=len(plan.images), initial=len(digests))
     with bar, ThreadPoolExecutor(available_cores()) as pool:
-        for name, content in source.read(wanted):
+        for name, content in source.read(set(wanted)):
+            if name not in wanted:  # an archive may hold a name twice
+                continue
+            wanted.remove(name)
             target = plan.images[name]
             waiting.append((target, pool.submit(_make, name, content, target, work / target.path, side)))
             if len(waiting) >= 4 * available_cores():

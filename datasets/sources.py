@@ -104,7 +104,7 @@ class Folder(Source):
         with reading(self.path):
             for path in sorted(self.path.rglob("*")):
                 name = path.relative_to(self.path).as_posix()
-                if CLASS_TAR.fullmatch(path.name):
+                if CLASS_TAR.fullmatch(path.name) and path.is_file():
                     found += [entry._replace(name=f"{name}/{entry.name}") for entry in ArchiveSource(path).entries()]
                 elif path.is_file():
                     found.append(Entry(name, path.stat().st_size))

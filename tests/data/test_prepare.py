@@ -369,6 +369,20 @@ def test_pickles_that_are_not_those_of_cifar_end_with_one_line(tmp_path, cifar, 
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_name_that_an_archive_holds_twice_is_written_once(tmp_path, cifar, monkeypatch):
+    source = tmp_path / "a.tar"
+    with tarfile.open(source, "w") as archive:
+        for name, content in 2 * list(CIFAR.items()):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    made, make = [], module._make
+    monkeypatch.setattr(module, "_make", lambda name, *rest: made.append(name) or make(name, *rest))
+    main(["fc100", "-source", str(source), "-out", str(tmp_path)])
+    assert sorted(made) == sorted(CIFAR)
+    assert len(tree(tmp_path / "FC100")) == len(CIFAR)
+
+
 def test_a_full_disk_leaves_no_partial_file(tmp_path, cifar, monkeypatch):
     write = Path.write_bytes
 

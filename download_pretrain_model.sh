@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The published pre-trained encoders, into deepemd_pretrain_model/<dataset>/resnet12/max_acc.pth
+# Download the published pre-trained encoders to deepemd_pretrain_model/<dataset>/resnet12/max_acc.pth
 # Usage: bash download_pretrain_model.sh [archive already downloaded, or its file:// URL]
 set -euo pipefail
 root=$(cd "$(dirname "$0")" && pwd)

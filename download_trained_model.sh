@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The published meta-trained models, into deepemd_trained_model/<dataset>/<variant>/max_acc.pth
+# Download the published meta-trained models to deepemd_trained_model/<dataset>/<variant>/max_acc.pth
 # Usage: bash download_trained_model.sh [archive already downloaded, or its file:// URL]
 set -euo pipefail
 root=$(cd "$(dirname "$0")" && pwd)

@@ -1,34 +1,35 @@
-"""Fetch a published data set or model: download its archive, check it, and extract it to where the scripts look.
+"""Download and extract a published data set or model to where the scripts look for it.
 
     python datasets/fetch.py NAME [archive already downloaded, or its file:// URL]
 
-Data sets go into ``datasets/``, models into the folder above it. The folder appears only when it is complete. An
-interrupted download stays there as ``<archive>.part*`` and is resumed by the next call. Extraction happens in
-``.<archive>.extracting``, which is removed on the way out, or by the next call if the process was killed outright.
+Data sets go into ``datasets/``, models into the folder above it. The folder appears when it is complete. An interrupted
+download is kept as ``<archive>.part*`` and resumed by the next call. The archive is extracted into ``.<archive>.extracting``,
+which is removed at the end, or by the next call if the process was killed.
 
-Exit status: 0 if the folder is in place, 1 if it cannot be had, 2 for bad arguments, 130 after Ctrl-C or SIGTERM.
+Exit status: 0 if the folder is in place, 1 if it cannot be fetched, 2 for bad arguments, 130 after Ctrl-C or SIGTERM.
 """
 
-import argparse
-import os
-import re
 import shutil
 import signal
-import stat
-import subprocess
 import sys
-import tarfile
 import urllib.request
-import zipfile
+from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
-from typing import IO, NamedTuple
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import gdown
+from archives import BLOCK, Archive, BrokenArchive, open_archive
+from folders import exclusive, holds_files, remove_empty
+from requests.exceptions import RequestException
+
+from dataloader.catalog import CATALOG
+from utils import InputError, make_parser, run_script
 
 PROJECT = Path(__file__).resolve().parents[1]
-
-
-GONE = "It was reported gone in 2023. "
-PREPARE = "Or build it from a source that exists: python datasets/prepare.py {}"
-TRAIN = "Such models can be trained with train_pretrain.py and train_meta.py."
+GONE = "The published archive was reported gone in 2023. "
+RETRIES, TIMEOUT = 3, 60  # seconds without an answer
 
 
 class Download(NamedTuple):
@@ -41,128 +42,94 @@ class Download(NamedTuple):
     into: str = "datasets"  # relative to the project
 
 
+def _data_set(name: str, drive_id: str, note: str = "") -> Download:
+    spec = CATALOG[name]
+    return Download(drive_id, f"{name}.tar", spec.folders, f"{note}To build it from its original source: {spec.obtain}")
+
+
+def _model(folder: str, drive_id: str) -> Download:
+    train = "To train such models: train_pretrain.py and train_meta.py"
+    return Download(drive_id, f"{folder}.tar", (folder,), train, ".")
+
+
 DOWNLOADS = {
-    "miniimagenet": Download(
-        "191cFzwwNTzG_mHUDABF0Nh77cI6pa-qq",
-        "miniimagenet.tar",
-        ("miniimagenet",),
-        GONE + PREPARE.format("miniimagenet"),
-    ),
-    "tieredimagenet": Download(
-        "1ANczVwnI1BDHIF65TgulaGALFnXBvRfs",
-        "tieredimagenet.tar",
-        ("tiered_imagenet", "tieredimagenet"),
-        GONE + PREPARE.format("tieredimagenet -source ILSVRC2012_img_train.tar"),
-    ),
-    "cub": Download("1B8jmZin9teye7Lte9ZKsQ3lyMASbxune", "cub.tar", ("cub",), PREPARE.format("cub")),
-    "fc100": Download("1nEh3O2RJ5zTbWj7luyQCNcklpX0_5KlS", "FC100.tar", ("FC100", "fc100"), PREPARE.format("fc100")),
-    "cifar_fs": Download(
-        "1Lq2USoQmbFgCFJlGx3huFSfjqwtxMCL8", "cifar_fs.tar", ("cifar_fs",), PREPARE.format("cifar_fs")
-    ),
-    "pretrain_model": Download(
-        "1Prn7_41NVrZbnePAlSiKjD21Jlz0LKJM", "deepemd_pretrain_model.tar", ("deepemd_pretrain_model",), TRAIN, "."
-    ),
-    "trained_model": Download(
-        "1lGcNHMRnBrjODDmt647RzMJ5cLCd4pmv", "deepemd_trained_model.tar", ("deepemd_trained_model",), TRAIN, "."
-    ),
+    "miniimagenet": _data_set("miniimagenet", "191cFzwwNTzG_mHUDABF0Nh77cI6pa-qq", GONE),
+    "tieredimagenet": _data_set("tieredimagenet", "1ANczVwnI1BDHIF65TgulaGALFnXBvRfs", GONE),
+    "cub": _data_set("cub", "1B8jmZin9teye7Lte9ZKsQ3lyMASbxune"),
+    "fc100": _data_set("fc100", "1nEh3O2RJ5zTbWj7luyQCNcklpX0_5KlS"),
+    "cifar_fs": _data_set("cifar_fs", "1Lq2USoQmbFgCFJlGx3huFSfjqwtxMCL8"),
+    "pretrain_model": _model("deepemd_pretrain_model", "1Prn7_41NVrZbnePAlSiKjD21Jlz0LKJM"),
+    "trained_model": _model("deepemd_trained_model", "1lGcNHMRnBrjODDmt647RzMJ5cLCd4pmv"),
 }
 
-# Images and weights hardly compress, so an archive that grows by more than this is not one of them.
-MOST_GROWTH, SPARE_BYTES = 20, 64 << 20
-BLOCK = tarfile.BLOCKSIZE
 
-DRIVE_REFUSED = re.compile("failed to retrieve file url|quota|too many users|many accesses", re.IGNORECASE)
-NETWORK_FAILED = re.compile(
-    "failed to resolve|name resolution|name or service not known|getaddrinfo|connection refused|connection reset"
-    "|connection aborted|network is unreachable|no route to host|timed out|max retries exceeded|proxy",
-    re.IGNORECASE,
-)
-
-
-class FetchError(Exception):
-    """The archive cannot be had or extracted, or is not what it should be."""
-
-
-class BrokenArchive(FetchError):
-    """The archive itself is at fault: there is no use in keeping it."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} -h)\n")
-
-
-def main() -> None:
-    parser = _Parser(description=__doc__.splitlines()[0])
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", choices=DOWNLOADS, help=f"one of {', '.join(DOWNLOADS)}")
     parser.add_argument("source", nargs="?", help="archive already downloaded, or its file:// URL")
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # kill cleans up just as Ctrl-C does
-    try:
-        fetch(args.name, args.source, PROJECT)
-    except (FetchError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; the next call resumes an unfinished download", file=sys.stderr)
-        sys.exit(130)
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
+    fetch(args.name, args.source, PROJECT)
 
 
 def fetch(name: str, source: str | None, project: Path) -> None:
-    """Put the folder of ``DOWNLOADS[name]`` in place, from the archive ``source`` or else from Google Drive."""
-    download = DOWNLOADS[name]
-    into = project / download.into
-    for folder in download.folders:
-        if _holds_files(into / folder):
-            print(f"{into / folder} is there already: nothing to do (remove it to fetch it again)")
+    """Put the folder of ``DOWNLOADS[name]`` in place, from the archive ``source`` or else from Google Drive.
+
+    Raises:
+        InputError: the archive cannot be downloaded or extracted, or is not the published one.
+    """
+    into = project / DOWNLOADS[name].into
+    if _is_in_place(name, into):
+        return
+    path = None if source is None else _local(source)
+    with exclusive(into / DOWNLOADS[name].archive):
+        if _is_in_place(name, into):  # another process may have fetched it by now
             return
-    into.mkdir(parents=True, exist_ok=True)
-    path = _download(name, into) if source is None else _local(source)
-    try:
-        target = _extract(path, into, download)
-    except BrokenArchive as error:
-        if source is not None:
-            raise
-        path.unlink()
-        raise FetchError(f"Google Drive sent no usable archive: {error}. {_advice(name)}") from error
-    if source is None:
-        path.unlink()
+        path = path or _download(name, into)
+        try:
+            target = _extract(path, into, DOWNLOADS[name])
+        except BrokenArchive as error:
+            if source is not None:
+                raise
+            path.unlink()
+            raise InputError(f"Google Drive sent no usable archive: {error}. {_advice(name)}") from error
+        if source is None:
+            path.unlink()
     print(f"{target} is in place")
 
 
-def _holds_files(folder: Path) -> bool:
-    return any(entry.is_symlink() or not entry.is_dir() for entry in folder.rglob("*"))
+def _is_in_place(name: str, into: Path) -> bool:
+    found = next((into / folder for folder in DOWNLOADS[name].folders if holds_files(into / folder)), None)
+    if found:
+        print(f"{found} exists: nothing to do (remove it to fetch it again)")
+    return found is not None
 
 
 def _local(source: str) -> Path:
     if source.startswith("file://"):
         source = urllib.request.url2pathname(source.removeprefix("file://").removeprefix("localhost"))
-    path = Path(source)
-    if not path.is_file():
-        raise FetchError(f"expected an archive at {path}; there is no such file")
-    return path
+    if not Path(source).is_file():
+        raise InputError(f"there is no archive {source}")
+    return Path(source)
 
 
 def _download(name: str, into: Path) -> Path:
-    download = DOWNLOADS[name]
-    path = into / f"{download.archive}.part"
-    print(f"downloading {download.archive} from Google Drive; it grows as {path}*", flush=True)
-    # gdown writes to a temporary file beside its output and resumes that with --continue. The output is there only
-    # when complete, and is then not downloaded again.
-    command = [sys.executable, "-m", "gdown", download.drive_id, "-O", str(path), "--continue", "--retries", "3"]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
-    if done.returncode == 0 and path.is_file():
+    archive = DOWNLOADS[name].archive
+    path = into / f"{archive}.part"
+    if path.is_file():  # complete, from a call that was interrupted later
         return path
-    # gdown indents the cause below a heading and adds general advice; shorter messages have the cause in the last line.
-    cause = re.search(r"^(?:Error|Failed to [^\n]*):\n\n(.*?)(?:\n\n|\Z)", done.stderr, re.DOTALL | re.MULTILINE)
-    reason = " ".join((cause[1] if cause else (done.stderr.strip().splitlines() or ["no reason given"])[-1]).split())
-    if DRIVE_REFUSED.search(done.stderr):
-        problem = f"Google Drive refused {download.archive}, because of its quota or its permissions"
-    elif NETWORK_FAILED.search(reason):
-        problem = f"the network failed while downloading {download.archive}; check the connection and run this again"
-    else:
-        problem = f"gdown could not download {download.archive}"
-    raise FetchError(f"{problem} ({reason}). {_advice(name)}")
+    print(f"downloading {archive} from Google Drive to {path}*", flush=True)
+    try:  # gdown writes to a temporary file beside its output, and resumes that
+        gdown.download(id=DOWNLOADS[name].drive_id, output=str(path), resume=True, retries=RETRIES, timeout=TIMEOUT)
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, RequestException):
+            raise  # the disk is at fault
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"cannot download {archive} from Google Drive ({reason}). Run this again to resume the download, unless the file "
+            f"is over its quota; if that fails as well, remove {path}*. {_advice(name)}"
+        ) from error
+    return path
 
 
 def _advice(name: str) -> str:
@@ -178,115 +145,59 @@ def _extract(path: Path, into: Path, download: Download) -> Path:
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir()
-        _unpack(path, _Sink(scratch, path))
+        _unpack(open_archive(path), scratch)
         found = next((scratch / folder for folder in download.folders if (scratch / folder).is_dir()), None)
         if found is None:
-            there = ", ".join(sorted(entry.name for entry in scratch.iterdir())[:5]) or "nothing"
-            raise FetchError(f"expected the folder {' or '.join(download.folders)} in {path}; it holds {there}")
-        if not _holds_files(found):
-            raise FetchError(f"expected files in the folder {found.name} of {path}; it is empty")
+            names = ", ".join(sorted(entry.name for entry in scratch.iterdir())[:5]) or "nothing"
+            raise BrokenArchive(f"{path} has no folder {' or '.join(download.folders)}; it holds {names}")
+        if not holds_files(found):
+            raise BrokenArchive(f"the folder {found.name} of {path} is empty")
         target = into / found.name
-        if target.is_dir():  # holds no files, as fetch() has seen; rmdir fails if it does by now
-            for folder in sorted(target.rglob("*"), reverse=True):
-                folder.rmdir()
-            target.rmdir()
+        if target.is_dir():  # without files, as fetch() has seen; the renaming fails if it has some by now
+            remove_empty(target)
         found.rename(target)
         return target
-    except FetchError:
-        raise
-    except Exception as error:  # on broken input the readers raise nearly anything
-        if isinstance(error, OSError) and error.errno is not None:  # the disk, rather than the archive
-            raise FetchError(f"{path} cannot be extracted ({error})") from error
-        raise BrokenArchive(f"{path} is broken ({error or type(error).__name__})") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be extracted ({error})") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-class _Sink:
-    """Writes members of an archive as plain files and folders below ``folder``, within a bound on their size.
+def _unpack(archive: Archive, folder: Path) -> None:
+    """Write the members of an archive as plain files and folders below a folder.
 
-    Only names and contents are taken over: no links, no devices, no owners, no permissions. This needs no extraction
-    filter of tarfile, which early releases of Python 3.10 and 3.11 lack.
+    Only names and contents are used: no links, no devices, no owners, no permissions. A link becomes a copy of its file.
     """
+    free = shutil.disk_usage(folder).free
+    taken, needed = 0, archive.path.stat().st_size
 
-    def __init__(self, folder: Path, archive: Path) -> None:
-        self.folder, self.archive, self.taken = folder, archive, 0
-        self.bound = MOST_GROWTH * archive.stat().st_size + SPARE_BYTES
-        self.free = shutil.disk_usage(folder).free
-
-    def expect(self, size: int) -> None:
-        """Raise unless there is room for ``size`` more bytes."""
-        if self.taken + size > self.bound:
-            raise BrokenArchive(f"{self.archive} holds over {self.bound >> 20} MiB, out of proportion to its own size")
-        if self.taken + size > self.free:
-            raise FetchError(f"{self.archive} needs more than the {self.free >> 20} MiB free in {self.folder.parent}")
-
-    def take(self, size: int) -> None:
-        self.expect(size)
-        self.taken += size
-
-    def place(self, name: str) -> Path:
+    def place(name: str) -> Path:
         parts = PureWindowsPath(name)  # knows every separator, and drives
-        if parts.anchor or ".." in parts.parts:
-            raise BrokenArchive(f"{self.archive} holds {name!r}, which leads out of its folder")
-        return self.folder.joinpath(*parts.parts)
+        if parts.anchor or ".." in parts.parts or "\0" in name:
+            raise BrokenArchive(f"{archive.path} holds {name!r}, which leads out of its folder")
+        return folder.joinpath(*parts.parts)
 
-    def write(self, name: str, content: IO[bytes] | None) -> None:
-        """Write a file, or make a folder if ``content`` is None."""
-        target = self.place(name)
-        (target.parent if content else target).mkdir(parents=True, exist_ok=True)
-        self.take(BLOCK)
-        if content:
-            with content, open(target, "wb") as file:
-                while chunk := content.read(1 << 20):
-                    self.take(len(chunk))
-                    file.write(chunk)
-
-
-def _unpack(path: Path, sink: _Sink) -> None:
-    if tarfile.is_tarfile(path):
-        with tarfile.open(path) as content:
-            _unpack_tar(content, sink)
-    elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as content:
-            _unpack_zip(content, sink)
-    else:
-        raise BrokenArchive(f"expected a tar or zip archive in {path}; it is neither, or it is cut off")
-
-
-def _unpack_tar(content: tarfile.TarFile, sink: _Sink) -> None:
-    sink.expect(sink.archive.stat().st_size)
-    for member in content:
-        sink.expect(member.size)
-        if member.isdir():
-            sink.write(member.name, None)
-        elif member.isreg():
-            sink.write(member.name, content.extractfile(member))
-        elif member.issym() or member.islnk():  # becomes a copy of the file it leads to
-            start = os.path.dirname(member.name) if member.issym() else ""
-            linked = sink.place(os.path.normpath(os.path.join(start, member.linkname)))
-            if not linked.is_file():
-                raise BrokenArchive(f"{sink.archive} holds the link {member.name!r} to {member.linkname!r}, not a file")
-            sink.write(member.name, linked.open("rb"))
-        else:
-            raise BrokenArchive(f"{sink.archive} holds {member.name!r}, which is neither a file nor a folder")
-    # tarfile takes a header that it cannot read for the end, and stops before the checksum of a compressed archive.
-    content.fileobj.seek(content.offset)
-    if content.fileobj.read(BLOCK) != bytes(BLOCK):
-        raise BrokenArchive(f"{sink.archive} is broken (cut off, or not readable from byte {content.offset} on)")
-    while chunk := content.fileobj.read(1 << 20):
-        sink.take(len(chunk))
-
-
-def _unpack_zip(content: zipfile.ZipFile, sink: _Sink) -> None:
-    sink.expect(sum(member.file_size for member in content.infolist()))
-    for member in content.infolist():
-        if member.flag_bits & 1:
-            raise BrokenArchive(f"{sink.archive} is encrypted; expected one that needs no password")
-        if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise BrokenArchive(f"{sink.archive} holds {member.filename!r}, which is neither a file nor a folder")
-        sink.write(member.filename, None if member.is_dir() else content.open(member))  # reading checks the CRC
+    for member in archive.members():
+        target = place(member.name)
+        linked = place(member.link) if member.kind == "link" else None
+        if linked and not linked.is_file():
+            raise BrokenArchive(f"{archive.path} holds the link {member.name!r}, which does not lead to a file")
+        if member.kind == "other":
+            raise BrokenArchive(f"{archive.path} holds {member.name!r}, which is neither a file nor a folder")
+        taken += BLOCK + (linked.stat().st_size if linked else member.size)
+        if taken > archive.bound:
+            raise BrokenArchive(
+                f"{archive.path} holds over {archive.bound >> 20} MiB, out of proportion to its own size"
+            )
+        if max(taken, needed) > free:
+            raise InputError(f"{archive.path} needs more than the {free >> 20} MiB free in {folder.parent}")
+        (target if member.kind == "folder" else target.parent).mkdir(parents=True, exist_ok=True)
+        if linked:
+            shutil.copyfile(linked, target)
+        elif member.kind == "file":
+            with open(target, "wb") as file:
+                file.writelines(archive.chunks(member))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -5,24 +5,27 @@
 Each class is a letter, each image that letter in one face with a random rotation, scale, shear and shift. The splits
 share no script, so the test asks for letters that training has never seen. Needs no network.
 
-An earlier glyphs tree in the output folder is replaced; a folder that holds anything else is refused and left alone.
-The new tree is written to ``<folder>.part`` and moved into place when complete. Exit status: 1 if it cannot be written,
-2 for bad flags, 130 after Ctrl-C.
+An earlier glyphs tree in the output folder is replaced; a folder that holds anything else is left alone. The new tree
+appears when it is complete. Exit status: 1 if it cannot be written, 2 for bad flags, 130 after Ctrl-C.
 """
 
-import argparse
 import math
 import os
 import random
 import re
-import shutil
 import sys
+import tempfile
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import matplotlib
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
+
+from utils import InputError, make_parser, number_between, run_script
 
 FACES = [
     *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSansDisplay"),
@@ -37,7 +40,7 @@ def _letters(*ranges: tuple[str, str]) -> str:
     return "".join(letter for letter in points if unicodedata.category(letter) in ("Lu", "Ll", "Lo"))
 
 
-# Letters that look like one of another script, or like their own other case, would be two classes of one shape.
+# Left out: letters that look like one of another script or like their own other case, which would be two equal classes.
 LETTERS = {
     "train": {
         "latin": "ABDEFGHIJKLMNPQRTYabcdefghijklmnopqrstuvwxyz",
@@ -47,7 +50,7 @@ LETTERS = {
     "test": {"greek": "ΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπρςστφχψω", "armenian": _letters(("Ա", "Ֆ"))},
 }
 
-# What the tree looks like, from its root: nothing else is ever removed.
+# The files and folders of a tree, from its root: nothing else is ever removed.
 TREE_FOLDER = re.compile(f"({'|'.join(LETTERS)})(/[a-z]+_[0-9a-f]{{4,}})?")
 TREE_FILE = re.compile(TREE_FOLDER.pattern.removesuffix("?") + r"/\d{3,}\.png")
 
@@ -56,60 +59,45 @@ SIZES, MOST_IMAGES = (8, 512), 10000
 Face = tuple[ImageFont.FreeTypeFont, set[int]]  # and the code points that it has
 
 
-class GlyphsError(Exception):
-    """The data set cannot be made; the message says why."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} -h)\n")
-
-
-def main() -> None:
-    parser = _Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("-out", default=str(Path(__file__).parent / "glyphs"), help="folder to write")
-    parser.add_argument("-per_class", type=int, default=20, help=f"images per letter, 1 to {MOST_IMAGES}")
-    parser.add_argument("-size", type=int, default=40, help="pixels along an edge, {} to {}".format(*SIZES))
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__.splitlines()[0])
+    default = Path(__file__).parent / "glyphs"
+    parser.add_argument("-out", type=Path, default=default, help="folder to write")
+    parser.add_argument(
+        "-per_class",
+        type=number_between(1, MOST_IMAGES, int),
+        default=20,
+        help=f"images per letter, 1 to {MOST_IMAGES}",
+    )
+    parser.add_argument(
+        "-size", type=number_between(*SIZES, int), default=40, help="pixels along an edge, {} to {}".format(*SIZES)
+    )
     parser.add_argument("-seed", type=int, default=1, help="same seed, same images")
-    args = parser.parse_args()
-    if not args.out:
-        parser.error("expected a folder after -out")
-    if not 1 <= args.per_class <= MOST_IMAGES:
-        parser.error(f"expected -per_class between 1 and {MOST_IMAGES}, got {args.per_class}")
-    if not SIZES[0] <= args.size <= SIZES[1]:
-        parser.error(f"expected -size between {SIZES[0]} and {SIZES[1]}, got {args.size}")
-    try:
-        counts = make_glyphs(Path(args.out), per_class=args.per_class, size=args.size, seed=args.seed)
-    except (GlyphsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; run it again to make the data set", file=sys.stderr)
-        sys.exit(130)
+    args = parser.parse_args(argv)
+    counts = make_glyphs(args.out, per_class=args.per_class, size=args.size, seed=args.seed)
     print(f"wrote {args.out}: " + ", ".join(f"{split} {count} letters" for split, count in counts.items()))
 
 
 def make_glyphs(out: Path, *, per_class: int, size: int, seed: int) -> dict[str, int]:
     """Write the data set; returns the number of classes per split.
 
-    The folder appears when it is complete. It replaces an earlier glyphs tree or an empty folder in ``out``; anything
-    else there is left alone and raises GlyphsError.
+    The folder appears when it is complete. It replaces an earlier glyphs tree or an empty folder.
+
+    Raises:
+        InputError: ``out`` holds anything else, which is left alone.
     """
     out = Path(os.path.realpath(out))
-    partial = out.with_name(out.name + ".part")
-    for folder in (out, partial):
-        _check_replaceable(folder)
+    _check_replaceable(out)
     faces = _load_faces(size)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        counts = {split: _write_split(split, partial, faces, per_class, size, seed) for split in LETTERS}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Of this process alone, so that two can run at once.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".part") as scratch:
+        new = Path(scratch, "new")
+        counts = {split: _write_split(split, new, faces, per_class, size, seed) for split in LETTERS}
         _check_replaceable(out)  # again: drawing took a while
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+        if out.exists():
+            out.rename(Path(scratch, "old"))
+        new.rename(out)
     return counts
 
 
@@ -118,14 +106,14 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.exists():
         return
     if folder.is_symlink() or not folder.is_dir():
-        raise GlyphsError(f"expected a folder at {folder}, or nothing; choose another -out")
+        raise InputError(f"{folder} is not a folder. Choose another -out")
     for entry in folder.rglob("*"):
         name = entry.relative_to(folder).as_posix()
         pattern = TREE_FOLDER if entry.is_dir() else TREE_FILE
         if entry.is_symlink() or not pattern.fullmatch(name):
-            raise GlyphsError(
-                f"{folder} holds {name}, which this script did not write; only an empty folder or one that holds "
-                f"nothing but {{{','.join(LETTERS)}}}/<script>_<hex>/<number>.png is replaced; choose another -out"
+            raise InputError(
+                f"{folder} holds {name}, which this script did not write. Choose another -out: only an empty folder or an "
+                "earlier glyphs tree is replaced"
             )
 
 
@@ -135,7 +123,7 @@ def _write_split(split: str, root: Path, faces: list[Face], per_class: int, size
     for script, letter in letters:
         able = [font for font, known in faces if ord(letter) in known]
         if not able:
-            raise GlyphsError(f"no typeface of this matplotlib has the letter {letter!r}")
+            raise InputError(f"no typeface of this matplotlib has the letter {letter!r}. Install matplotlib again")
         folder = root / split / f"{script}_{ord(letter):04x}"
         folder.mkdir(parents=True)
         draw = random.Random(f"{seed} {letter}")
@@ -152,7 +140,7 @@ def _load_faces(size: int) -> list[Face]:
         (ImageFont.truetype(str(file), 2 * size), set(TTFont(file).getBestCmap())) for file in files if file.is_file()
     ]
     if not found:
-        raise GlyphsError(f"expected matplotlib's typefaces in {folder}; found none")
+        raise InputError(f"matplotlib's typefaces are missing from {folder}. Install matplotlib again")
     return found
 
 
@@ -184,4 +172,4 @@ def _draw(letter: str, font: ImageFont.FreeTypeFont, size: int, draw: random.Ran
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,4 +1,4 @@
-"""The record that prepare.py leaves in what it built, and that verify.py holds against what lies there.
+"""The record that prepare.py writes into a data set, and that verify.py compares with the files on disk.
 
 {"dataset": "fc100", "recipe": 1, "source": "...", "options": {...}, "sha256": "...",
  "splits": {"train": {"classes": 60, "images": 36000, "per_class": {"apple": 600, ...}}, ...}}
@@ -8,11 +8,11 @@ import hashlib
 from collections.abc import Mapping
 
 NAME = "manifest.json"
-RECIPE = 1  # goes up when the same source would give other files
+RECIPE = 1  # to be increased when the same source gives other files
 
 
 def tree_hash(digests: Mapping[str, str]) -> str:
-    """One SHA-256 for a tree: over its relative paths (with ``/``) in sorted order, each with the SHA-256 of its file.
+    """One SHA-256 for a folder: of its relative paths (with ``/``) in sorted order, each with the SHA-256 of its file.
 
     The manifest itself is not part of it.
     """

@@ -1,39 +1,35 @@
 """Where images come from: folders, archives and parquet files, read without being extracted.
 
-A source lists its images (:class:`Entry`) from what is cheap to read - folder listings, headers, one column - and then
-gives the content of those that are wanted, in the order in which they are stored, so that it is read once.
+A source lists its images (:class:`Entry`) from what is cheap to read (folder listings, headers, one column), and then reads
+the wanted ones in the order in which they are stored.
 """
 
-import io
 import itertools
 import json
-import pickle
 import re
-import tarfile
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from archives import Archive, BrokenArchive, Member, open_archive, reading
 from download import HubRepository, RemoteFile, download
-from PIL import Image
 
-from dataloader.readers import IMAGE_SUFFIXES
+from dataloader.readers import names_image
 from utils import InputError
 
 CLASS_TAR = re.compile(r"n\d{8}\.tar")  # ImageNet's training images are a tar of such tars
-CIFAR_PARTS = ("train", "test")
+LARGEST_FILE = 1 << 29  # bytes of a file in an archive, each of which is read whole
 
 
 class Entry(NamedTuple):
     """An image, or another file, of a source.
 
     Attributes:
-        name: its path in the source, with ``/``; no other entry has it.
-        size: in bytes, where that is known; else an average.
-        label: its class, where the source says so beside the name.
+        name: its path in the source, with ``/``; unique.
+        size: in bytes, where it is known; otherwise an average.
+        label: its class, where the source states it apart from the name.
         box: ``x1, y1, x2, y2`` in pixels, where the source has bounding boxes.
     """
 
@@ -54,14 +50,14 @@ class Source(ABC):
 
     @abstractmethod
     def entries(self) -> list[Entry]:
-        """All that is in it."""
+        """Every file in it."""
 
     @abstractmethod
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
-        """Names and contents of the entries of these names, in the order in which they are stored."""
+        """Names and contents of the wanted entries, in the order in which they are stored."""
 
 
-class Several(Source):
+class ConcatSource(Source):
     """Sources read one after the other."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
@@ -71,7 +67,7 @@ class Several(Source):
     def entries(self) -> list[Entry]:
         found = [entry for source in self.sources for entry in source.entries()]
         if len({entry.name for entry in found}) < len(found):
-            raise InputError(f"expected different images in {self.where}; some have the same names in two of them")
+            raise InputError(f"two of the sources {self.where} hold files of the same name. Leave one of them out")
         return found
 
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
@@ -80,45 +76,17 @@ class Several(Source):
 
 
 def open_source(path: Path) -> Source:
-    """The source at a path, by what is there.
+    """The folder, archive or parquet file at a path.
 
     Raises:
-        InputError: there is nothing, or nothing that can be read.
+        InputError: there is no such file, or it is none of these.
     """
     if path.is_dir():
         parquet = sorted(path.rglob("*.parquet"))
-        source: Source = Parquet(path.name, [_LocalFile(file) for file in parquet]) if parquet else Folder(path)
-    elif not path.is_file():
-        raise InputError(f"-source {path}: expected a file or a folder; there is none")
-    elif path.suffix == ".parquet":
-        source = Parquet(path.name, [_LocalFile(path)])
-    else:
-        with _reading(path):
-            kind = Tar if tarfile.is_tarfile(path) else Zip if zipfile.is_zipfile(path) else None
-        if kind is None:
-            raise InputError(f"-source {path}: expected a tar, zip or parquet file; it is none, or it is cut off")
-        source = kind(path)
-    return source
-
-
-@contextmanager
-def _reading(path: Path | str) -> Iterator[None]:
-    """Turns whatever a broken archive makes its reader raise into one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, tarfile.TarError, zipfile.BadZipFile) as error:
-        _broken(path, error)
-    except Exception as error:  # zlib.error, lzma.LZMAError, struct.error, pyarrow's own
-        if type(error).__module__.split(".")[0] in ("zlib", "_lzma", "struct", "pyarrow", "_pickle"):
-            _broken(path, error)
-        raise
-
-
-def _broken(path: Path | str, error: Exception) -> None:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    raise InputError(f"{path} cannot be read ({reason}): it is broken, cut off, or not what its name says") from error
+        return Parquet(path.name, [_LocalFile(file) for file in parquet]) if parquet else Folder(path)
+    if not path.is_file():
+        raise InputError(f"there is no file or folder {path}")
+    return Parquet(path.name, [_LocalFile(path)]) if path.suffix == ".parquet" else ArchiveSource(path)
 
 
 # --- Folders and archives ---------------------------------------------------------------------------------------------
@@ -133,11 +101,11 @@ class Folder(Source):
 
     def entries(self) -> list[Entry]:
         found = []
-        with _reading(self.path):
+        with reading(self.path):
             for path in sorted(self.path.rglob("*")):
                 name = path.relative_to(self.path).as_posix()
-                if CLASS_TAR.fullmatch(path.name):
-                    found += [entry._replace(name=f"{name}/{entry.name}") for entry in Tar(path).entries()]
+                if CLASS_TAR.fullmatch(path.name) and path.is_file():
+                    found += [entry._replace(name=f"{name}/{entry.name}") for entry in ArchiveSource(path).entries()]
                 elif path.is_file():
                     found.append(Entry(name, path.stat().st_size))
         return found
@@ -146,11 +114,11 @@ class Folder(Source):
         for container, names in itertools.groupby(sorted(wanted), key=_class_tar):
             if container:
                 inner = {name.removeprefix(container + "/") for name in names}
-                for name, content in Tar(self.path / container).read(inner):
+                for name, content in ArchiveSource(self.path / container).read(inner):
                     yield f"{container}/{name}", content
             else:
                 for name in names:
-                    with _reading(self.path / name):
+                    with reading(self.path / name):
                         content = (self.path / name).read_bytes()
                     yield name, content
 
@@ -160,116 +128,34 @@ def _class_tar(name: str) -> str | None:
     return folder if CLASS_TAR.fullmatch(PurePosixPath(folder).name) else None
 
 
-class Zip(Source):
-    def __init__(self, path: Path) -> None:
-        super().__init__(path.name)
-        self.path = path
-
-    def entries(self) -> list[Entry]:
-        with _reading(self.path), zipfile.ZipFile(self.path) as archive:
-            return [Entry(info.filename, info.file_size) for info in archive.infolist() if not info.is_dir()]
-
-    def read(self, wanted: Collection[str]) -> Iterator[Content]:
-        with _reading(self.path), zipfile.ZipFile(self.path) as archive:
-            for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
-                if info.filename in wanted:
-                    yield info.filename, archive.read(info)  # checks the CRC
-
-
-class Tar(Source):
-    """A tar, compressed or not, in which tars of ImageNet's classes are read as if they were folders."""
+class ArchiveSource(Source):
+    """A tar or a zip. Tars of ImageNet's classes in it are read as if they were folders."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path.name)
-        self.path = path
+        self.archive: Archive = open_archive(path)
 
     def entries(self) -> list[Entry]:
-        with _reading(self.path), tarfile.open(self.path) as archive:
-            return [Entry(name, member.size) for name, member, _ in self._members(archive)]
+        return [Entry(member.name, member.size) for member in self._files()]
 
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
-        folders = {_class_tar(name) for name in wanted}
-        with _reading(self.path), tarfile.open(self.path) as archive:
-            for name, member, holder in self._members(archive, folders):
-                if name in wanted:
-                    yield name, _read_member(holder, member)
+        for member in self._files({_class_tar(name) for name in wanted}):
+            if member.name not in wanted:
+                continue
+            if member.size > LARGEST_FILE:
+                raise BrokenArchive(f"{member.name} in {self.where} has {member.size >> 20} MiB, so it is not an image")
+            yield member.name, b"".join(self.archive.chunks(member))
 
-    def _members(
-        self, archive: tarfile.TarFile, folders: Collection[str | None] | None = None
-    ) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
-        for member in archive:
-            archive.members = []  # tarfile keeps them all: gigabytes for all of ImageNet
-            name = member.name.removeprefix("./")
-            if member.isreg() and CLASS_TAR.fullmatch(PurePosixPath(name).name):
-                if folders is None or name in folders:
-                    with tarfile.open(fileobj=archive.extractfile(member)) as inner:
-                        for image in inner:
-                            if image.isreg():
-                                yield f"{name}/{image.name.removeprefix('./')}", image, inner
-            elif member.isreg():
-                yield name, member, archive
-
-
-def _read_member(holder: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file: IO[bytes] | None = holder.extractfile(member)
-    assert file is not None
-    content = file.read()
-    if len(content) != member.size:
-        raise tarfile.ReadError(f"{member.name} ends after {len(content)} of {member.size} bytes")
-    return content
-
-
-# --- CIFAR-100's own format -------------------------------------------------------------------------------------------
-
-
-class CifarPickles(Source):
-    """The official ``cifar-100-python``, as if it were ``{train,test}/<class>/<file>.png``."""
-
-    def __init__(self, source: Source, folder: str) -> None:
-        super().__init__(source.where)
-        content = {
-            name.rpartition("/")[2]: data
-            for name, data in source.read({f"{folder}{name}" for name in (*CIFAR_PARTS, "meta")})
-        }
-        self.images: dict[str, tuple[str, int]] = {}
-        self.pixels: dict[str, Any] = {}
-        with _reading(source.where):
-            names = _unpickle(content["meta"])["fine_label_names"]
-            for part in CIFAR_PARTS:
-                table = _unpickle(content[part])
-                self.pixels[part] = table["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-                files, labels = table["filenames"], table["fine_labels"]
-                if not len(self.pixels[part]) == len(files) == len(labels):
-                    raise ValueError(
-                        f"{part}: {len(self.pixels[part])} images, {len(files)} names, {len(labels)} labels"
-                    )
-                for row, (file, label) in enumerate(zip(files, labels, strict=True)):
-                    self.images[f"{part}/{names[label]}/{file}"] = part, row
-
-    def entries(self) -> list[Entry]:
-        return [Entry(name, 2300) for name in self.images]  # an average PNG
-
-    def read(self, wanted: Collection[str]) -> Iterator[Content]:
-        for name, (part, row) in self.images.items():
-            if name in wanted:
-                buffer = io.BytesIO()
-                Image.fromarray(self.pixels[part][row]).save(buffer, "PNG")
-                yield name, buffer.getvalue()
-
-
-def _unpickle(content: bytes) -> dict[str, Any]:
-    return _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Arrays and plain values; a pickle that asks for anything else is refused before it can run it."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module.split(".")[0], name) in {("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}:
-            return super().find_class(module, name)
-        if (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks to run {module}.{name}, which is refused")
+    def _files(self, containers: Collection[str | None] | None = None) -> Iterator[Member]:
+        for member in self.archive.members():
+            if member.kind != "file":
+                continue
+            if not CLASS_TAR.fullmatch(PurePosixPath(member.name).name):
+                yield member
+            elif containers is None or member.name in containers:
+                for inner in self.archive.inner_members(member):
+                    if inner.kind == "file":
+                        yield inner._replace(name=f"{member.name}/{inner.name}")
 
 
 # --- Parquet ----------------------------------------------------------------------------------------------------------
@@ -288,7 +174,7 @@ class _LocalFile:
 
 
 class _HubFile:
-    """Listed by reading ranges of it; downloaded for as long as it is read."""
+    """Listed by reading ranges of it; kept on disk only while it is read."""
 
     def __init__(self, repository: HubRepository, path: str, scratch: Path) -> None:
         self.name, self.scratch = PurePosixPath(path).name, scratch
@@ -308,15 +194,15 @@ class _HubFile:
 
 
 class Parquet(Source):
-    """Parquet files as Hugging Face has them: ``image`` (``bytes`` and ``path``), ``label``, perhaps ``bbox``."""
+    """Parquet files as Hugging Face has them: ``image`` (``bytes`` and ``path``), ``label``, and optionally ``bbox``."""
 
     def __init__(self, where: str, files: list[Any]) -> None:
         super().__init__(where)
         try:
-            import pyarrow.parquet  # noqa: F401 - here, to say what is missing before anything is downloaded
+            import pyarrow.parquet  # noqa: F401 - here, to report that it is missing before anything is downloaded
         except ImportError as error:
             raise InputError(
-                "expected pyarrow, to read parquet files; it is not installed. Run: pip install -r requirements-data.txt"
+                "reading parquet files requires pyarrow, which is not installed. Run: pip install -r requirements-data.txt"
             ) from error
         self.files = files
 
@@ -326,10 +212,10 @@ class Parquet(Source):
     def _listing(self, file: Any) -> list[Entry]:
         import pyarrow.parquet
 
-        with _reading(file.name), pyarrow.parquet.ParquetFile(file.open()) as table:
+        with reading(file.name), pyarrow.parquet.ParquetFile(file.open()) as table:
             schema = table.schema_arrow
             if "image" not in schema.names or "label" not in schema.names:
-                raise InputError(f"expected the columns image and label in {file.name}; got {', '.join(schema.names)}")
+                raise InputError(f"{file.name} needs the columns image and label; it has {', '.join(schema.names)}")
             columns = ["label", *(["bbox"] if "bbox" in schema.names else [])]
             has_path = any(field.name == "path" for field in schema.field("image").type)
             rows = table.read(columns=columns + ["image.path"] * has_path)
@@ -341,14 +227,8 @@ class Parquet(Source):
             path = paths[row] if has_path else None
             base = PurePosixPath(path.replace("\\", "/")).name if path else f"{row:05d}"
             text = names[label] if names and isinstance(label, int) and 0 <= label < len(names) else str(label)
-            found.append(
-                Entry(
-                    f"{file.name}/{row:05d}/{base}",
-                    file.size // max(len(labels), 1),
-                    text,
-                    tuple(boxes[row]) if boxes and boxes[row] is not None else None,
-                )
-            )
+            box = tuple(boxes[row]) if boxes and boxes[row] is not None else None
+            found.append(Entry(f"{file.name}/{row:05d}/{base}", file.size // max(len(labels), 1), text, box))
         return found
 
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
@@ -359,16 +239,14 @@ class Parquet(Source):
             of_file = {int(name.split("/")[1]): name for name in wanted if name.startswith(f"{file.name}/")}
             if not of_file:
                 continue
-            with file.whole() as path, _reading(file.name), pyarrow.parquet.ParquetFile(path) as table:
+            with file.whole() as path, reading(file.name), pyarrow.parquet.ParquetFile(path) as table:
                 row = 0
                 for batch in table.iter_batches(batch_size=64, columns=["image.bytes"]):
                     for image in batch.column("image"):
                         if row in of_file:
                             content = image["bytes"].as_py()
                             if content is None:
-                                raise InputError(
-                                    f"expected the bytes of an image in row {row} of {file.name}; it has none"
-                                )
+                                raise InputError(f"row {row} of {file.name} has no image")
                             yield of_file[row], content
                         row += 1
 
@@ -378,7 +256,7 @@ def hub_parquet(name: str, revision: str, is_wanted: Callable[[str], bool], *, s
     repository = HubRepository(name, revision)
     paths = [path for path in repository.files() if path.endswith(".parquet") and is_wanted(PurePosixPath(path).name)]
     if not paths:
-        raise InputError(f"expected parquet files in {repository}; it has none")
+        raise InputError(f"{repository} has no parquet files that belong to this data set")
     return Parquet(str(repository), [_HubFile(repository, path, scratch) for path in paths])
 
 
@@ -393,4 +271,4 @@ def _class_names(schema: Any) -> list[str] | None:
 
 def is_image(name: str) -> bool:
     path = PurePosixPath(name)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and "__MACOSX" not in path.parts
+    return names_image(Path(name)) and not path.name.startswith(".") and "__MACOSX" not in path.parts

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import signal
+import sys
 import tarfile
 import threading
 import time
@@ -16,15 +17,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import download as downloads
+import folders
 import manifest
 import numpy as np
 import prepare as module
 import pytest
+import recipes
 import sources
 from download import Remote, download
+from folders import exclusive
 from PIL import Image
 from prepare import main, prepare
 
+from dataloader import published
 from dataloader.catalog import CATALOG
 from dataloader.readers import read_split
 from utils import InputError
@@ -82,12 +87,12 @@ def refused(*arguments: str | Path) -> str:
 
 
 def publish(monkeypatch, classes: dict[str, dict[str, int | None]], **more) -> None:
-    monkeypatch.setattr(module, "published_classes", lambda name: classes)
+    monkeypatch.setattr(published, "published_classes", lambda name: classes)
     monkeypatch.setattr(
-        module, "published_images", lambda name, split: sum(n or 0 for n in classes.get(split, {}).values()) or None
+        published, "published_images", lambda name, split: sum(n or 0 for n in classes.get(split, {}).values()) or None
     )
     for name, value in more.items():
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(published, name, value)
 
 
 # --- CIFAR-100 --------------------------------------------------------------------------------------------------------
@@ -151,16 +156,16 @@ def test_cifar_is_the_same_from_every_source(tmp_path, cifar, name):
             assert names == [label[split]]
 
 
-def test_a_source_in_two_folders(tmp_path, cifar):
+def test_several_sources_are_read_as_one(tmp_path, cifar):
     one = {name: content for name, content in CIFAR.items() if name.startswith("train")}
     other = {name: content for name, content in CIFAR.items() if name not in one}
     given = [str(unpack(tmp_path / "one", one)), str(unpack(tmp_path / "other", other))]
     main(["fc100", "-source", *given, "-out", str(tmp_path)])
     assert sorted(tree(tmp_path / "FC100").values()) == sorted(CIFAR.values())
-    assert "names in two of them" in refused("fc100", "-source", *given, given[0], "-out", tmp_path / "again")
+    assert "hold files of the same name" in refused("fc100", "-source", *given, given[0], "-out", tmp_path / "again")
 
 
-def test_manifest(tmp_path, cifar):
+def test_the_manifest_records_what_was_built(tmp_path, cifar):
     (tmp_path / "from").mkdir()
     main(["fc100", "-source", str(cifar_sources(tmp_path / "from")["zip"]), "-out", str(tmp_path)])
     record = json.loads((tmp_path / "FC100" / manifest.NAME).read_text())
@@ -176,17 +181,24 @@ def test_tree_hash_sees_names_and_bytes():
     assert len(hashes) == 3
 
 
-def test_second_run_and_other_options(tmp_path, cifar, capsys):
+def test_a_second_run_changes_nothing_and_other_options_are_refused(tmp_path, cifar, capsys):
     source = zipped(tmp_path / "cifar.zip", CIFAR)
     main(["fc100", "-source", str(source), "-out", str(tmp_path)])
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "FC100").rglob("*")}
     main(["fc100", "-source", str(source), "-out", str(tmp_path)])
-    assert "complete already, built from cifar.zip: nothing to do" in capsys.readouterr().out
+    assert "complete, built from cifar.zip: nothing to do" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "FC100").rglob("*")}
     assert "built with other options" in refused("fc100", "-source", source, "-out", tmp_path, "-allow_missing")
     save(tmp_path / "other" / "fc100" / "x.png", b"x")
-    assert "this script built; remove it" in refused("fc100", "-source", source, "-out", tmp_path / "other")
+    assert "was not built by this script. Remove it to rebuild" in refused(
+        "fc100", "-source", source, "-out", tmp_path / "other"
+    )
     assert (tmp_path / "other" / "fc100" / "x.png").read_bytes() == b"x"
+
+
+def test_recipes_build_the_folders_that_the_scripts_read():
+    known = {name: recipe.folder for name, recipe in module.RECIPES.items() if name in CATALOG}
+    assert known == {name: CATALOG[name].folders[0] for name in CATALOG if name not in ("folder", "glyphs")}
 
 
 def test_dry_run_writes_nothing(tmp_path, cifar, capsys):
@@ -199,7 +211,7 @@ def test_dry_run_writes_nothing(tmp_path, cifar, capsys):
 
 
 @pytest.mark.parametrize("how", ["interrupt", "kill"])
-def test_stopped_run_continues(tmp_path, cifar, monkeypatch, how):
+def test_a_stopped_run_is_resumed(tmp_path, cifar, monkeypatch, how):
     source = zipped(tmp_path / "cifar.zip", CIFAR)
     make, made = module._make, []
 
@@ -242,22 +254,52 @@ def test_unfinished_work_of_another_source_is_not_used(tmp_path, cifar):
     assert tree(tmp_path / "FC100")["train/apple/apple_s_000000.png"] == CIFAR["train/apple/apple_s_000000.png"]
 
 
-def test_one_build_at_a_time(tmp_path, cifar, monkeypatch):
+def test_a_data_set_is_built_by_one_process_at_a_time(tmp_path, cifar):
     source = zipped(tmp_path / "cifar.zip", CIFAR)
-    (tmp_path / "out").mkdir()
     child = os.fork()
     if not child:
-        lock = module.hold_lock(tmp_path / "out" / ".FC100.lock", "")
-        save(tmp_path / "held", b"")
-        time.sleep(60)
-        os._exit(bool(lock))
+        with exclusive(tmp_path / "out" / "FC100"):
+            save(tmp_path / "held", b"")
+            time.sleep(60)
+        os._exit(0)
     try:
         while not (tmp_path / "held").exists():
             time.sleep(0.01)
-        assert "Wait for it to end" in refused("fc100", "-source", source, "-out", tmp_path / "out")
+        assert "Wait for it to finish" in refused("fc100", "-source", source, "-out", tmp_path / "out")
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+    main(["fc100", "-source", str(source), "-out", str(tmp_path / "out")])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["FC100"]
+
+
+def test_a_set_that_another_process_has_just_finished_is_kept(tmp_path, cifar, monkeypatch, capsys):
+    arguments = ["fc100", "-source", str(zipped(tmp_path / "cifar.zip", CIFAR)), "-out", str(tmp_path)]
+
+    def after_another_process(target):
+        monkeypatch.setattr(module, "exclusive", exclusive)
+        main(arguments)
+        return exclusive(target)
+
+    monkeypatch.setattr(module, "exclusive", after_another_process)
+    main(arguments)
+    assert "is complete, built from cifar.zip" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["FC100", "cifar.zip"]
+
+
+def test_a_lock_on_a_file_that_its_last_holder_removed_does_not_count(tmp_path, monkeypatch):
+    hold, path = folders.hold_lock, tmp_path / ".a.lock"
+
+    def hold_and_lose(*arguments):
+        monkeypatch.setattr(folders, "hold_lock", hold)
+        lock = hold(*arguments)
+        path.unlink()
+        return lock
+
+    monkeypatch.setattr(folders, "hold_lock", hold_and_lose)
+    with exclusive(tmp_path / "a"):
+        assert path.exists()
+    assert not path.exists()
 
 
 # --- Sources that are not as they should be ---------------------------------------------------------------------------
@@ -267,7 +309,7 @@ def without(*names: str) -> dict[str, bytes]:
     return {name: content for name, content in CIFAR.items() if not name.startswith(names)}
 
 
-def test_incomplete_source(tmp_path, cifar, capsys):
+def test_an_incomplete_source_is_refused_unless_allowed(tmp_path, cifar, capsys):
     lacking = zipped(tmp_path / "a.zip", without("test/bear/bear_s_000003.png", "train/castle", "test/castle"))
     message = refused("fc100", "-source", lacking, "-out", tmp_path)
     assert "no image of the test class castle; 4 of 5 images of the val class bear" in message
@@ -279,7 +321,93 @@ def test_incomplete_source(tmp_path, cifar, capsys):
     assert json.loads((tmp_path / "FC100" / manifest.NAME).read_text())["lacks"][0].startswith("no image")
 
 
-def test_broken_sources(tmp_path, cifar):
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *(b"numpy.f2py.__main__\nndarray", b"numpy.distutils\n_reconstruct", b"numpy.ma.core\n_reconstruct"),
+        *(
+            b"numpy\nsave",
+            b"numpy.core.multiarray\nscalar",
+            b"os\nsystem",
+            b"builtins\neval",
+            b"copyreg\n_reconstructor",
+        ),
+    ],
+)
+def test_a_pickle_is_refused_before_anything_it_names_is_imported(tmp_path, cifar, monkeypatch, asked):
+    name = asked.decode().split("\n")[0]
+    loaded = sys.modules.copy()
+    for known in [known for known in loaded if name.startswith("numpy.") and (known + ".").startswith(name + ".")]:
+        monkeypatch.delitem(sys.modules, known)
+    bad = {"cifar-100-python/meta": b"\x80\x02c" + asked + b"\n."}
+    message = refused("fc100", "-source", save(tmp_path / "a.tar", tar_bytes(cifar_pickles() | bad)), "-out", tmp_path)
+    assert f"asks to run {asked.decode().replace(chr(10), '.')}, which is refused" in message
+    assert not name.startswith("numpy.") or name == "numpy.core.multiarray" or name not in sys.modules
+
+
+def test_pickles_of_bytes_are_read_and_their_codec_is_not_imported():
+    assert recipes.cifar._unpickle(pickle.dumps({"a": b"\xff\x00x"}, protocol=2)) == {"a": b"\xff\x00x"}
+    pushed = b"\x80\x02c_codecs\nencode\n" + b"X\x01\0\0\0a" + b"X\x04\0\0\0idna" + b"\x86R."
+    before = sys.modules.pop("encodings.idna", None)
+    assert recipes.cifar._unpickle(pushed) == b"a"
+    assert "encodings.idna" not in sys.modules
+    if before:
+        sys.modules["encodings.idna"] = before
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        *({"fine_label_names": 3}, {"fine_label_names": []}, {}, [], None, b"", 7),
+        *({"fine_label_names": None}, {"coarse_label_names": ["a"]}),
+    ],
+)
+def test_pickles_that_are_not_those_of_cifar_end_with_one_line(tmp_path, cifar, meta):
+    files = cifar_pickles() | {"cifar-100-python/meta": pickle.dumps(meta)}
+    source = save(tmp_path / "a.tar", tar_bytes(files))
+    assert "is broken or incomplete" in refused("fc100", "-source", source, "-out", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_name_that_an_archive_holds_twice_is_written_once(tmp_path, cifar, monkeypatch):
+    source = tmp_path / "a.tar"
+    with tarfile.open(source, "w") as archive:
+        for name, content in 2 * list(CIFAR.items()):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    made, make = [], module._make
+    monkeypatch.setattr(module, "_make", lambda name, *rest: made.append(name) or make(name, *rest))
+    main(["fc100", "-source", str(source), "-out", str(tmp_path)])
+    assert sorted(made) == sorted(CIFAR)
+    assert len(tree(tmp_path / "FC100")) == len(CIFAR)
+
+
+def test_a_full_disk_leaves_no_partial_file(tmp_path, cifar, monkeypatch):
+    write = Path.write_bytes
+
+    def fill(path, content):
+        write(path, content[:9] if "bear" in path.name else content)
+        if "bear" in path.name:
+            raise OSError(28, "No space left on device")
+
+    source = zipped(tmp_path / "cifar.zip", CIFAR)
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    with pytest.raises(OSError, match="No space left"):
+        main(["fc100", "-source", str(source), "-out", str(tmp_path)])
+    kept = tree(tmp_path / ".FC100.part")
+    assert kept.pop(module.STATE)
+    assert 0 < len(kept) < len(CIFAR)
+    assert all(content in CIFAR.values() for content in kept.values())
+
+
+def test_a_run_that_wrote_no_image_leaves_nothing(tmp_path, cifar):
+    for source in ("nowhere", zipped(tmp_path / "other.zip", {"a/b.png": b"x"}), save(tmp_path / "x.zip", b"PK")):
+        refused("fc100", "-source", source, "-out", tmp_path / "out")
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_broken_sources_end_with_one_line(tmp_path, cifar):
     good = tar_bytes({f"cifar/{name}": content for name, content in CIFAR.items()})
     packed = zipped(tmp_path / "good.zip", CIFAR).read_bytes()
     spoilt = bytearray(packed)
@@ -287,34 +415,34 @@ def test_broken_sources(tmp_path, cifar):
     boxes = {"train/apple/apple_s_000000.png": b"no image", "test/bear/bear_s_000003.png": b""}
     run = {"cifar-100-python/train": pickle.dumps(os.getcwd)}
     for content, expected in (
-        (good[: len(good) // 2], "unexpected end of data|cut off|no image"),
-        (packed[: len(packed) // 2], "expected a tar, zip or parquet file"),
-        (bytes(spoilt), "Bad CRC-32|cut off"),
+        (good[: len(good) // 2], "is broken or incomplete"),
+        (packed[: len(packed) // 2], "neither a tar nor a zip archive"),
+        (bytes(spoilt), "is broken or incomplete .Bad CRC-32"),
         (
             tar_bytes({f"{top}/{name}": content for name, content in CIFAR.items() for top in "xy"}),
-            "15 are there twice",
+            "has duplicate images: .* and 12 more",
         ),
         (
             tar_bytes({f"x/{name}": boxes.get(name, content) for name, content in CIFAR.items()}),
-            r"apple_s_000000.png; it cannot be read \(cannot identify image file\) \(and 1 more like it",
+            r"apple_s_000000.png is not a readable image \(cannot identify image file\) \(and 1 more\)",
         ),
         (tar_bytes(cifar_pickles() | run), "asks to run posix.getcwd, which is refused"),
-        (tar_bytes(cifar_pickles() | {"cifar-100-python/test": b"\x80\x02"}), "cannot be read"),
-        (tar_bytes({"a/b/c.png": b""}), "found none that belong to it"),
-        (b"no archive at all", "it is none, or it is cut off"),
+        (tar_bytes(cifar_pickles() | {"cifar-100-python/test": b"\x80\x02"}), "is broken or incomplete"),
+        (tar_bytes({"a/b/c.png": b""}), "no image of this data set"),
+        (b"no archive at all", "neither a tar nor a zip archive"),
     ):
         out = tmp_path / hashlib.sha256(content).hexdigest()
         message = refused("fc100", "-source", save(out / "source", content), "-out", out)
         assert re.search(expected, message), (message, expected)
         assert not (out / "FC100").exists()
-    assert "there is none" in refused("fc100", "-source", tmp_path / "nowhere", "-out", tmp_path)
+    assert "there is no file or folder" in refused("fc100", "-source", tmp_path / "nowhere", "-out", tmp_path)
     assert "ILSVRC2012_img_train.tar from image-net.org" in refused("tieredimagenet", "-out", tmp_path)
 
 
-def test_flags_that_do_not_go_together(tmp_path, capsys):
+def test_flags_of_other_data_sets_are_refused(tmp_path, capsys):
     for arguments, expected in (
-        (["fc100", "-size", "20"], "-size goes with miniimagenet, tieredimagenet, cub"),
-        (["fc100", "-no_crop"], "-no_crop goes with cub"),
+        (["fc100", "-size", "20"], "-size requires one of cub, miniimagenet, tieredimagenet"),
+        (["fc100", "-no_crop"], "-no_crop requires cub"),
         (["imagenet"], "invalid choice"),
     ):
         with pytest.raises(SystemExit) as ended:
@@ -349,14 +477,9 @@ def imagenet(monkeypatch):
         "robin": "n01558993",
         "triceratops": "n01704323",
     }
-    publish(
-        monkeypatch,
-        classes,
-        miniimagenet_numbers=lambda: PLACES,
-        wnids=lambda name: names,
-        PER_CLASS=3,
-        MOST_PER_CLASS=5,
-    )
+    publish(monkeypatch, classes, miniimagenet_numbers=lambda: PLACES, wnids=lambda name: names)
+    monkeypatch.setattr(recipes.imagenet, "PER_CLASS", 3)
+    monkeypatch.setattr(recipes.imagenet, "MOST_PER_CLASS", 5)
 
 
 def imagenet_files(pattern: str) -> dict[str, bytes]:
@@ -453,7 +576,7 @@ CHOSEN = [(content, *key) for key, content in IMAGENET.items() if NUMBERS[key[0]
     ("naming", "note"),
     [("imagenet", None), ("published", None), ("none", "could not be verified"), ("other", "another one")],
 )
-def test_miniimagenet_of_the_hub(tmp_path, imagenet, capsys, naming, note):
+def test_miniimagenet_is_built_from_parquet_files_whatever_their_names(tmp_path, imagenet, capsys, naming, note):
     """600 images a class, chosen by somebody else; its test split is not part of miniImageNet."""
     name = {
         "imagenet": lambda wnid, number: f"{wnid}_{number}.JPEG",
@@ -475,9 +598,9 @@ def test_miniimagenet_of_the_hub(tmp_path, imagenet, capsys, naming, note):
     assert note in printed if note else "note:" not in printed
 
 
-def test_tieredimagenet(tmp_path, imagenet, monkeypatch):
+def test_tieredimagenet_holds_every_image_of_its_classes_shrunk(tmp_path, imagenet, monkeypatch):
     publish(monkeypatch, {split: {wnid: None} for split, wnid in zip(("train", "val", "test"), NUMBERS, strict=True)})
-    monkeypatch.setattr(module, "published_images", lambda name, split: 5)
+    monkeypatch.setattr(published, "published_images", lambda name, split: 5)
     for kind, source in imagenet_sources(tmp_path / "from").items():
         main(["tieredimagenet", "-source", str(source), "-out", str(tmp_path / kind), "-size", "40"])
         root = tmp_path / kind / "tiered_imagenet"
@@ -522,7 +645,7 @@ def cub(monkeypatch):
     publish(monkeypatch, {"train": {"002.Wren": 2}, "val": {"001.Auk": 2}, "test": {"003.Gull": 2}})
 
 
-def test_cub_cropped_or_not(tmp_path, cub):
+def test_cub_is_cropped_to_its_boxes_unless_told_otherwise(tmp_path, cub):
     files = cub_files()
     for kind, source in {
         "tgz": save(tmp_path / "CUB_200_2011.tgz", tar_bytes(files, "w:gz")),
@@ -541,14 +664,17 @@ def test_cub_cropped_or_not(tmp_path, cub):
         assert all(built[f"images/{name}"] == content for name, content in BIRDS.items())
 
 
-def test_cub_tables_that_are_missing_or_wrong(tmp_path, cub):
+def test_missing_or_wrong_tables_of_cub_are_named(tmp_path, cub):
     for number, (changed, expected) in enumerate(
         (
-            ({"bounding_boxes.txt": ""}, "expected bounding_boxes.txt"),
-            ({"images.txt": ""}, "expected images.txt"),
+            ({"bounding_boxes.txt": ""}, "has no bounding_boxes.txt"),
+            ({"images.txt": ""}, "has no images.txt"),
             ({"bounding_boxes.txt": "1 2 3\n"}, "'id x y width height'"),
-            ({"bounding_boxes.txt": "1 10 20 30 40\n"}, "expected a bounding box for"),
-            ({"bounding_boxes.txt": "".join(f"{n} 80 20 30 40\n" for n in range(1, 7))}, "within 90 x 70 pixels"),
+            ({"bounding_boxes.txt": "1 10 20 30 40\n"}, "has no bounding box"),
+            (
+                {"bounding_boxes.txt": "".join(f"{n} 80 20 30 40\n" for n in range(1, 7))},
+                "not within the image's 90 x 70 pixels",
+            ),
         )
     ):
         source = save(tmp_path / f"{number}.tar", tar_bytes(cub_files(**changed)))
@@ -556,7 +682,7 @@ def test_cub_tables_that_are_missing_or_wrong(tmp_path, cub):
     assert not (tmp_path / "cub").exists()
 
 
-def test_cub_of_the_hub(tmp_path, cub):
+def test_cub_is_built_from_parquet_files(tmp_path, cub):
     """Boxes as left, upper, right, lower; classes by number or name; no file names."""
     corners = [10, 20, 40, 60]
     names = sorted({name.split("/")[0] for name in BIRDS})
@@ -571,9 +697,9 @@ def test_cub_of_the_hub(tmp_path, cub):
     assert "left, upper, right, lower" in refused("cub", "-source", tmp_path / "hub", "-out", tmp_path / "wrong")
 
 
-def test_omniglot(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "DRAWINGS", 2)
-    monkeypatch.setattr(module, "CHARACTERS", {"train": 3, "val": 2, "test": 3})
+def test_omniglot_is_split_by_script(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes.omniglot, "DRAWINGS", 2)
+    monkeypatch.setattr(recipes.omniglot, "CHARACTERS", {"train": 3, "val": 2, "test": 3})
     files = [
         {f"images_background_small{n}/{script}/character01/{k}.png": picture(k) for script in scripts for k in (1, 2)}
         for n, scripts in (
@@ -699,7 +825,7 @@ def test_download_continues_what_a_killed_process_left(tmp_path, server, ranges)
     assert server.seen[0][2]["Range"] == "bytes=123456-"
 
 
-def test_download_that_is_complete_or_of_another_file(tmp_path, server):
+def test_a_partial_file_may_be_complete_or_of_another_file(tmp_path, server):
     server.files["/a"] = CONTENT
     remote = Remote(server.url + "/a", digest=digest(CONTENT))
     save(tmp_path / "a.part", CONTENT)
@@ -708,7 +834,7 @@ def test_download_that_is_complete_or_of_another_file(tmp_path, server):
     assert download(remote, tmp_path / "b").read_bytes() == CONTENT
 
 
-def test_download_of_something_else(tmp_path, server):
+def test_a_download_of_something_else_is_removed(tmp_path, server):
     server.files["/a"] = b"<html>quota exceeded</html>"
     for remote, expected in (
         (Remote(server.url + "/a", digest=digest(CONTENT)), "the sha256 .* instead of"),
@@ -719,7 +845,7 @@ def test_download_of_something_else(tmp_path, server):
         assert not list(tmp_path.iterdir())
 
 
-def test_download_refused_or_unreachable(tmp_path, server):
+def test_a_refusal_is_final_and_an_overloaded_server_is_asked_again(tmp_path, server):
     server.status |= {"/terms": 403, "/broken": 503}
     for path, expected in (
         ("/terms", r"HTTP 403 Forbidden\). Accept the terms"),
@@ -773,23 +899,61 @@ def test_miniimagenet_downloads_from_the_hub(tmp_path, imagenet, server, monkeyp
     assert revision in record["source"]
 
 
-def test_hub_refusals(tmp_path, imagenet, server, monkeypatch):
+def test_a_file_without_a_hash_on_the_hub_is_refused(tmp_path, imagenet, server, monkeypatch):
     parquet(tmp_path / "hub" / "train-0.parquet", [(picture(5), None, "n01532829")])
     hub(server, monkeypatch, "ILSVRC/imagenet-1k", "main", tmp_path / "hub")
     path = "/datasets/ILSVRC/imagenet-1k/resolve/main/train-0.parquet"
     arguments = ("tieredimagenet", "-source", "hf://datasets/ILSVRC/imagenet-1k", "-out", tmp_path)
     server.headers[path]["X-Linked-Etag"] = '"of another kind"'
     assert "X-Linked-Etag" in refused(*arguments)
-    for status in (401, 403):
-        server.status[path] = status
-        message = refused(*arguments)
-        assert f"{server.url}/datasets/ILSVRC/imagenet-1k" in message
-        assert "HF_TOKEN" in message
-    server.files["/api/datasets/ILSVRC/imagenet-1k/revision/main"] = b"<html>"
-    assert "expected a list of files" in refused(*arguments)
 
 
-def test_cub_downloads_and_checks(tmp_path, cub, server, monkeypatch):
+LISTING = "/api/datasets/ILSVRC/imagenet-1k/revision/main"
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("at", ["listing", "facts", "ranges"])
+def test_every_refusal_of_the_hub_advises_on_the_token(tmp_path, imagenet, server, monkeypatch, status, at):
+    parquet(tmp_path / "hub" / "train-0.parquet", [(picture(5), None, "n01532829")])
+    hub(server, monkeypatch, "ILSVRC/imagenet-1k", "main", tmp_path / "hub")
+    monkeypatch.setenv("HF_TOKEN", "old\n")
+    path = "/datasets/ILSVRC/imagenet-1k/resolve/main/train-0.parquet"
+    server.status[{"listing": LISTING, "facts": path, "ranges": "/cdn/train-0.parquet"}[at]] = status
+    message = refused("tieredimagenet", "-source", "hf://datasets/ILSVRC/imagenet-1k", "-out", tmp_path / "out")
+    assert f"HTTP {status}" in message
+    assert f"accept the terms at {server.url}/datasets/ILSVRC/imagenet-1k" in message
+    assert "HF_TOKEN to it (the present one is refused)" in message
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "token", "repository", "expected"),
+    [
+        ("http://127.0.0.1:9", "", "a/b", "6 attempts failed .*refused"),
+        ("http://127.0.0.1:9", "", "a b/\x7f", "6 attempts failed .*refused"),
+        ("huggingface.co", "", "a/b", "Check HF_ENDPOINT"),
+        ("http://127.0.0.1:9", "gehei\u00dfnis\u2026", "a/b", "Check HF_ENDPOINT and HF_TOKEN"),
+        ("http://127.0.0.1:9", "two\nlines", "a/b", "Check HF_ENDPOINT and HF_TOKEN"),
+    ],
+)
+def test_a_hub_that_cannot_be_asked_ends_with_one_line(
+    tmp_path, imagenet, server, monkeypatch, endpoint, token, repository, expected
+):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    monkeypatch.setenv("HF_TOKEN", token)
+    message = refused("tieredimagenet", "-source", f"hf://datasets/{repository}", "-out", tmp_path)
+    assert re.search(expected, message)
+
+
+def test_a_listing_of_another_kind_is_named(tmp_path, imagenet, server, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    for content in (b"<html>", b"[]", b"3", b"{}", b'{"siblings": [1]}', b"\xff", b""):
+        server.files[LISTING] = content
+        message = refused("tieredimagenet", "-source", "hf://datasets/ILSVRC/imagenet-1k", "-out", tmp_path)
+        assert "is not a list of files" in message
+
+
+def test_a_download_is_verified_before_it_is_built_from(tmp_path, cub, server, monkeypatch):
     server.files["/CUB.tgz"] = content = tar_bytes(cub_files(), "w:gz")
     for wanted in ("md5:0", digest(content, "md5")):
         remote = Remote(server.url + "/CUB.tgz", size=len(content), digest=wanted)
@@ -804,7 +968,7 @@ def test_cub_downloads_and_checks(tmp_path, cub, server, monkeypatch):
     assert not list(tmp_path.glob(".cub*"))
 
 
-def test_killed_download_continues(tmp_path, cub, server, monkeypatch):
+def test_a_killed_download_is_resumed(tmp_path, cub, server, monkeypatch):
     server.files["/CUB.tgz"] = content = tar_bytes(cub_files(), "w:gz")
     remote = Remote(server.url + "/CUB.tgz", digest=digest(content))
     monkeypatch.setitem(module.RECIPES, "cub", module.RECIPES["cub"]._replace(downloads={"CUB_200_2011.tgz": remote}))
@@ -814,7 +978,7 @@ def test_killed_download_continues(tmp_path, cub, server, monkeypatch):
     assert len(tree(tmp_path / "cub")) == len(BIRDS) + 3
 
 
-def test_parquet_without_its_library(tmp_path, imagenet, monkeypatch):
+def test_parquet_without_its_library_names_what_to_install(tmp_path, imagenet, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     save(tmp_path / "hub" / "a.parquet", b"PAR1")
     assert "pip install -r requirements-data.txt" in refused(
@@ -822,12 +986,12 @@ def test_parquet_without_its_library(tmp_path, imagenet, monkeypatch):
     )
 
 
-def test_broken_parquet(tmp_path, imagenet):
+def test_broken_parquet_ends_with_one_line(tmp_path, imagenet):
     good = parquet(tmp_path / "good" / "train-0.parquet", [(picture(5), None, "n01532829")] * 9).read_bytes()
-    for content, expected in ((good[: len(good) // 2], "cannot be read"), (b"PAR1" * 9, "cannot be read")):
+    for content, expected in ((good[: len(good) // 2], "is broken"), (b"PAR1" * 9, "is broken")):
         source = save(tmp_path / "broken" / "train-0.parquet", content)
         assert expected in refused("miniimagenet", "-source", source, "-out", tmp_path)
     other = tmp_path / "other.parquet"
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"text": ["a"]}), other)
-    assert "expected the columns image and label" in refused("miniimagenet", "-source", other, "-out", tmp_path)
+    assert "needs the columns image and label" in refused("miniimagenet", "-source", other, "-out", tmp_path)

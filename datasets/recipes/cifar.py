@@ -1,0 +1,113 @@
+"""FC100 and CIFAR-FS, from CIFAR-100: the official pickles, or images as ``{train,test}/<class>/<file>.png``."""
+
+import io
+import pickle
+from collections.abc import Collection, Iterator
+from functools import partial
+from typing import Any
+
+from archives import reading
+from download import Remote
+from PIL import Image
+from sources import Content, Entry, Folder, Source, is_image, open_source
+
+from dataloader.catalog import CATALOG
+from recipes.common import Plan, Recipe, Target, last_parts, missing_images, split_of_class
+
+PARTS = ("train", "test")
+ARCHIVE = "cifar-100-python.tar.gz"
+
+
+def plan(name: str, source: Source, entries: list[Entry], crop: bool) -> Plan:
+    split_of = split_of_class(name)
+    images = {}
+    for entry in entries:
+        part, label, file = last_parts(entry.name, 3)
+        if part in PARTS and label in split_of and is_image(file):
+            split = split_of[label]
+            folder = CATALOG[name].split_folders.get(split, split)
+            images[entry.name] = Target(f"{folder}/{label}/{file}", split, label)
+    return Plan(images, {}, missing_images(name, images.values()), [])
+
+
+def adapt(source: Source) -> Source:
+    for entry in source.entries():
+        folder, _, file = entry.name.rpartition("/")
+        if file == "meta":
+            return CifarPickles(source, f"{folder}/" if folder else "")
+        if file == ARCHIVE and isinstance(source, Folder):
+            return adapt(open_source(source.path / entry.name))
+    return source
+
+
+class CifarPickles(Source):
+    """The official ``cifar-100-python``, as if it were ``{train,test}/<class>/<file>.png``."""
+
+    def __init__(self, source: Source, folder: str) -> None:
+        super().__init__(source.where)
+        wanted = {f"{folder}{name}" for name in (*PARTS, "meta")}
+        content = {name.rpartition("/")[2]: data for name, data in source.read(wanted)}
+        self.images: dict[str, tuple[str, int]] = {}
+        self.pixels: dict[str, Any] = {}
+        with reading(source.where):
+            try:
+                names = _unpickle(content["meta"])["fine_label_names"]
+                for part in PARTS:
+                    self._list_part(part, _unpickle(content[part]), names)
+            except (TypeError, AttributeError, IndexError) as error:
+                raise ValueError(f"its pickles are not those of CIFAR-100: {error}") from error
+
+    def _list_part(self, part: str, table: dict[str, Any], names: list[str]) -> None:
+        pixels, files, labels = table["data"].reshape(-1, 3, 32, 32), table["filenames"], table["fine_labels"]
+        if not len(pixels) == len(files) == len(labels):
+            raise ValueError(f"{part}: {len(pixels)} images, {len(files)} names, {len(labels)} labels")
+        self.pixels[part] = pixels.transpose(0, 2, 3, 1)
+        for row, (file, label) in enumerate(zip(files, labels, strict=True)):
+            self.images[f"{part}/{names[label]}/{file}"] = part, row
+
+    def entries(self) -> list[Entry]:
+        return [Entry(name, 2300) for name in self.images]  # an average PNG
+
+    def read(self, wanted: Collection[str]) -> Iterator[Content]:
+        for name, (part, row) in self.images.items():
+            if name in wanted:
+                buffer = io.BytesIO()
+                Image.fromarray(self.pixels[part][row]).save(buffer, "PNG")
+                yield name, buffer.getvalue()
+
+
+def _unpickle(content: bytes) -> dict[str, Any]:
+    return _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Arrays and plain values. A pickle that names anything else is refused before that is imported."""
+
+    ALLOWED = {
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes; the codec's name may be any module's
+            return lambda text, encoding: text.encode("latin1")
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks to run {module}.{name}, which is refused")
+        return super().find_class(module, name)
+
+
+RECIPES = {
+    name: Recipe(
+        CATALOG[name].folders[0],
+        partial(plan, name),
+        downloads={
+            ARCHIVE: Remote(
+                f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}", digest="md5:eb9058c3a382ffc7106e4002c42a8d85"
+            )
+        },
+        adapt=adapt,
+    )
+    for name in ("fc100", "cifar_fs")
+}

@@ -24,7 +24,7 @@ from .problem import MissingLibraryError, SolverError
 
 # qpth returns its best iterate and does not report how good it is. A flow that misses the weights by more than the first
 # fraction of the mass is an error; one that misses them by more than the second is usable and raises a warning.
-MARGINAL_FAILURE, MARGINAL_WARNING = 5e-2, 1e-3
+MARGINAL_FAILURE, MARGINAL_WARNING = 1e-2, 1e-3
 # A value below the least cost of the mass, or above the largest, by more than this fraction of the largest in size, is an error.
 VALUE_FAILURE = 1e-2
 # See solve_prepared.
@@ -79,9 +79,7 @@ class _Qpth(torch.autograd.Function):
         return (*(next(found) if leaf.requires_grad else None for leaf in ctx.leaves), None, None, None)
 
 
-def _solve_qp(
-    cost: Tensor, supply: Tensor, demand: Tensor, form: str, l2_strength: float, names: list[str]
-) -> Tensor:
+def _solve_qp(cost: Tensor, supply: Tensor, demand: Tensor, form: str, l2_strength: float, names: list[str]) -> Tensor:
     try:
         from qpth.qp import QPFunction
     except ImportError as error:
@@ -119,7 +117,9 @@ def _check_flow(flow: Tensor, cost: Tensor, supply: Tensor, demand: Tensor, form
     mass = supply.sum(1)
     miss = torch.maximum((flow.sum(2) - supply).abs().amax(1), (flow.sum(1) - demand).abs().amax(1)) / mass
     worst, index = (x.item() for x in miss.nan_to_num(nan=torch.inf).max(0))
-    what = f"qpth did not converge on {names[index]} (form {form}): its flow misses the weights by {worst:.2g} of the mass"
+    what = (
+        f"qpth did not converge on {names[index]} (form {form}): its flow misses the weights by {worst:.2g} of the mass"
+    )
     if worst > MARGINAL_FAILURE:
         raise SolverError(what)
     if worst > MARGINAL_WARNING:

@@ -3,9 +3,11 @@
     python benchmarks/emd.py                     the whole table (minutes; qpth takes most of them)
     python benchmarks/emd.py -nodes 9,25 -solvers simplex,opencv
 
-The problems are those of the head: cosine costs and cross-reference weights of random features. Every time is the best of
-several runs in this process; every memory figure is from a fresh one. "forward" is without gradients, "both" is forward
-and backward, for all inputs that the solver has a gradient for. Memory is the growth of the process's peak, per problem.
+The problems are those of the head on features like an encoder's: non-negative, 640 channels, with a part that all nodes
+share, ``relu(common + noise)``; costs are centred cosine distances, weights are by cross-reference. Every time is the best
+of several calls in this process, which alternate with those of the cv2.EMD loop on one thread; every memory figure is from
+a fresh process. "forward" is without gradients, "both" is forward and backward, for all inputs that the solver has a
+gradient for. Memory is the growth of the process's peak, per problem.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from process_memory import megabytes
 
 from Models.emd import SOLVERS, emd, scale_to_mass
 from Models.matching import cosine_similarity_map, cross_reference_weights
+from utils import make_parser
 
 CASES = {
     "opencv": ("opencv", {}),
@@ -34,31 +37,38 @@ CASES = {
     "qpth, QP": ("qpth", {"form": "QP"}),
 }
 # One episode of 75 queries and 5 ways has 375 problems; solvers that are dense in (N*M)^2 get fewer.
-BATCH = {"qpth": {9: 8, 25: 8}, "ipm": {9: 375, 25: 375, 64: 75}}
-DEFAULT_BATCH = {9: 375, 25: 375, 64: 75}
 SMALL_BATCH = 8
+MOST_NODES_OF_QPTH = 25
 MAX_NODES = 1000
+CHANNELS = 640
 
 
 def problems(nodes: int, batch: int) -> list[torch.Tensor]:
     """Cost ``(batch, nodes, nodes)`` and both weights ``(batch, nodes)``, float64."""
     random = torch.Generator().manual_seed(nodes)
-    query = torch.randn(batch, 1, 64, nodes, generator=random)
-    proto = torch.randn(batch, 1, 64, nodes, generator=random) + 0.3 * query
+    common = torch.randn(CHANNELS, 1, generator=random)
+    query, proto = (torch.relu(common + torch.randn(batch, 1, CHANNELS, nodes, generator=random)) for _ in range(2))
     cost = 1 - cosine_similarity_map(query, proto)[:, 0, 0]
     weights = (cross_reference_weights(*pair)[:, 0, 0] for pair in ((query, proto), (proto, query)))
     return [tensor.double() for tensor in (cost, *(scale_to_mass(weight, nodes) for weight in weights))]
 
 
-def best_time(work: Callable[[], object], seconds: float = 1.0) -> float:
-    """Seconds per call: the best of at least two calls, or of as many as fit."""
-    work()
-    times: list[float] = []
-    while len(times) < 2 or sum(times) < seconds and len(times) < 30:
-        start = time.perf_counter()
+def batch_size(solver: str, nodes: int) -> int:
+    """An episode of 75 queries and 5 ways has 375 problems; large ones, and those of qpth, get fewer."""
+    return SMALL_BATCH if solver == "qpth" else 375 if nodes <= 30 else 75
+
+
+def best_times(*works: Callable[[], object], seconds: float = 1.0) -> list[float]:
+    """Seconds per call of each, called in turn: the best of at least two calls, or of as many as fit."""
+    times: list[list[float]] = [[] for _ in works]
+    for work in works:
         work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    while len(times[0]) < 2 or sum(map(sum, times)) < seconds * len(works) and len(times[0]) < 30:
+        for work, spent in zip(works, times, strict=True):
+            start = time.perf_counter()
+            work()
+            spent.append(time.perf_counter() - start)
+    return [min(spent) for spent in times]
 
 
 def memory_in_a_fresh_process(case: str, nodes: int, batch: int) -> float:
@@ -81,8 +91,8 @@ def peak_growth(case: str, nodes: int, batch: int) -> float:
         return float("nan")
 
 
-def cv2_loop(nodes: int, batch: int) -> float:
-    """Seconds per problem of a bare Python loop over cv2.EMD on prepared arrays, without gradient."""
+def cv2_loop(nodes: int, batch: int) -> Callable[[], None]:
+    """A bare Python loop over cv2.EMD on prepared arrays, without gradient."""
     import cv2
 
     cost, supply, demand = (tensor.float().numpy() for tensor in problems(nodes, batch))
@@ -91,7 +101,7 @@ def cv2_loop(nodes: int, batch: int) -> float:
         for k in range(batch):
             cv2.EMD(supply[k, :, None], demand[k, :, None], cv2.DIST_USER, cost[k])
 
-    return best_time(work) / batch
+    return work
 
 
 def run_both(case: str, inputs: list[torch.Tensor]) -> None:
@@ -100,16 +110,17 @@ def run_both(case: str, inputs: list[torch.Tensor]) -> None:
     emd(*leaves, solver=solver, **options).value.sum().backward()
 
 
-def measure(case: str, nodes: int, batch: int) -> tuple[float, float]:
-    """Seconds forward, and forward and backward, per problem."""
+def measure(case: str, nodes: int, batch: int) -> tuple[float, float, float]:
+    """Seconds forward, forward and backward, and of the cv2.EMD loop, per problem."""
     solver, options = CASES[case]
-    inputs = problems(nodes, batch)
+    inputs, loop_batch = problems(nodes, batch), batch_size("opencv", nodes)
 
     def forward() -> None:
         with torch.no_grad():
             emd(*inputs, solver=solver, **options)
 
-    return best_time(forward) / batch, best_time(lambda: run_both(case, inputs)) / batch
+    forward_time, both, loop = best_times(forward, lambda: run_both(case, inputs), cv2_loop(nodes, loop_batch))
+    return forward_time / batch, both / batch, loop / loop_batch
 
 
 def sizes(text: str) -> list[int]:
@@ -142,11 +153,13 @@ def memory_job(text: str) -> tuple[str, int, int]:
     return case, sizes(nodes)[0], sizes(batch)[0]
 
 
+def print_row(*cells: object) -> None:
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("-nodes", type=sizes, default="9,25,64", help="nodes per side of a problem, comma-separated")
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("-nodes", type=sizes, default="9,25,30,64", help="nodes per side of a problem, comma-separated")
     parser.add_argument("-solvers", type=solver_names, default=",".join(SOLVERS), help="comma-separated")
     parser.add_argument("-memory_of", type=memory_job, help=argparse.SUPPRESS)  # used by memory_in_a_fresh_process
     args = parser.parse_args()
@@ -156,38 +169,32 @@ def main() -> None:
     most_threads = torch.get_num_threads()
 
     print("microseconds per problem; memory in MB per problem; speed as a multiple of the cv2.EMD loop on one thread\n")
-    print("| solver | nodes | batch | threads | forward | both | memory | forward / cv2 loop |")
-    print("|---|---|---|---|---|---|---|---|")
-    both_times: dict[tuple[str, int], float] = {}
-    memories: dict[tuple[str, int], float] = {}
+    print_row("solver", "nodes", "batch", "threads", "forward", "both", "memory", "cv2 loop", "loop / forward")
+    print_row(*["---"] * 9)
+    found: dict[tuple[str, int], tuple[float, float]] = {}
     for nodes in args.nodes:
-        torch.set_num_threads(1)
-        baseline = cv2_loop(nodes, DEFAULT_BATCH.get(nodes, 75))
-        print(f"| cv2.EMD loop | {nodes} | {DEFAULT_BATCH.get(nodes, 75)} | 1 | {baseline * 1e6:.1f} | | | 1.0x |")
         for case, (solver, _) in CASES.items():
-            batch = BATCH.get(solver, DEFAULT_BATCH).get(nodes, 0 if solver == "qpth" else 75)
-            if solver not in args.solvers or not batch:
+            if solver not in args.solvers or solver == "qpth" and nodes > MOST_NODES_OF_QPTH:
                 continue
-            memory = memories[case, nodes] = memory_in_a_fresh_process(case, nodes, batch)
-            for threads in sorted({1, most_threads}) if solver != "qpth" else [1]:
+            batch = batch_size(solver, nodes)
+            memory = memory_in_a_fresh_process(case, nodes, batch)
+            for threads in [1] if solver == "qpth" else sorted({1, most_threads}):
                 torch.set_num_threads(threads)
-                forward, both = measure(case, nodes, batch)
-                print(
-                    f"| {case} | {nodes} | {batch} | {threads} | {forward * 1e6:.1f} | {both * 1e6:.1f} | {memory:.3f} "
-                    f"| {baseline / forward:.2g}x |",
-                    flush=True,
-                )
+                forward, both, loop = measure(case, nodes, batch)
+                figures = f"{forward * 1e6:.1f}", f"{both * 1e6:.1f}", f"{memory:.3f}", f"{loop * 1e6:.1f}"
+                print_row(case, nodes, batch, threads, *figures, f"{loop / forward:.2g}x")
             torch.set_num_threads(1)
             if solver in ("ipm", "qpth"):
-                both_times[case, nodes] = both if batch == SMALL_BATCH else measure(case, nodes, SMALL_BATCH)[1]
+                found[case, nodes] = both if batch == SMALL_BATCH else measure(case, nodes, SMALL_BATCH)[1], memory
     for form in ("L2", "QP"):
         for nodes in args.nodes:
-            ours, theirs = (f"ipm, {form}", nodes), (f"qpth, {form}", nodes)
-            if ours in both_times and theirs in both_times:
+            ours, theirs = found.get((f"ipm, {form}", nodes)), found.get((f"qpth, {form}", nodes))
+            if ours and theirs:
                 print(
                     f"\nipm against qpth, form {form}, {nodes} nodes, batch {SMALL_BATCH}, one thread, forward and backward: "
-                    f"{both_times[theirs] / both_times[ours]:.0f}x faster, {memories[theirs] / memories[ours]:.0f}x less memory "
-                    f"({memories[theirs]:.1f} MB against {memories[ours]:.2f} MB per problem)"
+                    f"{theirs[0] / ours[0]:.0f}x faster, {theirs[1] / ours[1]:.0f}x less memory "
+                    f"({theirs[1]:.1f} MB against {ours[1]:.2f} MB per problem)",
+                    flush=True,
                 )
 
 

@@ -17,6 +17,8 @@ FORMS = ("L2", "QP")
 QP_RIDGE = 1e-4
 # A node with a smaller fraction of the mass counts as one without: it would leave the problem with next to no interior.
 SMALLEST_SHARE = 1e-12
+# Costs up to this, in units of what the quadratic term adds to the price of a cell that takes all the mass, are never cut.
+MOST_RIDGES = 1e6
 
 # cost (B,N,M), supply (B,N), demand (B,M) and the names of the problems -> value (B,), flow (B,N,M)
 Solve = Callable[[Tensor, Tensor, Tensor, list[str]], tuple[Tensor, Tensor]]
@@ -114,8 +116,8 @@ def _solve_bounded(
         SolverError: cells above the ceiling carry more than ``leak`` of the mass, or costs lie below minus the ceiling.
     """
     size, mass = cost.detach().abs(), supply.detach().sum(1)
-    unavoidable = torch.maximum(size.amin(2).amax(1), size.amin(1).amax(1)) + ridge * mass
-    ceiling = (span * unavoidable)[:, None, None]
+    unavoidable = torch.maximum(size.amin(2).amax(1), size.amin(1).amax(1))
+    ceiling = torch.maximum(span * unavoidable, MOST_RIDGES * ridge * mass)[:, None, None]
     is_cut = cost.detach() > ceiling
     value, flow = solve(torch.where(is_cut, ceiling, cost), supply, demand, names)
     leaked = (flow.detach() * is_cut).sum((1, 2)) > leak * mass

@@ -60,9 +60,10 @@ def _solve_arrays(cost: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> n
             problems = (array[not_solved] for array in (cost, supply, demand))
             flow[not_solved] = simplex.solve_arrays(*problems, precision=np.finfo(np.float32).eps)[1]
         except MissingLibraryError as error:
+            nodes = f"{cost.shape[1]} and {cost.shape[2]} nodes, or costs of very different size"
             raise MissingLibraryError(
-                f"OpenCV cannot solve problem {not_solved[0]} of {len(cost)}: {cost.shape[1]} and {cost.shape[2]} nodes, or costs of very "
-                f"different size. The solver that is used instead needs numba: pip install numba"
+                f"OpenCV cannot solve problem {not_solved[0]} of {len(cost)} ({nodes}); solver simplex can, and needs numba: "
+                "pip install numba"
             ) from error
     # When cv2 gives up it returns what it has moved so far, so a wrong answer shows in the marginals.
     miss = np.maximum(np.abs(flow.sum(2) - supply).max(1), np.abs(flow.sum(1) - demand).max(1))

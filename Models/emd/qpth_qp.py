@@ -24,7 +24,7 @@ from .problem import MissingLibraryError, SolverError
 
 # qpth returns its best iterate and does not report how good it is. A flow that misses the weights by more than the first
 # fraction of the mass is an error; one that misses them by more than the second is usable and raises a warning.
-MARGINAL_FAILURE, MARGINAL_WARNING = 5e-2, 1e-3
+MARGINAL_FAILURE, MARGINAL_WARNING = 1e-2, 1e-3
 # A value below the least cost of the mass, or above the largest, by more than this fraction of the largest in size, is an error.
 VALUE_FAILURE = 1e-2
 # See solve_prepared.

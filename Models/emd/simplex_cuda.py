@@ -1,0 +1,271 @@
+"""The network simplex on a CUDA device: exact, with both vectors of duals, and without waiting for the device.
+
+The kernel is the CUDA text ``simplex.cu`` beside this file. NVRTC, which comes with torch, compiles it when a size is first
+used: no nvcc, no C compiler and no header is needed. A problem that cannot be solved gets NaN for its value, flow and duals
+and leaves its status in one number per device, which :func:`settle` reads and raises.
+"""
+
+import ctypes
+import sys
+import threading
+import warnings
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import ProblemError, SolverError
+
+LARGEST = 64  # nodes a side; beyond, registers spill and the CPU takes over
+REGISTER_NODES = 40  # up to here, the reduced costs stay in registers
+TRIALS = 8  # problems solved and certified when a size is first used
+STATUS = {
+    1: (SolverError, "simplex did not converge within its limit of pivots"),
+    2: (ProblemError, "costs or weights have entries that are not finite, or weights are negative"),
+    3: (ProblemError, "supply and demand sum to different totals; scale both with scale_to_mass"),
+    4: (SolverError, "the answer of simplex failed its optimality check"),
+}
+
+
+class Solution(NamedTuple):
+    value: Tensor  # (B,)
+    flow: Tensor  # (B,N,M)
+    u: Tensor  # (B,N)
+    v: Tensor  # (B,M)
+    pivots: Tensor  # (B,)
+    status: Tensor  # (B,): 0, or a key of STATUS
+
+
+def is_usable(device: torch.device, n: int, m: int, dtype: torch.dtype) -> bool:
+    """Whether problems of this size can be solved on the device. The first call for a size compiles and tries it.
+
+    What is missing or wrong is reported once, as a warning.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    fault = _fault_of(index, n, m, dtype)
+    if fault:
+        _warn_once(fault)
+    return not fault
+
+
+def solve_tensors(cost: Tensor, supply: Tensor, demand: Tensor) -> Solution:
+    """Contiguous ``(B,N,M), (B,N), (B,M)`` of one dtype on one CUDA device to a :class:`Solution`. Does not wait for it."""
+    batch, n, m = cost.shape
+    device = cost.device
+    kernel = _kernel(device.index, n, m, cost.dtype)
+    solution = Solution(
+        cost.new_empty(batch),
+        torch.empty_like(cost),
+        torch.empty_like(supply),
+        torch.empty_like(demand),
+        *(torch.empty(batch, dtype=torch.int32, device=device) for _ in range(2)),
+    )
+    with torch.cuda.device(device):
+        # The stream of each call: inside a graph capture it is another one.
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _libraries().launch(kernel, stream, batch, [cost, supply, demand, batch, *solution, _fault_counter(device)])
+    return solution
+
+
+def settle(device: torch.device) -> None:
+    """Wait for the device, and raise if any problem since the last call of this function was not solved.
+
+    Raises:
+        ProblemError: (a ValueError) values that make no transportation problem.
+        SolverError: the solver failed.
+    """
+    if device not in _fault_counters:
+        return
+    code = int(_fault_counters[device])
+    if code:
+        _fault_counters[device].zero_()
+        error, message = STATUS[code]
+        raise error(f"{message} (a problem on {device})")
+
+
+_fault_counters: dict[torch.device, Tensor] = {}
+
+
+def _fault_counter(device: torch.device) -> Tensor:
+    if device not in _fault_counters:
+        _fault_counters[device] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _fault_counters[device]
+
+
+# --- First use --------------------------------------------------------------------------------------------------------
+
+_first_use = threading.RLock()  # DataParallel matches in several threads
+
+
+@cache
+def _warn_once(fault: str) -> None:
+    warnings.warn(f"simplex runs on the CPU: {fault}", RuntimeWarning, stacklevel=2)
+
+
+def _fault_of(device: int, n: int, m: int, dtype: torch.dtype) -> str | None:
+    with _first_use:
+        return _try(device, n, m, dtype)
+
+
+@cache
+def _try(device: int, n: int, m: int, dtype: torch.dtype) -> str | None:
+    """Compile and load the kernel, and solve some fixed problems with it; the reason why it cannot be used, if any."""
+    if max(n, m) > LARGEST:
+        return f"problems of more than {LARGEST} nodes do not fit the CUDA kernel"
+    if torch.version.cuda is None:
+        return "this build of PyTorch has no CUDA (the kernel does not run under HIP)"
+    waits = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(0)
+    try:
+        problems = [part.to(torch.device("cuda", device)) for part in trial_problems(n, m, dtype)]
+        wrong = certificate_fault(*problems, solve_tensors(*problems))
+        return f"the CUDA kernel gave wrong answers for {n} x {m} nodes on this device ({wrong})" if wrong else None
+    except (OSError, RuntimeError, AttributeError) as error:
+        return f"the CUDA kernel for {n} x {m} nodes cannot be built or started ({error})"
+    finally:
+        torch.cuda.set_sync_debug_mode(waits)
+
+
+def trial_problems(n: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """:data:`TRIALS` fixed problems ``(B,N,M), (B,N), (B,M)`` on the CPU: distinct costs, ties, and weights of zero."""
+    draw = torch.Generator().manual_seed(0)
+    cost = torch.rand(TRIALS, n, m, generator=draw, dtype=torch.float64)
+    cost[::2] = (4 * cost[::2]).round()
+    supply, demand = (torch.rand(TRIALS, k, generator=draw, dtype=torch.float64) for k in (n, m))
+    supply[1::4, 1:] *= supply[1::4, 1:] > 0.3
+    supply, demand = supply / supply.sum(1, keepdim=True), demand / demand.sum(1, keepdim=True)
+    return cost.to(dtype), supply.to(dtype), demand.to(dtype)
+
+
+def certificate_fault(cost: Tensor, supply: Tensor, demand: Tensor, solution: Solution) -> str | None:
+    """What keeps a solution from being optimal, if anything. This proves it: no other solver is needed.
+
+    A flow with the right sums and duals with ``u_i + v_j <= cost_ij`` whose values agree are both optimal (weak duality).
+    """
+    cost, supply, demand, flow, u, v, value = (
+        part.double().cpu() for part in (cost, supply, demand, solution.flow, solution.u, solution.v, solution.value)
+    )
+    demand = demand * (supply.sum(1) / demand.sum(1)).unsqueeze(1)
+    scale, mass = cost.abs().amax((1, 2)), supply.sum(1)
+    misses = {
+        "sums of the flow": torch.maximum((flow.sum(2) - supply).abs().amax(1), (flow.sum(1) - demand).abs().amax(1))
+        / mass,
+        "sign of the flow": -flow.amin((1, 2)) / mass,
+        "duals": (u.unsqueeze(2) + v.unsqueeze(1) - cost).amax((1, 2)) / scale,
+        "duality gap": ((cost * flow).sum((1, 2)) - (u * supply).sum(1) - (v * demand).sum(1)).abs() / (scale * mass),
+        "value": ((cost * flow).sum((1, 2)) - value).abs() / (scale * mass),
+    }
+    tolerance = 1e-5 if solution.value.dtype == torch.float32 else 1e-6
+    wrong = [name for name, miss in misses.items() if not bool((miss <= tolerance).all())]
+    return ", ".join(wrong) or None
+
+
+# --- NVRTC and the driver, through their C interfaces -----------------------------------------------------------------
+
+
+class Kernel(NamedTuple):
+    function: ctypes.c_void_p
+    warps: int  # problems per block
+
+
+@cache
+def _kernel(device: int, n: int, m: int, dtype: torch.dtype) -> Kernel:
+    major, minor = torch.cuda.get_device_capability(device)
+    options, warps = compile_options(f"sm_{major}{minor}", n, m, dtype)
+    with torch.cuda.device(device):
+        torch.cuda.current_stream(device)  # makes the context current, in which the module is loaded
+        image = _libraries().compile(source(), options)
+        return Kernel(_libraries().load(image), warps)
+
+
+def source() -> str:
+    return Path(__file__).with_name("simplex.cu").read_text(encoding="utf-8")
+
+
+def compile_options(architecture: str, n: int, m: int, dtype: torch.dtype) -> tuple[list[str], int]:
+    """The options of the compiler, and the problems per block that they ask for."""
+    shared = max(n, m) > REGISTER_NODES
+    warps = 1 if shared else 4
+    macros = {
+        "N": n,
+        "M": m,
+        "WARPS": warps,
+        "SHARED": int(shared),
+        "real": {torch.float64: "double"}.get(dtype, "float"),
+    }
+    return [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={x}" for k, x in macros.items())], warps
+
+
+class Libraries:
+    """The functions needed of NVRTC and of the driver. Their C interfaces have not changed since CUDA 11.2."""
+
+    def __init__(self) -> None:
+        self.nvrtc = _load_nvrtc()
+        self.driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+    def compile(self, text: str, options: list[str]) -> bytes:
+        """CUDA text to the machine code of one architecture. RuntimeError with the compiler's log."""
+        nvrtc, program, size = self.nvrtc, ctypes.c_void_p(), ctypes.c_size_t()
+        _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"simplex.cu", 0, None, None), "NVRTC")
+        try:
+            array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+            if nvrtc.nvrtcCompileProgram(program, len(options), array):
+                _check(nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size)), "NVRTC")
+                log = ctypes.create_string_buffer(size.value)
+                _check(nvrtc.nvrtcGetProgramLog(program, log), "NVRTC")
+                raise RuntimeError(" ".join(log.value.decode(errors="replace").split()) or "NVRTC gives no reason")
+            _check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "NVRTC")
+            image = ctypes.create_string_buffer(size.value)
+            _check(nvrtc.nvrtcGetCUBIN(program, image), "NVRTC")
+            return image.raw
+        finally:
+            nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+    def load(self, image: bytes) -> ctypes.c_void_p:
+        """Machine code to its function ``solve``, in the current context."""
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        _check(self.driver.cuModuleLoadData(ctypes.byref(module), image), "the CUDA driver (loading)")
+        _check(self.driver.cuModuleGetFunction(ctypes.byref(function), module, b"solve"), "the CUDA driver (loading)")
+        return function
+
+    def launch(self, kernel: Kernel, stream: int, problems: int, arguments: list[Tensor | int]) -> None:
+        """Start the kernel, a warp per problem."""
+        values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in arguments]
+        array = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        blocks, threads = -(-problems // kernel.warps), 32 * kernel.warps
+        launch, stream_handle = self.driver.cuLaunchKernel, ctypes.c_void_p(stream)
+        _check(
+            launch(kernel.function, blocks, 1, 1, threads, 1, 1, 0, stream_handle, array, None),
+            "the CUDA driver (launch)",
+        )
+
+
+_libraries = lru_cache(maxsize=1)(Libraries)
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        raise RuntimeError(f"{what} failed with code {code}")
+
+
+def _load_nvrtc() -> ctypes.CDLL:
+    folder = Path(torch.__file__).parent
+    if sys.platform == "win32":
+        return ctypes.CDLL(str(min(folder.glob("lib/nvrtc64_*_0.dll"), default="nvrtc64.dll")))
+    try:
+        return ctypes.CDLL(f"libnvrtc.so.{torch.version.cuda.split('.')[0]}")  # loaded by torch, or known to the system
+    except OSError:
+        libraries = [
+            path
+            for place in (folder / "lib", *folder.parent.glob("nvidia/*/lib"))
+            for path in place.glob("libnvrtc*.so*")
+        ]
+        builtins = [path for path in libraries if "builtins" in path.name]
+        for path in sorted(set(libraries) - set(builtins)):
+            if ".alt" not in path.name:
+                for needed in builtins:
+                    ctypes.CDLL(str(needed), mode=ctypes.RTLD_GLOBAL)
+                return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        raise

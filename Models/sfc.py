@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from Models.cuda_graph import GraphedStep
+from Models.emd import SOLVERS
 from Models.heads import HeadSettings, head_logits
 from utils import InputError
 
@@ -135,14 +137,21 @@ def fit_prototypes(
     start = start.reshape(-1, way, *node_shape)  # (E, W, C, N)
     proto = start.clone().requires_grad_()
     optimizer = torch.optim.SGD([proto], fit.lr, MOMENTUM, DAMPENING, fit.weight_decay)
-    for step in range(fit.steps):
-        for chosen in order[:, step].split(fit.batch_size, dim=1):  # (E, b)
-            with torch.enable_grad():
-                logits = head_logits(torch.where(is_fixed, start, proto), support[rows, chosen], settings)  # (E, b, W)
-                # The mean over an episode's images and the sum over episodes: each episode gets the gradient it has alone.
-                loss = F.cross_entropy(logits.flatten(0, 1), labels[chosen].flatten(), reduction="sum")
-                proto.grad = torch.autograd.grad(loss / chosen.shape[1], proto)[0]
-            optimizer.step()
+
+    def step(chosen: Tensor) -> None:
+        """One step of SGD on the support images ``chosen (E, b)``."""
+        with torch.enable_grad():
+            logits = head_logits(torch.where(is_fixed, start, proto), support[rows, chosen], settings)  # (E, b, W)
+            # The mean over an episode's images and the sum over episodes: each episode gets the gradient it has alone.
+            loss = F.cross_entropy(logits.flatten(0, 1), labels[chosen].flatten(), reduction="sum")
+            proto.grad = torch.autograd.grad(loss / chosen.shape[1], proto)[0]
+        optimizer.step()
+
+    if _never_waits(settings, support):
+        step = GraphedStep(step)
+    for number in range(fit.steps):
+        for chosen in order[:, number].split(fit.batch_size, dim=1):
+            step(chosen)
     proto = torch.where(is_fixed, start, proto.detach())
     # Prototypes may be finite and yet too large to be compared with anything.
     is_finite = proto.isfinite().all() and head_logits(proto, support[:, :1], settings).isfinite().all()
@@ -152,6 +161,14 @@ def fit_prototypes(
             "need about 0.1), or use -kshot mean"
         )
     return proto.reshape(*episode_shape, way, *node_shape)
+
+
+def _never_waits(settings: HeadSettings, nodes: Tensor) -> bool:
+    """Whether a step on these nodes ``(..., C, N)`` runs on a GPU from its start to its end."""
+    if nodes.device.type != "cuda" or not settings.uses_solver:
+        return nodes.device.type == "cuda"
+    count = nodes.shape[-1]
+    return SOLVERS[settings.solver].never_waits(nodes.device, count, count, nodes.dtype)
 
 
 def _orders(

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .on_cpu import set_threads
 from .problem import EmdError, MissingLibraryError, ProblemError, SolverError, check_tensors, check_values
+from .simplex_cuda import settle
 
 __all__ = [
     "SOLVERS",
@@ -39,6 +40,7 @@ __all__ = [
     "emd",
     "scale_to_mass",
     "set_threads",
+    "settle",
 ]
 
 
@@ -58,11 +60,20 @@ class Solver:
     summary: str
     differentiable: tuple[str, ...] = ("cost", "supply", "demand")  # the inputs that ``value`` has a gradient for
     options: Mapping[str, Any] = field(default_factory=dict)  # the keyword arguments of ``solve``, with their defaults
+    cuda_module: str | None = (
+        None  # with ``is_usable``: whether it solves problems on a CUDA device without waiting for it
+    )
 
     @property
     def solve(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """The module's ``solve``: ``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``."""
         return importlib.import_module(f"{__name__}.{self.module}").solve
+
+    def never_waits(self, device: torch.device, n: int, m: int, dtype: torch.dtype) -> bool:
+        """Whether problems of this size are solved on the device without waiting for it, as a CUDA graph needs."""
+        if device.type != "cuda" or self.cuda_module is None:
+            return False
+        return importlib.import_module(f"{__name__}.{self.cuda_module}").is_usable(device, n, m, dtype)
 
 
 SOLVERS: dict[str, Solver] = {
@@ -72,8 +83,9 @@ SOLVERS: dict[str, Solver] = {
     "simplex": Solver(
         "simplex",
         "cpu",
-        "exact, float64, on the CPU, fast; gradient for cost and weights, or for the cost only",
+        "exact, fast; on the CPU in float64, on a GPU for up to 64 nodes; gradient for cost and weights, or for the cost only",
         options={"gradient": "full"},
+        cuda_module="simplex_cuda",
     ),
     "ipm": Solver(
         "interior_point",

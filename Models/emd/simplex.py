@@ -1,4 +1,5 @@
-"""A network simplex in numba: exact, float64, on the CPU, several problems at a time, with both dual vectors.
+"""The network simplex: exact, with both vectors of duals. In numba on the CPU, float64, several problems at a time; on a CUDA
+device by :mod:`Models.emd.simplex_cuda`, in the dtype of the input.
 
 Gradient ``full``: that of the linear program itself, for cost and both weight vectors. Gradient ``cost``: the flow is
 treated as a constant and the weights get none, as in :mod:`Models.emd.opencv`.
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import simplex_cuda
 from .on_cpu import in_threads, to_numpy
 from .problem import MissingLibraryError, ProblemError, SolverError
 
@@ -32,6 +34,10 @@ def solve(cost: Tensor, supply: Tensor, demand: Tensor, *, gradient: str = "full
         raise ProblemError(f"expected gradient to be one of {', '.join(GRADIENTS)}; got {gradient!r}")
     if gradient == "cost":
         supply, demand = supply.detach(), demand.detach()
+    if cost.device.type == "cuda":
+        dtype = torch.promote_types(cost.dtype, torch.promote_types(supply.dtype, demand.dtype))
+        if simplex_cuda.is_usable(cost.device, *cost.shape[1:], dtype):
+            return _Simplex.apply(cost.to(dtype), supply.to(dtype), demand.to(dtype), None)
     precision = max(torch.finfo(weight.dtype).eps for weight in (supply, demand))
     return _Simplex.apply(cost.double(), supply.double(), demand.double(), precision)
 
@@ -39,9 +45,14 @@ def solve(cost: Tensor, supply: Tensor, demand: Tensor, *, gradient: str = "full
 class _Simplex(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cost, supply, demand, precision):
-        arrays = solve_arrays(*to_numpy(cost, supply, demand, torch.float64), precision=precision)
-        value, flow, u, v = (torch.from_numpy(array) for array in arrays)
-        if cost.device.type != "cpu":  # one transfer back
+        if precision is None:  # on the device
+            value, flow, u, v, *_ = simplex_cuda.solve_tensors(
+                *(x.detach().contiguous() for x in (cost, supply, demand))
+            )
+        else:
+            arrays = solve_arrays(*to_numpy(cost, supply, demand, torch.float64), precision=precision)
+            value, flow, u, v = (torch.from_numpy(array) for array in arrays)
+        if value.device != cost.device:  # one transfer back
             packed = torch.cat([value.unsqueeze(1), flow.flatten(1), u, v], dim=1).to(cost.device)
             value, flow, u, v = packed.split([1, flow[0].numel(), u.shape[1], v.shape[1]], dim=1)
             value, flow = value.squeeze(1), flow.reshape(cost.shape)

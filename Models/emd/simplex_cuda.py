@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import ProblemError, SolverError
+from .problem import ProblemError, SolverError
 
 LARGEST = 64  # nodes a side; beyond, registers spill and the CPU takes over
 REGISTER_NODES = 40  # up to here, the reduced costs stay in registers

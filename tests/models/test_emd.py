@@ -463,6 +463,15 @@ class TestCostsOfManySizes:
             assert abs(value - exact) <= tolerance * (flow * problem[0].abs()).sum(), seed
         assert solved or solver != "ipm" or kind in ("wanted", "both")
 
+    @pytest.mark.parametrize("solver", EVERY)
+    def test_cells_that_no_flow_needs_may_be_forbidden_at_any_price(self, solver):
+        cost, supply, demand = problem(5, 5, seed=7, batch=2)
+        cost[:, 0, 1:3] = cost[:, 3, 4] = 20
+        expected = emd(cost, supply, demand, solver="simplex").value
+        for price in (1e4, 1e8, 1e13):
+            found = emd(torch.where(cost == 20, price, cost), supply, demand, solver=solver).value
+            torch.testing.assert_close(found, expected, atol=5 * TOLERANCE[solver], rtol=0)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_weights_that_agree_but_for_rounding_need_no_forbidden_cell(self, dtype):
         cost = torch.full((6, 6), 1e13, dtype=dtype)

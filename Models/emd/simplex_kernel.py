@@ -390,12 +390,20 @@ def solve_range(cost, supply, demand, first, last, precision, block, value, flow
         if pivots[b] > limit:
             status[b] = TOO_MANY_PIVOTS
 
+        # Dust is swept off cells that cost more than all that a node can pay elsewhere, where costs are of many sizes.
+        dearest = math.inf
+        if restatement > 0:
+            dearest = 0.0
+            for x in range(n + m):
+                if x != root and edge[x] > dust:
+                    i, j = (x, parent[x] - n) if x < n else (parent[x], x - n)
+                    dearest = max(dearest, nodes * abs(cost[b, rows[i], columns[j]]))
         scale = supply_sum / total
         for x in range(n + m):
             dual[x] += potential[x]
             if x != root:
                 i, j = (x, parent[x] - n) if x < n else (parent[x], x - n)
-                if edge[x] > dust or restatement == 0:
+                if edge[x] > dust or abs(cost[b, rows[i], columns[j]]) <= dearest:
                     moved = ((edge[x] + n + 1) // unit) * scale
                     flow[b, rows[i], columns[j]] = moved
                     value[b] += moved * cost[b, rows[i], columns[j]]

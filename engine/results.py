@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.evaluation import Episodes, Evaluation, Evaluator, Model, Recorder
-from engine.run import fingerprint, result_flags, results
+from engine.run import environment, fingerprint, result_flags
 from utils import duration, write_json
 
 
@@ -66,7 +66,14 @@ def final_test(
     task = f"{args.way}-way {args.shot}-shot, {len(episodes)} episodes"
     line, content = f"{task}: acc {evaluation} ({duration(recorder.seconds)})", None
     if ranks.is_first:
-        content = results(args, evaluation, weights, recorder.seconds, data=data)
+        content = {
+            **evaluation._asdict(),
+            "flags": vars(args),
+            "versions": environment(),
+            "seconds": recorder.seconds,
+            "weights": loaded,
+            "data": data,
+        }
         for name in (f"results-{digest}.json",) * keep + ("results.json",):
             write_json(folder / name, content)
         recorder.remove()

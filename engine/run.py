@@ -1,4 +1,4 @@
-"""A run on disk: its folder, lock, logs and state; how it is resumed; run.json and results.json."""
+"""A run on disk: its folder, lock, logs and state; how it is resumed; run.json."""
 
 import contextlib
 import io
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.distributed import Ranks
-from engine.evaluation import Evaluation
 from utils import (
     BEST_WEIGHTS,
     InputError,
@@ -330,23 +329,6 @@ def open_run(
 def result_flags(args: Any) -> dict[str, Any]:
     """The flags that decide a result."""
     return {name: value for name, value in vars(args).items() if name not in NON_RESULT_FLAGS}
-
-
-def results(
-    args: Any, evaluation: Evaluation, weights: str | Path, seconds: float, *, data: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """What ``results.json`` says of an evaluation; ``data`` is the fingerprint of its images."""
-    return {
-        "accuracy": evaluation.accuracy,
-        "interval": evaluation.interval,
-        "accuracies": evaluation.accuracies,
-        "loss": evaluation.loss,
-        "flags": vars(args),
-        "versions": environment(),
-        "seconds": seconds,
-        "weights": fingerprint(weights),
-        "data": data,
-    }
 
 
 def fingerprint(weights: str | Path) -> dict[str, str | None] | None:

@@ -40,8 +40,8 @@ from engine.run import fingerprint, open_run
 from engine.start import start
 from engine.stopping import Stopped, stop_request
 from engine.training import fit
-from Models.arguments import add_model_arguments, build_model
-from Models.emd import SOLVERS, ProblemError, SolverError
+from Models.arguments import add_model_arguments, build_model, solver_choice
+from Models.emd import ProblemError, SolverError
 from Models.weights import load_encoder_weights
 from pictures.matches import FixedMatches, check_head
 from utils import BEST_WEIGHTS, InputError, make_parser, named_generator, number_at_least, run_script, status
@@ -69,7 +69,13 @@ def build_parser() -> ArgumentParser:
         default=0,
         help="validation episodes of which one match is drawn every epoch, for TensorBoard",
     )
-    group.add_argument("-val_solver", choices=SOLVERS, default="opencv", help="solver of validation and final test")
+    group.add_argument(
+        "-val_solver",
+        type=solver_choice,
+        default="opencv",
+        metavar="NAME[:OPTION=VALUE,...]",
+        help="solver of validation and final test, as -solver",
+    )
     group.add_argument(
         "-pretrain_dir",
         default="deepemd_pretrain_model/",
@@ -117,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for dataset in (train_set, val_set, test_set):
         dataset[0, 0]  # what is wrong with all images is reported before the first step
 
-    model = build_model(args, device_ids=device_ids, **pixel_statistics(args)).to(device)
+    statistics = pixel_statistics(args)
+    model = build_model(args, device_ids=device_ids, val_solver=args.val_solver, **statistics).to(device)
     started_from = None
     if args.pretrain_dir != "none" and not resumes:
         hint = "Set -pretrain_dir, run train_pretrain.py, or download the published weights: bash download_pretrain_model.sh"

@@ -369,6 +369,20 @@ def test_a_record_that_cannot_be_used_is_named(tmp_path, content, message):
     assert all(part in done.err for part in ("run.json", *message.split("|")))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", 0.2), ("gamma", 0.9), ("bs", 3), ("seed", 5), ("temperature", 2), ("max_epoch", 1)]
+)
+def test_flags_that_decide_the_result_may_not_differ(tmp_path, name, value):
+    parser = train_pretrain.build_parser()
+    record = {"script": "train_pretrain.py", "flags": vars(parser.parse_args([]))}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "last.pth").write_bytes(b"")
+    with pytest.raises(InputError, match=f"has other flags: -{name} {value}"):
+        parse_run(
+            "train_pretrain.py", parser, [f"-{name}", str(value), "-resume", str(tmp_path)], lambda args: tmp_path
+        )
+
+
 def test_recorded_flags_are_those_of_the_resumed_run(tmp_path):
     parser = train_pretrain.build_parser()
     flags = ["-way", "3", "-patch_list", "1,4", "-feature_pyramid", "2", "-compile", "-gpu", "0", "-seed", "7"]

@@ -59,6 +59,8 @@ def matched(way: int, cells: int) -> tuple[list, list, Matching]:
 
 def test_a_class_with_any_name_can_be_drawn(capfd, recwarn):
     query, protos, matching = matched(len(ODD_NAMES), 2)
+    capfd.readouterr()  # the solver may just have been compiled
+    recwarn.clear()
     figure = match.draw_match(query, protos, matching, names=ODD_NAMES, title=ODD_NAMES[0], truth=0, notes=ODD_NAMES)
     assert to_pixels(figure).std() > 0
     assert any("caf?" in text.get_text() for text in figure.findobj(Text))

@@ -29,7 +29,7 @@ def test_curves_of_a_resumed_run_have_each_epoch_once(tmp_path):
     values = {"train_loss": 1.0, "train_acc": 5.0, "val_loss": 1.0, "val_acc": 3.0, "val_interval": 0.5}
     run = RunFolder(tmp_path / "run", {})
     run.record(epoch=1, **values)
-    run.save_state({})
+    run.save_state({"progress": {"epoch": 1}})
     run.record(epoch=2, **values)
     run.writer.close()
     resumed = RunFolder(tmp_path / "run", {}, resume=True)

@@ -18,6 +18,11 @@ from helpers import ROOT, run, succeed, write_images
 from tqdm import tqdm
 
 import engine.run
+import eval as eval_script
+import Models.matching
+import train_meta
+import train_pretrain
+from engine.arguments import STAGE_FLAGS
 from engine.evaluation import Evaluation, Evaluator
 from Models import ResNet12
 
@@ -89,12 +94,44 @@ def test_tensorboard_scalars(trained):
 )
 def test_every_variant_trains_and_evaluates(trained, data, tmp_path, variant, shot):
     weights = trained[0] / PRETRAINED
-    flags = [*data, *SMALL, *variant, "-shot", shot, "-way", 3, "-sfc_update_step", 2, "-pretrain_dir", weights]
+    flags = [*data, *SMALL, *variant, "-shot", shot, "-way", 3, "-sfc_update_step", 2, "-sfc_lr", 0.2]
+    flags += ["-pretrain_dir", weights]
     counts = ["-max_epoch", 1, "-val_frequency", 1, "-val_episode", 1, "-test_episode", 2]
     out = succeed("train_meta.py", *flags, *counts, "-solver", "qpth", cwd=tmp_path)
     found = succeed(*next_command(out), cwd=tmp_path)
     assert f"3-way {shot}-shot, 2 episodes" in found
     assert re.search(r"acc .* %", out.splitlines()[-2])[0] == re.search(r"acc .* %", found)[0]
+
+
+@pytest.mark.parametrize(("stage", "following"), [(train_pretrain, train_meta), (train_meta, eval_script)])
+def test_the_next_stage_accepts_every_flag_that_it_is_given(stage, following):
+    names, accepted = (set(vars(script.build_parser().parse_args([]))) for script in (stage, following))
+    assert names - set(STAGE_FLAGS) - set(stage.OWN_FLAGS) <= accepted
+    assert set(stage.OWN_FLAGS) <= names
+
+
+def test_validation_uses_its_solver_for_the_prototypes_too(data, tmp_path, monkeypatch):
+    solvers: dict[bool, set[str]] = {True: set(), False: set()}
+    real_emd, real_call = Models.matching.emd, Evaluator.__call__
+    evaluating = []
+
+    def emd(*values, solver, **options):
+        solvers[bool(evaluating)].add(solver)
+        return real_emd(*values, solver=solver, **options)
+
+    def evaluate(self, *values, **settings):
+        evaluating.append(1)
+        try:
+            return real_call(self, *values, **settings)
+        finally:
+            evaluating.pop()
+
+    monkeypatch.setattr(Models.matching, "emd", emd)
+    monkeypatch.setattr(Evaluator, "__call__", evaluate)
+    counts = ["-max_epoch", 1, "-val_frequency", 1, "-val_episode", 1, "-test_episode", 1, "-way", 2, "-shot", 2]
+    flags = ["-solver", "ipm", "-val_solver", "simplex", "-sfc_update_step", 1, "-pretrain_dir", "none"]
+    succeed("train_meta.py", *data, *SMALL, *counts, *flags, cwd=tmp_path)
+    assert solvers == {True: {"simplex"}, False: {"ipm"}}
 
 
 def test_next_names_every_flag_that_matters(folder, tmp_path):
@@ -174,7 +211,7 @@ def test_what_validation_and_final_test_are_given(trained, data, tmp_path, monke
     calls = []
     accuracies = iter([60.0, 40.0, 50.0, 1.0])  # three epochs, of which the first is best, then the test
 
-    def evaluate(self, model, episodes, *, solver=None, title=""):
+    def evaluate(self, model, episodes, *, solver=None, title="", **_):
         weights = {key: value.clone() for key, value in model.state_dict().items()}
         calls.append((list(episodes), solver, title, weights))
         return Evaluation(1.0, next(accuracies), 1.0, [])
@@ -320,7 +357,7 @@ GOOD = ["-dataset", "folder", "-data_dir", "good", "-model_dir", "none", *SMALL]
         (["-deepemd", "grid", "-feature_pyramid", "2,1"], 1, "-feature_pyramid requires -deepemd fcn"),
         (["-compile", "-checkpoint_activations"], 1, "-compile and -checkpoint_activations exclude each other"),
         (["-extra_dir", "../elsewhere"], 2, "expected the name of a folder below checkpoint/"),
-        (["-extra_dir", "n" * 300], 1, "expected to write to checkpoint/eval/nnn"),
+        (["-extra_dir", "n" * 300], 1, "cannot write to checkpoint/eval/nnn"),
     ],
 )  # fmt: skip
 def test_bad_input(bad_place, flags, status, message):
@@ -389,12 +426,12 @@ def test_a_failing_final_test_costs_nothing_but_itself(folder, tmp_path):
     done = run("train_meta.py", *flags, cwd=tmp_path)
     assert (done.status, "it cannot be read" in done.err) == (1, True)
     assert (tmp_path / "checkpoint/folder/fcn/1shot-2way/max_acc.pth").is_file()
-    assert "this tests them: python eval.py " in done.err
+    assert "to test them, run: python eval.py " in done.err
 
 
 def test_sync_bn_needs_processes_on_gpus(data, tmp_path):
     done = run("train_pretrain.py", *data, *SMALL, "-sync_bn", cwd=tmp_path)
-    assert (done.status, "-sync_bn goes with several processes on GPUs" in done.err) == (1, True)
+    assert (done.status, "-sync_bn requires several processes on GPUs" in done.err) == (1, True)
 
 
 def test_divergence_says_so(data, tmp_path):
@@ -440,6 +477,6 @@ def test_a_full_disk_is_one_line_and_costs_nothing(data, tmp_path, monkeypatch):
     monkeypatch.setattr(engine.run.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
     done = run("train_pretrain.py", *flags, cwd=tmp_path)
     assert done.status == 1
-    assert re.search(r"error: expected 250 MB of free space for the run in .*; there are 1$", done.err.strip())
+    assert re.search(r"error: the run needs 250 MB of free space in .*; there are 1$", done.err.strip())
     assert weights.read_bytes() == before
     assert not (weights.parent / "previous-1").exists()

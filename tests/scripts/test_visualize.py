@@ -286,19 +286,22 @@ def test_log_images(data, tmp_path):
     assert refused.err.startswith("error: -head proto computes no flow")
 
 
-def test_pictures_of_an_epoch_that_is_done_again(tmp_path):
+def test_pictures_of_a_repeated_epoch_replace_the_earlier_ones(tmp_path):
     pixels = np.zeros((4, 6, 3), np.uint8)
     run = RunFolder(tmp_path / "run", {})
     run.image("one", pixels, 1)
     run.record(epoch=1)
-    run.save_state({})
+    run.save_state({"progress": {"epoch": 1}})
     run.image("one", pixels + 1, 2)
     run.writer.close()
     again = RunFolder(tmp_path / "run", {}, resume=True)
     again.writer.flush()
     assert tensorboard_images(tmp_path / "run") == {"images/one": [1]}
+    again.image("one", pixels + 2, 2)
     again.writer.close()
-    assert [path.name for path in (tmp_path / "run/images/one").iterdir()] == ["epoch-1.png"]
+    assert tensorboard_images(tmp_path / "run") == {"images/one": [1, 2]}
+    with Image.open(tmp_path / "run/images/one/epoch-2.png") as image:
+        assert np.array_equal(np.asarray(image), pixels + 2)
     RunFolder(tmp_path / "run", {}).writer.close()
     assert not (tmp_path / "run/images").exists()
     assert (tmp_path / "run/previous-1/images/one/epoch-1.png").is_file()

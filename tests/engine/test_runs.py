@@ -293,6 +293,11 @@ def test_logs_that_were_removed_do_not_matter(tmp_path):
     run = RunFolder(tmp_path, {}, resume=True)
     assert run.state == {"progress": {"epoch": 2}}
     assert json.loads((tmp_path / "trlog.json").read_text())["epochs"] == [{"epoch": 1}]
+    assert sorted(path.name for path in (tmp_path / "images").rglob("*.png")) == [
+        "epoch-1 (1).png",
+        "epoch-1.png",
+        "epoch-x.png",
+    ]
 
 
 def test_runs_of_the_earlier_format_are_resumed(tmp_path):

@@ -171,7 +171,6 @@ def test_flags_of_a_resumed_run(folder, tmp_path, monkeypatch):
     again = [*PRETRAIN, *HERE, "-data_dir", folder, "-seed", 0, "-resume"]
     for flags, message in (
         (["-query", 3], "-query 3 (was 2)"),
-        (["-lr", 0.02], "-lr 0.02 (was 0.01)"),
         (["-max_epoch", 1, "-temperature", 3], "-temperature 3.0 (was 12.5)"),
         (["-max_epoch", 1], "-max_epoch 1 (was 2)"),
     ):

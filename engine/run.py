@@ -118,7 +118,8 @@ class RunFolder:
         content = load_plain(path, "state of a run")
         try:
             state, curves = content["state"], content["curves"]
-            if not (isinstance(state["progress"]["epoch"], int) and isinstance(curves["epochs"], list)):
+            epoch = dict(state).get("progress", {}).get("epoch", 1)
+            if not (isinstance(epoch, int) and isinstance(curves["epochs"], list)):
                 raise TypeError("its content has other types")
             if content["format"] == 1:  # had the log in it
                 lines = "".join(f"{line}\n" for line in content["lines"])
@@ -135,6 +136,10 @@ class RunFolder:
             ) from error
         self.state, self.curves = state, dict(curves)
         self._write_curves()
+        for file in self.path.glob("images/*/epoch-*.png"):
+            number = file.stem.removeprefix("epoch-")
+            if number.isdecimal() and int(number) > len(curves["epochs"]):
+                file.unlink()
         return points
 
     def _log_files(self) -> dict[str, Path]:
@@ -202,7 +207,9 @@ class RunFolder:
 
     def is_finished(self, max_epoch: int) -> bool:
         """Whether the run that was resumed has nothing left to do."""
-        return bool(self.state and self.state.get("finished") and self.state["progress"]["epoch"] > max_epoch)
+        return bool(
+            self.state and self.state.get("finished") and self.state.get("progress", {}).get("epoch", 0) > max_epoch
+        )
 
     def _write_curves(self) -> None:
         write_json(self.path / "trlog.json", self.curves)

@@ -1,9 +1,13 @@
 """Data that several test files build on: generated here, so that the tests need no download."""
 
+import signal
 from pathlib import Path
 
 import pytest
 from helpers import write_images
+
+# A shell starts a background job with SIGINT ignored, and processes that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

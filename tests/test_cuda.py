@@ -15,7 +15,7 @@ from dataloader import EpisodeSampler, ImageDataset, SeededEpisodes, make_view
 from engine import cache, evaluation
 from engine.evaluation import Evaluator
 from engine.start import set_seed
-from engine.training import StepGuard, make_optimizer
+from engine.training import FitSettings, StepGuard, make_optimizer
 from Models import Classifier, DeepEMD
 from Models.emd import SOLVERS, emd, scale_to_mass
 
@@ -127,7 +127,7 @@ def test_bfloat16_reaches_every_convolution(device_ids, stage):
 def test_half_precision_training_step(amp):
     model = network(amp=amp, solver="simplex").to(GPU).train()
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    optimizer, _ = make_optimizer(model, lr=0.01, step_size=1, gamma=0.5)
+    optimizer, _ = make_optimizer(model, FitSettings(max_epoch=1, lr=0.01, step_size=1, gamma=0.5))
     guard = StepGuard(model, optimizer, torch.amp.GradScaler("cuda", enabled=amp == "float16"))
     images = normal_images(5, 6, 3, 32, 32).to(GPU)
     for number in range(8):  # the scale may have to fall first

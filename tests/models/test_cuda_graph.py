@@ -1,0 +1,83 @@
+"""The bookkeeping of captured steps, with stand-ins for streams and graphs. test_cuda.py has the fit on a GPU."""
+
+import contextlib
+
+import pytest
+import torch
+
+from Models import cuda_graph
+from Models.cuda_graph import EAGER_CALLS, GraphedStep
+
+
+class Device:
+    """What a CUDA device does with a step: run it, or record it to be replayed."""
+
+    def __init__(self, monkeypatch):
+        self.done: list[list[int]] = []
+        self.recording = None
+        self.captures = self.replays = 0
+        stand_in = self
+
+        class Graph:
+            def replay(self):
+                stand_in.replays += 1
+                stand_in.done.append(self.read.tolist())
+
+        class Stream:
+            def __init__(self, device=None):
+                pass
+
+            def wait_stream(self, other):
+                pass
+
+        @contextlib.contextmanager
+        def graph(found):
+            stand_in.captures += 1
+            stand_in.recording = found
+            try:
+                yield
+            finally:
+                stand_in.recording = None
+
+        cuda = cuda_graph.torch.cuda
+        for name, value in {"CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream, "graph": graph}.items():
+            monkeypatch.setattr(cuda, name, value)
+        monkeypatch.setattr(cuda, "stream", lambda stream: contextlib.nullcontext())
+
+    def step(self, batch):
+        if self.recording is not None:
+            self.recording.read = batch  # what a replay reads; nothing is computed
+        else:
+            self.done.append(batch.tolist())
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    """Passes over five images in batches of two, whose last is smaller."""
+    return [part for number in range(6) for part in (torch.arange(5) + 10 * number).unsqueeze(0).split(2, dim=1)]
+
+
+def test_every_batch_is_computed_once_and_in_order(monkeypatch, batches):
+    device = Device(monkeypatch)
+    step = GraphedStep(device.step)
+    for batch in batches:
+        step(batch)
+    assert device.done == [batch.tolist() for batch in batches]
+    assert device.captures == 2  # one for each size
+    assert device.replays == len(batches) - 2 * EAGER_CALLS
+
+
+def test_a_failed_capture_is_reported_and_loses_no_step(monkeypatch, batches):
+    device = Device(monkeypatch)
+
+    def step(batch):
+        if device.recording is not None:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        device.step(batch)
+
+    graphed = GraphedStep(step)
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph: operation not permitted when stream is capturing$"):
+        for batch in batches:
+            graphed(batch)
+    assert device.done == [batch.tolist() for batch in batches]
+    assert device.captures == 1

@@ -17,7 +17,9 @@ from engine.evaluation import Evaluator
 from engine.start import set_seed
 from engine.training import FitSettings, StepGuard, make_optimizer
 from Models import Classifier, DeepEMD
-from Models.emd import SOLVERS, emd, scale_to_mass
+from Models.emd import SOLVERS, ProblemError, emd, scale_to_mass, settle, simplex_cuda
+from Models.matching import cosine_similarity_map, cross_reference_weights
+from Models.sfc import fit_prototypes
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -62,6 +64,68 @@ def test_solver_equals_the_cpu(solver, nodes):
         found.append([value.detach().cpu(), flow.cpu(), *gradients])
     for ours, expected in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(ours, expected, atol=2e-2 if solver == "qpth" else 1e-4, rtol=1e-3)
+
+
+# --- simplex on the device ----------------------------------------------------------------------------------------------
+
+
+def problems(batch: int, n: int, m: int, seed: int = 0) -> list[torch.Tensor]:
+    """Costs, supplies and demands of nodes with a common part, as features have it, on the CPU."""
+    draw = torch.Generator().manual_seed(seed)
+    common = torch.randn(64, 1, generator=draw).abs()
+    nodes = [(common + torch.randn(batch, 1, 64, k, generator=draw)).relu() for k in (n, m)]
+    cost = 1 - cosine_similarity_map(*nodes)[:, 0, 0]
+    weights = cross_reference_weights(*nodes)[:, 0, 0], cross_reference_weights(*nodes[::-1])[:, 0, 0]
+    return [cost, *(scale_to_mass(weight, n) for weight in weights)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (9, 25), (25, 25), (33, 32), (40, 41), (64, 64)])
+def test_the_kernel_certifies_its_answers(size, dtype):
+    given = [part.to(GPU, dtype).contiguous() for part in problems(256, *size)]
+    assert simplex_cuda.is_usable(GPU, *size, dtype)
+    solution = simplex_cuda.solve_tensors(*given)
+    assert not solution.status.any()
+    assert simplex_cuda.certificate_fault(*given, solution) is None
+    expected = emd(*problems(256, *size), solver="simplex").value
+    torch.testing.assert_close(solution.value.cpu().float(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_call_and_its_gradient_never_wait():
+    given = [part.to(GPU).requires_grad_() for part in problems(100, 25, 25)]
+    emd(*given, solver="simplex").value.sum().backward()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        emd(*given, solver="simplex").value.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(part.grad.isfinite().all() for part in given)
+
+
+def test_problems_that_are_none_are_nan_until_settled():
+    given = [part.to(GPU) for part in problems(5, 9, 9)]
+    given[0][3, 1, 1] = torch.nan
+    value = emd(*given, solver="simplex").value
+    assert value.isnan().tolist() == [False, False, False, True, False]
+    with pytest.raises(ProblemError, match="not finite"):
+        settle(GPU)
+    settle(GPU)
+
+
+@pytest.mark.parametrize("head", ["deepemd", "cosine"])
+def test_the_fit_as_a_graph_is_the_fit_step_by_step(monkeypatch, head):
+    settings = {"way": 3, "shot": 3, "lr": 10.0, "steps": 12, "batch_size": 4, "head": head, "solver": "simplex"}
+    support = (torch.randn(2, 9, 64, 9, generator=torch.Generator().manual_seed(1)) + 0.5).relu()
+    order = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(k)) for k in range(12)])
+    replays = []
+    real = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or real(graph))
+    found = fit_prototypes(support.to(GPU), permutations=order, **settings)
+    assert len(replays) == 36 - 2 * 3
+    assert len(set(map(id, replays))) == 2
+    expected = fit_prototypes(support, permutations=order, **settings)
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=1e-4)
 
 
 def evaluate(folder: Path, device: torch.device, **settings) -> evaluation.Evaluation:

@@ -57,11 +57,15 @@ def batches() -> list[torch.Tensor]:
     return [part for number in range(6) for part in (torch.arange(5) + 10 * number).unsqueeze(0).split(2, dim=1)]
 
 
+def run(step, batches):
+    for batch in batches:
+        step(batch)
+
+
 def test_every_batch_is_computed_once_and_in_order(monkeypatch, batches):
     device = Device(monkeypatch)
     step = GraphedStep(device.step)
-    for batch in batches:
-        step(batch)
+    run(step, batches)
     assert device.done == [batch.tolist() for batch in batches]
     assert device.captures == 2  # one for each size
     assert device.replays == len(batches) - 2 * EAGER_CALLS
@@ -75,9 +79,8 @@ def test_a_failed_capture_is_reported_and_loses_no_step(monkeypatch, batches):
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         device.step(batch)
 
-    graphed = GraphedStep(step)
-    with pytest.warns(RuntimeWarning, match="without a CUDA graph: operation not permitted when stream is capturing$"):
-        for batch in batches:
-            graphed(batch)
+    message = "without a CUDA graph: operation not permitted when stream is capturing$"
+    with pytest.warns(RuntimeWarning, match=message):
+        run(GraphedStep(step), batches)
     assert device.done == [batch.tolist() for batch in batches]
     assert device.captures == 1

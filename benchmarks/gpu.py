@@ -1,0 +1,183 @@
+"""What a GPU is worth here: the solver, the encoder, an episode's parts, and the fit of prototypes. See benchmarks/gpu.sh.
+
+    python benchmarks/gpu.py PART -out FOLDER     a part writes FOLDER/PART.jsonl, and is not repeated if that exists
+    python benchmarks/gpu.py table -out FOLDER    all measurements as Markdown
+
+Times are the mean of calls between two synchronisations. ``-gpu cpu -quick`` tries the code without a GPU.
+"""
+
+import json
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from engine.start import choose_device
+from Models import DeepEMD, sfc
+from Models.emd import EmdError, emd, scale_to_mass
+from Models.matching import cosine_similarity_map, cross_reference_weights
+from utils import make_parser, run_script, write_atomically
+
+WAY, QUERY, CHANNELS = 5, 15, 640
+Rows = Iterator[dict[str, Any]]
+
+
+def seconds(work: Callable[[], object], device: torch.device, calls: int) -> float:
+    """The mean time of a call, after two that warm up."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for _ in range(2):
+        work()
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def features(*shape: int) -> torch.Tensor:
+    """Nodes ``(..., C, N)`` as an encoder makes them: non-negative, with a part that all of them share."""
+    return (torch.randn(*shape) + torch.randn(shape[-2], 1).abs()).relu()
+
+
+def measure_solver(args: Namespace, device: torch.device) -> Rows:
+    """Problems a second by nodes and batch, on the device and on the CPU."""
+    for nodes in (9, 25, 64):
+        for batch in (20,) if args.quick else (100, 3000, 30_000 // (1 + nodes // 32)):
+            left, right = features(batch, 1, CHANNELS, nodes), features(batch, 1, CHANNELS, nodes)
+            cost = 1 - cosine_similarity_map(left, right)[:, 0, 0]
+            weights = cross_reference_weights(left, right)[:, 0, 0], cross_reference_weights(right, left)[:, 0, 0]
+            given = [cost, *(scale_to_mass(weight, nodes) for weight in weights)]
+            for solver, place in (
+                ("simplex", device),
+                ("simplex", torch.device("cpu")),
+                ("opencv", torch.device("cpu")),
+            ):
+                if place.type == "cpu" and batch > 3000:
+                    continue
+                here = [part.to(place) for part in given]
+                mean = seconds(
+                    lambda here=here, solver=solver: emd(*here, solver=solver), place, 1 if args.quick else 10
+                )
+                yield {
+                    "nodes": nodes,
+                    "problems": batch,
+                    "solver": f"{solver} ({place.type})",
+                    "us each": 1e6 * mean / batch,
+                }
+
+
+def measure_encoder(args: Namespace, device: torch.device) -> Rows:
+    """ResNet-12 images a second at 84 pixels, and the peak memory."""
+    for amp in ("off", "bfloat16"):
+        for compiled in (False,) if args.quick else (False, True):
+            for phase in ("training", "evaluation"):
+                batch = 2 if args.quick else 128 if phase == "training" else 256
+                model = DeepEMD(amp=amp, compiled=compiled).to(device)
+                network = model.encoder.train() if phase == "training" else model.folded().encoder
+                images = torch.randint(256, (batch, 3, 84, 84), dtype=torch.uint8, device=device)
+
+                def work(network=network, images=images, phase=phase):
+                    with torch.set_grad_enabled(phase == "training"):
+                        maps = network(images)
+                    if phase == "training":
+                        maps.mean().backward()
+
+                rate = batch / seconds(work, device, 1 if args.quick else 20)
+                memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+                yield {"amp": amp, "compile": compiled, "phase": phase, "batch": batch, "images/s": rate, "GiB": memory}
+
+
+def measure_episodes(args: Namespace, device: torch.device) -> Rows:
+    """Milliseconds of the parts of a 1-shot episode: encoding, matching, and a training step with its gradient."""
+    images = torch.randint(256, (WAY * (1 + QUERY), 3, 84, 84), dtype=torch.uint8, device=device)
+    labels = torch.arange(WAY * QUERY, device=device) % WAY
+    for solver in ("opencv", "simplex", "ipm"):
+        model = DeepEMD(solver=solver).to(device).train()
+        folded = model.folded()
+        calls = 1 if args.quick else 10
+        with torch.no_grad():
+            nodes = folded.encode(images)
+            parts = {
+                "encoding": lambda model=folded: model.encode(images),
+                "matching": lambda model=folded, nodes=nodes: model.match(nodes[:WAY], nodes[WAY:], way=WAY, shot=1),
+            }
+            found = {name: 1e3 * seconds(work, device, calls) for name, work in parts.items()}
+
+        def step(model=model):
+            torch.nn.functional.cross_entropy(model(images, way=WAY, shot=1), labels).backward()
+
+        yield {"solver": solver, **found, "training step": 1e3 * seconds(step, device, calls)}
+
+
+def measure_fit(args: Namespace, device: torch.device) -> Rows:
+    """Milliseconds of a step of the prototype fit, 5-way 5-shot with 25 nodes: as a graph, step by step, and by opencv."""
+    steps = 2 if args.quick else 20
+    never_waits = sfc._never_waits
+    for episodes in (1, 8):
+        support = features(episodes, 5 * WAY, CHANNELS, 25).to(device)
+        for how, solver in (("graph", "simplex"), ("step by step", "simplex"), ("step by step", "opencv")):
+            sfc._never_waits = never_waits if how == "graph" else lambda settings, nodes: False
+            settings = {"way": WAY, "shot": 5, "lr": 100.0, "steps": steps, "batch_size": 4, "solver": solver}
+            mean = seconds(
+                lambda settings=settings, support=support: sfc.fit_prototypes(support, **settings), device, 1
+            )
+            yield {"episodes": episodes, "solver": solver, "how": how, "ms a step": 1e3 * mean / (7 * steps)}
+    sfc._never_waits = never_waits
+
+
+PARTS = {"solver": measure_solver, "encoder": measure_encoder, "episodes": measure_episodes, "fit": measure_fit}
+
+
+def table(folder: Path) -> str:
+    """The measurements of all parts as Markdown."""
+    lines = []
+    for file in sorted(folder.glob("*.jsonl")):
+        first, *rows = map(json.loads, file.read_text().splitlines())
+        lines += [f"\n**{file.stem}** ({first['device']}, torch {first['torch']})\n"]
+        columns = list(rows[0])
+        lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        for row in rows:
+            cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values())
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("part", choices=[*PARTS, "table"], help="what to measure; table prints what was measured")
+    parser.add_argument("-out", type=Path, default=Path("checkpoint/gpu"), help="folder of the measurements")
+    parser.add_argument("-gpu", help='the GPU to use, or "cpu" (default: the first GPU)')
+    parser.add_argument("-quick", action="store_true", help="one small call of everything")
+    args = parser.parse_args()
+    if args.part == "table":
+        print(table(args.out))
+        return
+    path = args.out / f"{args.part}.jsonl"
+    if path.exists():
+        print(f"{path}: measured before")
+        return
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
+    device, _ = choose_device(args.gpu)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    rows = [{"device": name, "torch": torch.__version__, "part": args.part}]
+    try:
+        for row in PARTS[args.part](args, device):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    except EmdError as error:
+        print(f"{args.part} is not complete: {error}", file=sys.stderr)
+        raise
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -81,6 +81,17 @@ def _retry(remote: Remote, attempt: Callable[[], T | None], progress: Callable[[
         time.sleep(FIRST_PAUSE * 2 ** (failures - 1))
 
 
+def _retry_reason(remote: Remote, error: Exception) -> str:
+    """What went wrong, if another attempt may succeed; other errors are raised."""
+    if not isinstance(error, urllib.error.HTTPError):
+        return str(getattr(error, "reason", error)) or type(error).__name__
+    answer = f"HTTP {error.code} {error.reason}"
+    if error.code < 500 and error.code not in (408, 429):
+        advice = remote.refused if error.code in (401, 403) else ""
+        raise InputError(f"the server refused {remote.url} ({answer}). {advice}".strip()) from error
+    return answer
+
+
 def _continue(remote: Remote, partial: Path) -> bool | None:
     """Fetch what is missing; True if the file is complete as far as the server says."""
     have = _size(partial)
@@ -91,10 +102,7 @@ def _continue(remote: Remote, partial: Path) -> bool | None:
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
-        whole = (error.headers.get("Content-Range") or "").rpartition("/")[2]
-        if whole.isdecimal() and int(whole) == have:
-            return True  # nothing is missing
-        partial.unlink()  # longer than the file, so it is part of another one
+        partial.unlink()  # as long as the file or longer: it was not verified, so it is fetched again
         return None
     with response:
         starts = (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-")
@@ -111,12 +119,32 @@ def _continue(remote: Remote, partial: Path) -> bool | None:
     return True if total is None or have >= total else None
 
 
-def _open(remote: Remote, headers: dict[str, str], *, method: str = "GET", follow: bool = True) -> HTTPResponse:
+def _check(remote: Remote, partial: Path) -> None:
+    size, fault = _size(partial), ""
+    if remote.size not in (None, size):
+        fault = f"{size} bytes instead of {remote.size}"
+    elif remote.digest:
+        kind, _, wanted = remote.digest.partition(":")
+        digest = hashlib.new(kind)
+        with open(partial, "rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+        if digest.hexdigest() != wanted:
+            fault = f"the {kind} {digest.hexdigest()} instead of {wanted}"
+    if fault:
+        partial.unlink()
+        raise InputError(
+            f"{remote.url} is not the published file: it has {fault}. The download was removed. Run the same command again; "
+            "if that does not help, get the file another way and pass it as -source"
+        )
+
+
+def _open(remote: Remote, headers: dict[str, str], *, is_head: bool = False) -> HTTPResponse:
     try:
-        request = urllib.request.Request(remote.url, headers=headers, method=method)
+        request = urllib.request.Request(remote.url, headers=headers, method="HEAD" if is_head else "GET")
         if remote.token:  # not sent on to the server that a redirection names
             request.add_unredirected_header("Authorization", f"Bearer {remote.token}")
-        return urllib.request.build_opener(*([] if follow else [_Stay])).open(request, timeout=TIMEOUT)
+        return urllib.request.build_opener(*[_Stay] * is_head).open(request, timeout=TIMEOUT)
     except (ValueError, InvalidURL) as error:
         raise InputError(f"{remote.url} cannot be asked for ({error}). Check HF_ENDPOINT and HF_TOKEN") from error
 
@@ -130,40 +158,23 @@ class _Stay(urllib.request.HTTPRedirectHandler):
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
-def _retry_reason(remote: Remote, error: Exception) -> str:
-    """What went wrong, if another attempt may succeed; other errors are raised."""
-    if not isinstance(error, urllib.error.HTTPError):
-        return str(getattr(error, "reason", error)) or type(error).__name__
-    answer = f"HTTP {error.code} {error.reason}"
-    if error.code < 500 and error.code not in (408, 429):
-        advice = remote.refused if error.code in (401, 403) else ""
-        raise InputError(f"the server refused {remote.url} ({answer}). {advice}".strip()) from error
-    return answer
+def _answer(
+    remote: Remote, headers: dict[str, str] | None = None, *, is_head: bool = False
+) -> tuple[HTTPResponse, bytes]:
+    """The server's answer to one small request, and its content."""
 
+    def attempt() -> tuple[HTTPResponse, bytes]:
+        with _open(remote, headers or {}, is_head=is_head) as response:
+            return response, response.read()
 
-def _check(remote: Remote, partial: Path) -> None:
-    size = _size(partial)
-    fault = f"{size} bytes instead of {remote.size}" if remote.size not in (None, size) else None
-    if not fault and remote.digest:
-        kind, _, wanted = remote.digest.partition(":")
-        with open(partial, "rb") as file:
-            digest = hashlib.new(kind)
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        fault = f"the {kind} {digest.hexdigest()} instead of {wanted}" if digest.hexdigest() != wanted else None
-    if fault:
-        partial.unlink()
-        raise InputError(
-            f"{remote.url} is not the published file: it has {fault}. The download was removed. Run the same command again; "
-            "if that does not help, get the file another way and pass it as -source"
-        )
+    return _retry(remote, attempt)
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
 
 
 class HubRepository:
-    """The files of a data set on Hugging Face, at a fixed revision.
+    """The files of a data set on Hugging Face. A branch as revision is replaced by its current commit.
 
     ``HF_ENDPOINT`` overrides the server; ``HF_TOKEN`` is for data sets with terms to accept.
     """
@@ -177,7 +188,7 @@ class HubRepository:
         return f"{self.name} on Hugging Face, revision {self.revision}"
 
     def files(self) -> list[str]:
-        """The paths of its files. A branch as revision is replaced by its current commit."""
+        """The paths of its files."""
         remote = self._remote("api/datasets/{}/revision/{}", self.name, self.revision)
         content = _answer(remote)[1]
         try:
@@ -193,7 +204,7 @@ class HubRepository:
     def file(self, path: str) -> Remote:
         """A file, with the size and SHA-256 that the server states."""
         remote = self._remote("datasets/{}/resolve/{}/{}", self.name, self.revision, path)
-        headers = _answer(remote, method="HEAD", follow=False)[0].headers
+        headers = _answer(remote, is_head=True)[0].headers
         size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
         digest = (headers.get("X-Linked-Etag") or "").removeprefix("W/").strip('"')
         if len(digest) != 64 or not size.isdecimal():
@@ -209,34 +220,12 @@ class HubRepository:
         return Remote(url, token=self.token, refused=advice + " (the present one is refused)" * bool(self.token))
 
 
-def _answer(
-    remote: Remote, *, method: str = "GET", follow: bool = True, headers: dict[str, str] | None = None
-) -> tuple[HTTPResponse, bytes]:
-    """The server's answer to one small request, and its content."""
-
-    def attempt() -> tuple[HTTPResponse, bytes]:
-        with _open(remote, headers or {}, method=method, follow=follow) as response:
-            return response, response.read()
-
-    return _retry(remote, attempt)
-
-
 class RemoteFile(io.RawIOBase):
     """A file on a server, read in ranges: for the small parts of a large file."""
 
     def __init__(self, remote: Remote) -> None:
         super().__init__()
-        assert remote.size is not None
         self.remote, self.position = remote, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.remote.size}[whence]
@@ -247,10 +236,10 @@ class RemoteFile(io.RawIOBase):
         end = self.remote.size if size < 0 else min(self.position + size, self.remote.size)
         if self.position >= end:
             return b""
-        response, content = _answer(self.remote, headers={"Range": f"bytes={self.position}-{end - 1}"})
+        response, content = _answer(self.remote, {"Range": f"bytes={self.position}-{end - 1}"})
         if response.status != 206 or len(content) != end - self.position:
             raise InputError(
-                f"{self.remote.url} did not send the bytes {self.position} to {end - 1} that it was asked for"
+                f"{self.remote.url} did not send the bytes {self.position} to {end - 1} that were asked for"
             )
         self.position = end
         return content

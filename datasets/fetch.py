@@ -3,12 +3,12 @@
     python datasets/fetch.py NAME [archive already downloaded, or its file:// URL]
 
 Data sets go into ``datasets/``, models into the folder above it. The folder appears when it is complete. An interrupted
-download is kept as ``<archive>.part*`` and resumed by the next call. The archive is extracted into ``.<archive>.extracting``,
-which is removed at the end, or by the next call if the process was killed.
+download is kept as ``<archive>.part*`` and resumed by the next call.
 
 Exit status: 0 if the folder is in place, 1 if it cannot be fetched, 2 for bad arguments, 130 after Ctrl-C or SIGTERM.
 """
 
+import os
 import shutil
 import signal
 import sys
@@ -20,12 +20,12 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gdown
-from archives import BLOCK, Archive, BrokenArchive, open_archive
+from archives import Archive, BrokenArchive
 from folders import exclusive, holds_files, remove_empty
 from requests.exceptions import RequestException
 
 from dataloader.catalog import CATALOG
-from utils import InputError, make_parser, run_script
+from utils import InputError, first_few, make_parser, run_script
 
 PROJECT = Path(__file__).resolve().parents[1]
 GONE = "The published archive was reported gone in 2023. "
@@ -78,16 +78,17 @@ def fetch(name: str, source: str | None, project: Path) -> None:
     Raises:
         InputError: the archive cannot be downloaded or extracted, or is not the published one.
     """
-    into = project / DOWNLOADS[name].into
-    if _is_in_place(name, into):
+    download = DOWNLOADS[name]
+    into = project / download.into
+    if _is_in_place(download, into):
         return
     path = None if source is None else _local(source)
-    with exclusive(into / DOWNLOADS[name].archive):
-        if _is_in_place(name, into):  # another process may have fetched it by now
+    with exclusive(into / download.archive):
+        if _is_in_place(download, into):  # another process may have fetched it by now
             return
         path = path or _download(name, into)
         try:
-            target = _extract(path, into, DOWNLOADS[name])
+            target = _extract(path, into, download)
         except BrokenArchive as error:
             if source is not None:
                 raise
@@ -98,8 +99,8 @@ def fetch(name: str, source: str | None, project: Path) -> None:
     print(f"{target} is in place")
 
 
-def _is_in_place(name: str, into: Path) -> bool:
-    found = next((into / folder for folder in DOWNLOADS[name].folders if holds_files(into / folder)), None)
+def _is_in_place(download: Download, into: Path) -> bool:
+    found = next((into / folder for folder in download.folders if holds_files(into / folder)), None)
     if found:
         print(f"{found} exists: nothing to do (remove it to fetch it again)")
     return found is not None
@@ -133,28 +134,26 @@ def _download(name: str, into: Path) -> Path:
 
 
 def _advice(name: str) -> str:
-    download = DOWNLOADS[name]
     return (
-        f"Or save https://drive.google.com/file/d/{download.drive_id}/view in a browser and run: "
-        f"python datasets/fetch.py {name} path/to/{download.archive}. {download.otherwise}"
+        f"Or save https://drive.google.com/file/d/{DOWNLOADS[name].drive_id}/view in a browser and run: "
+        f"python datasets/fetch.py {name} path/to/{DOWNLOADS[name].archive}. {DOWNLOADS[name].otherwise}"
     )
 
 
 def _extract(path: Path, into: Path, download: Download) -> Path:
     scratch = into / f".{download.archive}.extracting"
-    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     try:
         scratch.mkdir()
-        _unpack(open_archive(path), scratch)
+        _unpack(Archive(path), scratch)
         found = next((scratch / folder for folder in download.folders if (scratch / folder).is_dir()), None)
         if found is None:
-            names = ", ".join(sorted(entry.name for entry in scratch.iterdir())[:5]) or "nothing"
+            names = first_few(sorted(os.listdir(scratch)))
             raise BrokenArchive(f"{path} has no folder {' or '.join(download.folders)}; it holds {names}")
         if not holds_files(found):
             raise BrokenArchive(f"the folder {found.name} of {path} is empty")
         target = into / found.name
-        if target.is_dir():  # without files, as fetch() has seen; the renaming fails if it has some by now
-            remove_empty(target)
+        remove_empty(target)  # fetch() found no file in it; if there is one by now, the renaming fails
         found.rename(target)
         return target
     except OSError as error:
@@ -164,37 +163,16 @@ def _extract(path: Path, into: Path, download: Download) -> Path:
 
 
 def _unpack(archive: Archive, folder: Path) -> None:
-    """Write the members of an archive as plain files and folders below a folder.
-
-    Only names and contents are used: no links, no devices, no owners, no permissions. A link becomes a copy of its file.
-    """
-    free = shutil.disk_usage(folder).free
-    taken, needed = 0, archive.path.stat().st_size
-
-    def place(name: str) -> Path:
-        parts = PureWindowsPath(name)  # knows every separator, and drives
-        if parts.anchor or ".." in parts.parts or "\0" in name:
-            raise BrokenArchive(f"{archive.path} holds {name!r}, which leads out of its folder")
-        return folder.joinpath(*parts.parts)
-
+    """Write the members of an archive as plain files and folders; only their names and contents are used."""
     for member in archive.members():
-        target = place(member.name)
-        linked = place(member.link) if member.kind == "link" else None
-        if linked and not linked.is_file():
-            raise BrokenArchive(f"{archive.path} holds the link {member.name!r}, which does not lead to a file")
+        name = PureWindowsPath(member.name)  # knows every separator, and drives
+        if name.anchor or ".." in name.parts or "\0" in member.name:
+            raise BrokenArchive(f"{archive.path} holds {member.name!r}, which leads out of its folder")
         if member.kind == "other":
             raise BrokenArchive(f"{archive.path} holds {member.name!r}, which is neither a file nor a folder")
-        taken += BLOCK + (linked.stat().st_size if linked else member.size)
-        if taken > archive.bound:
-            raise BrokenArchive(
-                f"{archive.path} holds over {archive.bound >> 20} MiB, out of proportion to its own size"
-            )
-        if max(taken, needed) > free:
-            raise InputError(f"{archive.path} needs more than the {free >> 20} MiB free in {folder.parent}")
+        target = folder.joinpath(*name.parts)
         (target if member.kind == "folder" else target.parent).mkdir(parents=True, exist_ok=True)
-        if linked:
-            shutil.copyfile(linked, target)
-        elif member.kind == "file":
+        if member.kind == "file":
             with open(target, "wb") as file:
                 file.writelines(archive.chunks(member))
 

@@ -1,11 +1,17 @@
-"""Folders that are built by one process at a time and appear under their name when they are complete."""
+"""Folders that are built by one process at a time, appear under their name when complete, and have a hash."""
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from engine.run import hold_lock
+
+# prepare.py writes it into a data set, and verify.py compares it with the files on disk:
+# {"dataset": "fc100", "recipe": 1, "source": "...", "options": {...}, "sha256": "...",
+#  "splits": {"train": {"classes": 60, "images": 36000, "per_class": {"apple": 600, ...}}, ...}}
+MANIFEST = "manifest.json"
 
 
 @contextmanager
@@ -37,3 +43,11 @@ def remove_empty(folder: Path) -> None:
     for root, folders, files in os.walk(folder, topdown=False):
         if not files and not any(os.path.lexists(os.path.join(root, name)) for name in folders):
             os.rmdir(root)
+
+
+def tree_hash(digests: Mapping[str, str]) -> str:
+    """One SHA-256 for a folder: of its relative paths (with ``/``) in sorted order, each with the SHA-256 of its file."""
+    whole = hashlib.sha256()
+    for name in sorted(digests):
+        whole.update(f"{digests[name]}  {name}\n".encode(errors="surrogateescape"))
+    return whole.hexdigest()

@@ -13,30 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from archives import Archive, BrokenArchive, Member, open_archive, reading
+from archives import Archive, Member, reading
 from download import HubRepository, RemoteFile, download
 
 from dataloader.readers import names_image
 from utils import InputError
 
 CLASS_TAR = re.compile(r"n\d{8}\.tar")  # ImageNet's training images are a tar of such tars
-LARGEST_FILE = 1 << 29  # bytes of a file in an archive, each of which is read whole
 
 
 class Entry(NamedTuple):
-    """An image, or another file, of a source.
+    """An image, or another file, of a source."""
 
-    Attributes:
-        name: its path in the source, with ``/``; unique.
-        size: in bytes, where it is known; otherwise an average.
-        label: its class, where the source states it apart from the name.
-        box: ``x1, y1, x2, y2`` in pixels, where the source has bounding boxes.
-    """
-
-    name: str
-    size: int
-    label: str | None = None
-    box: tuple[float, ...] | None = None
+    name: str  # its path in the source, with "/"; unique
+    size: int  # in bytes, where it is known; otherwise an average
+    label: str | None = None  # its class, where the source states it apart from the name
+    box: tuple[float, ...] | None = None  # left, upper, right, lower, in pixels, where the source has bounding boxes
 
 
 Content = tuple[str, bytes]
@@ -58,7 +50,7 @@ class Source(ABC):
 
 
 class ConcatSource(Source):
-    """Sources read one after the other."""
+    """Several sources as one."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         super().__init__(" + ".join(source.where for source in sources))
@@ -81,12 +73,12 @@ def open_source(path: Path) -> Source:
     Raises:
         InputError: there is no such file, or it is none of these.
     """
-    if path.is_dir():
-        parquet = sorted(path.rglob("*.parquet"))
-        return Parquet(path.name, [_LocalFile(file) for file in parquet]) if parquet else Folder(path)
-    if not path.is_file():
+    if not path.is_dir() and not path.is_file():
         raise InputError(f"there is no file or folder {path}")
-    return Parquet(path.name, [_LocalFile(path)]) if path.suffix == ".parquet" else ArchiveSource(path)
+    parquet = sorted(path.rglob("*.parquet")) if path.is_dir() else [path] if path.suffix == ".parquet" else []
+    if parquet:
+        return Parquet(path.name, [_LocalFile(file) for file in parquet])
+    return Folder(path) if path.is_dir() else ArchiveSource(path)
 
 
 # --- Folders and archives ---------------------------------------------------------------------------------------------
@@ -113,14 +105,14 @@ class Folder(Source):
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
         for container, names in itertools.groupby(sorted(wanted), key=_class_tar):
             if container:
-                inner = {name.removeprefix(container + "/") for name in names}
+                inner = {name.removeprefix(f"{container}/") for name in names}
                 for name, content in ArchiveSource(self.path / container).read(inner):
                     yield f"{container}/{name}", content
-            else:
-                for name in names:
-                    with reading(self.path / name):
-                        content = (self.path / name).read_bytes()
-                    yield name, content
+                continue
+            for name in names:
+                with reading(self.path / name):
+                    content = (self.path / name).read_bytes()
+                yield name, content
 
 
 def _class_tar(name: str) -> str | None:
@@ -133,18 +125,15 @@ class ArchiveSource(Source):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path.name)
-        self.archive: Archive = open_archive(path)
+        self.archive = Archive(path)
 
     def entries(self) -> list[Entry]:
         return [Entry(member.name, member.size) for member in self._files()]
 
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
         for member in self._files({_class_tar(name) for name in wanted}):
-            if member.name not in wanted:
-                continue
-            if member.size > LARGEST_FILE:
-                raise BrokenArchive(f"{member.name} in {self.where} has {member.size >> 20} MiB, so it is not an image")
-            yield member.name, b"".join(self.archive.chunks(member))
+            if member.name in wanted:
+                yield member.name, b"".join(self.archive.chunks(member))
 
     def _files(self, containers: Collection[str | None] | None = None) -> Iterator[Member]:
         for member in self.archive.members():
@@ -216,19 +205,16 @@ class Parquet(Source):
             schema = table.schema_arrow
             if "image" not in schema.names or "label" not in schema.names:
                 raise InputError(f"{file.name} needs the columns image and label; it has {', '.join(schema.names)}")
-            columns = ["label", *(["bbox"] if "bbox" in schema.names else [])]
             has_path = any(field.name == "path" for field in schema.field("image").type)
-            rows = table.read(columns=columns + ["image.path"] * has_path)
-            labels, boxes = rows["label"].to_pylist(), rows["bbox"].to_pylist() if "bbox" in columns else None
-            paths = [(image or {}).get("path") for image in rows["image"].to_pylist()] if has_path else []
+            rows = table.read(columns=["label", "bbox"] + ["image.path"] * has_path).to_pylist()
         names = _class_names(schema)
         found = []
-        for row, label in enumerate(labels):
-            path = paths[row] if has_path else None
-            base = PurePosixPath(path.replace("\\", "/")).name if path else f"{row:05d}"
-            text = names[label] if names and isinstance(label, int) and 0 <= label < len(names) else str(label)
-            box = tuple(boxes[row]) if boxes and boxes[row] is not None else None
-            found.append(Entry(f"{file.name}/{row:05d}/{base}", file.size // max(len(labels), 1), text, box))
+        for number, row in enumerate(rows):
+            path = (row.get("image") or {}).get("path") or f"{number:05d}"
+            label, box = row["label"], row.get("bbox")
+            text = names[label] if isinstance(label, int) and 0 <= label < len(names) else str(label)
+            name = f"{file.name}/{number:05d}/{PurePosixPath(path).name}"
+            found.append(Entry(name, file.size // len(rows), text, tuple(box) if box is not None else None))
         return found
 
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
@@ -240,15 +226,11 @@ class Parquet(Source):
             if not of_file:
                 continue
             with file.whole() as path, reading(file.name), pyarrow.parquet.ParquetFile(path) as table:
-                row = 0
-                for batch in table.iter_batches(batch_size=64, columns=["image.bytes"]):
-                    for image in batch.column("image"):
-                        if row in of_file:
-                            content = image["bytes"].as_py()
-                            if content is None:
-                                raise InputError(f"row {row} of {file.name} has no image")
-                            yield of_file[row], content
-                        row += 1
+                batches = table.iter_batches(batch_size=64, columns=["image.bytes"])
+                images = (image for batch in batches for image in batch.column("image"))
+                for row, image in enumerate(images):
+                    if row in of_file:
+                        yield of_file[row], image["bytes"].as_py() or b""  # which is reported as no image
 
 
 def hub_parquet(name: str, revision: str, is_wanted: Callable[[str], bool], *, scratch: Path) -> Parquet:
@@ -260,13 +242,12 @@ def hub_parquet(name: str, revision: str, is_wanted: Callable[[str], bool], *, s
     return Parquet(str(repository), [_HubFile(repository, path, scratch) for path in paths])
 
 
-def _class_names(schema: Any) -> list[str] | None:
+def _class_names(schema: Any) -> list[str]:
     """The names behind whole numbers as labels, from what Hugging Face's library writes beside the schema."""
     try:
-        label = json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]
-        return list(label["names"])
+        return list(json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"])
     except (TypeError, KeyError, ValueError):
-        return None
+        return []
 
 
 def is_image(name: str) -> bool:

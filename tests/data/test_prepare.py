@@ -18,7 +18,6 @@ from pathlib import Path
 
 import download as downloads
 import folders
-import manifest
 import numpy as np
 import prepare as module
 import pytest
@@ -74,7 +73,7 @@ def zipped(path: Path, files: dict[str, bytes]) -> Path:
 def tree(folder: Path) -> dict[str, bytes]:
     """Everything in a folder but the manifest."""
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    found.pop(manifest.NAME, None)
+    found.pop(folders.MANIFEST, None)
     return found
 
 
@@ -168,16 +167,16 @@ def test_several_sources_are_read_as_one(tmp_path, cifar):
 def test_the_manifest_records_what_was_built(tmp_path, cifar):
     (tmp_path / "from").mkdir()
     main(["fc100", "-source", str(cifar_sources(tmp_path / "from")["zip"]), "-out", str(tmp_path)])
-    record = json.loads((tmp_path / "FC100" / manifest.NAME).read_text())
+    record = json.loads((tmp_path / "FC100" / folders.MANIFEST).read_text())
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in tree(tmp_path / "FC100").items()}
-    assert record["sha256"] == manifest.tree_hash(digests)
+    assert record["sha256"] == folders.tree_hash(digests)
     assert record["splits"]["val"] == {"classes": 1, "images": 5, "per_class": {"bear": 5}}
-    assert (record["dataset"], record["source"], record["recipe"]) == ("fc100", "cifar100.zip", manifest.RECIPE)
+    assert (record["dataset"], record["source"], record["recipe"]) == ("fc100", "cifar100.zip", module.RECIPE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["FC100", "from"]
 
 
 def test_tree_hash_sees_names_and_bytes():
-    hashes = {manifest.tree_hash(tree) for tree in ({"a": "1", "b": "2"}, {"a": "2", "b": "1"}, {"a": "1", "c": "2"})}
+    hashes = {folders.tree_hash(tree) for tree in ({"a": "1", "b": "2"}, {"a": "2", "b": "1"}, {"a": "1", "c": "2"})}
     assert len(hashes) == 3
 
 
@@ -318,7 +317,7 @@ def test_an_incomplete_source_is_refused_unless_allowed(tmp_path, cifar, capsys)
     main(["fc100", "-source", str(lacking), "-out", str(tmp_path), "-allow_missing"])
     assert "will be incomplete" in capsys.readouterr().err
     assert len(tree(tmp_path / "FC100")) == 9
-    assert json.loads((tmp_path / "FC100" / manifest.NAME).read_text())["lacks"][0].startswith("no image")
+    assert json.loads((tmp_path / "FC100" / folders.MANIFEST).read_text())["lacks"][0].startswith("no image")
 
 
 @pytest.mark.parametrize(
@@ -895,7 +894,7 @@ def test_miniimagenet_downloads_from_the_hub(tmp_path, imagenet, server, monkeyp
     assert not any("test-" in path for _, path, _ in server.seen)
     tokens = {path.startswith("/cdn"): headers.get("Authorization") for _, path, headers in server.seen}
     assert tokens == {False: "Bearer secret", True: None}
-    record = json.loads((tmp_path / "out" / "miniimagenet" / manifest.NAME).read_text())
+    record = json.loads((tmp_path / "out" / "miniimagenet" / folders.MANIFEST).read_text())
     assert revision in record["source"]
 
 

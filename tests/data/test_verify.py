@@ -7,7 +7,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import manifest
 import numpy as np
 import pytest
 import verify
@@ -134,7 +133,7 @@ def test_folder(copy, tmp_path, capsys):
 def test_worker_processes_find_the_same(copy, tmp_path, capsys, monkeypatch):
     root = copy("fc100")
     (root / "val" / "dog" / "3.png").write_bytes(b"no image")
-    (root / manifest.NAME).write_text("{}")
+    (root / verify.MANIFEST).write_text("{}")
     (root / "notes.txt").write_text("hashed, not decoded")
     alone = verify.verify("fc100", tmp_path)
     monkeypatch.setattr(verify, "IN_PROCESS", 0)
@@ -271,8 +270,8 @@ def write_manifest(root: Path, **changes: object) -> None:
         for split, names in CLASSES.items()
     }
     digests = {path.relative_to(root).as_posix(): verify.file_hash(path) for path in root.rglob("*") if path.is_file()}
-    content = {"dataset": "fc100", "recipe": 1, "sha256": manifest.tree_hash(digests), "splits": counts, **changes}
-    (root / manifest.NAME).write_text(json.dumps(content))
+    content = {"dataset": "fc100", "recipe": 1, "sha256": verify.tree_hash(digests), "splits": counts, **changes}
+    (root / verify.MANIFEST).write_text(json.dumps(content))
 
 
 def with_manifest(damage):
@@ -463,12 +462,12 @@ DAMAGE = {
     ),
     "manifest broken": (
         "fc100",
-        lambda root: (root / manifest.NAME).write_text("[1"),
+        lambda root: (root / verify.MANIFEST).write_text("[1"),
         ["is no manifest .*JSONDecodeError"],
     ),
     "manifest of something else": (
         "fc100",
-        lambda root: (root / manifest.NAME).write_text("[]"),
+        lambda root: (root / verify.MANIFEST).write_text("[]"),
         ["is no manifest of prepare"],
     ),
 }

@@ -113,7 +113,7 @@ class _BoundedStream:
     """The decompressed bytes of a tar. tarfile reads a header whole, whatever size it claims; here it does not."""
 
     def __init__(self, file: IO[bytes], archive: Archive) -> None:
-        self.file, self.archive, self.tell = file, archive, file.tell
+        self.file, self.archive, self.tell, self.seekable = file, archive, file.tell, file.seekable
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= CHUNK:

@@ -227,6 +227,9 @@ class RemoteFile(io.RawIOBase):
         super().__init__()
         self.remote, self.position = remote, 0
 
+    def readable(self) -> bool:
+        return True
+
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.remote.size}[whence]
         self.position = start + offset

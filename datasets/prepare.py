@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -28,19 +29,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import manifest
 from download import download
-from folders import exclusive, remove_empty
+from folders import MANIFEST, exclusive, remove_empty, tree_hash
 from PIL import Image
 from recipes import RECIPES
-from recipes.common import Plan, Recipe, Target
+from recipes.common import Plan, Target
 from sources import ConcatSource, Source, hub_parquet, open_source
 
-from dataloader.catalog import CATALOG, SPLITS
+from dataloader.catalog import CATALOG
 from engine.loading import progress_bar
 from utils import (
     InputError,
     available_cores,
+    file_hash,
     first_few,
     make_parser,
     number_at_least,
@@ -50,6 +51,7 @@ from utils import (
     write_json,
 )
 
+RECIPE = 1  # to be increased when the same source gives other files
 JPEG_QUALITY = 95  # of images that are cropped or resized
 STATE = "prepare.json"  # in the unfinished folder: what it is being built from
 DOWNLOADS = "downloads"  # in the unfinished folder
@@ -69,22 +71,23 @@ def prepare(
     """Build ``RECIPES[name]`` below ``out``, from the sources given or from its download."""
     recipe = RECIPES[name]
     side = recipe.shorter_side if shorter_side is None else shorter_side
-    crop = crop and recipe.crops
     options = {"crop": crop if recipe.crops else None, "shorter_side": side, "allow_missing": allow_missing}
     target, work = out / recipe.folder, out / f".{recipe.folder}.part"
     if _is_complete(name, target, options):
         return
     if dry_run:
-        _dry_run(name, given, target, work, crop=crop, side=side or 0)
+        _dry_run(name, given, target, work, options)
         return
     with exclusive(target):
         if _is_complete(name, target, options):  # another process may have built it by now
             return
         work.mkdir(exist_ok=True)
         try:
-            plan = _build(name, given, work, options, crop=crop, side=side or 0)
+            plan = _build(name, given, work, options)
         except BaseException:
-            _remove_unstarted(work)
+            remove_empty(work)
+            if work.is_dir() and os.listdir(work) == [STATE]:  # nothing to resume from
+                shutil.rmtree(work)
             raise
         if target.is_dir():
             target.rmdir()  # _is_complete found it empty
@@ -92,26 +95,30 @@ def prepare(
     print(f"{target} is in place: {_summary(plan)}. Check it: python datasets/verify.py {name}")
 
 
-def _build(name: str, given: Sequence[str], work: Path, options: dict[str, Any], *, crop: bool, side: int) -> Plan:
+def _build(name: str, given: Sequence[str], work: Path, options: dict[str, Any]) -> Plan:
     source = _open(name, given, work)
-    state = {"dataset": name, "recipe": manifest.RECIPE, "options": options, "source": source.where}
+    state = {"dataset": name, "recipe": RECIPE, "options": options, "source": source.where}
     _resume_or_clear(work, state)
-    plan = _plan(RECIPES[name], source, crop)
-    _refuse_missing(name, source, plan, options["allow_missing"])
+    plan = _plan(name, source, options)
+    if plan.faults:
+        found = f"{source.where} has {first_few(plan.faults)}"
+        if not options["allow_missing"]:
+            raise InputError(
+                f"{name} would be incomplete: {found}. Get a complete source, or build from this one with -allow_missing"
+            )
+        warn(f"{name} will be incomplete: {found}")
     for note in plan.notes:
         status(f"note: {note}")
-    digests = _write_images(source, plan, work, side)
+    digests = _write_images(source, plan, work, options["shorter_side"] or 0)
     for path, text in plan.tables.items():
         digests[path] = _write(work / path, text.encode())
     _remove_others(work, digests)
-    per_class = Counter((image.split, image.label) for image in plan.images.values())
-    splits = {split: {label: n for (of, label), n in sorted(per_class.items()) if of == split} for split in SPLITS}
-    counts = {
-        split: {"classes": len(labels), "images": sum(labels.values()), "per_class": labels}
-        for split, labels in splits.items()
-    }
-    record = {**state, "notes": plan.notes, "lacks": plan.faults, "splits": counts}
-    write_json(work / manifest.NAME, {**record, "sha256": manifest.tree_hash(digests)})
+    splits = {}
+    for split, images in plan.splits().items():
+        labels = Counter(image.label for image in images)
+        splits[split] = {"classes": len(labels), "images": len(images), "per_class": dict(sorted(labels.items()))}
+    record = {**state, "notes": plan.notes, "lacks": plan.faults, "splits": splits, "sha256": tree_hash(digests)}
+    write_json(work / MANIFEST, record)
     (work / STATE).unlink()
     return plan
 
@@ -122,13 +129,13 @@ def _is_complete(name: str, target: Path, options: dict[str, Any]) -> bool:
         if not folder.is_dir() or not any(folder.iterdir()):
             continue
         try:
-            found = json.loads((folder / manifest.NAME).read_text(encoding="utf-8"))
+            found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             earlier = dict(found["options"])
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(
                 f"{folder} exists and was not built by this script. Remove it to rebuild, or choose another -out"
             ) from None
-        if earlier != options or found.get("recipe") != manifest.RECIPE:
+        if earlier != options or found.get("recipe") != RECIPE:
             raise InputError(
                 f"{folder} was built with other options ({_words(earlier)}; now {_words(options)}). Remove it to rebuild, or "
                 "choose another -out"
@@ -160,8 +167,8 @@ def _open(name: str, given: Sequence[str], work: Path) -> Source:
     return sources[0] if len(sources) == 1 else ConcatSource(sources)
 
 
-def _plan(recipe: Recipe, source: Source, crop: bool) -> Plan:
-    plan = recipe.plan(source, source.entries(), crop)
+def _plan(name: str, source: Source, options: dict[str, Any]) -> Plan:
+    plan = RECIPES[name].plan(source, source.entries(), bool(options["crop"]))
     twice = [path for path, n in Counter(image.path for image in plan.images.values()).items() if n > 1]
     if twice:
         raise InputError(
@@ -172,35 +179,22 @@ def _plan(recipe: Recipe, source: Source, crop: bool) -> Plan:
     return plan
 
 
-def _refuse_missing(name: str, source: Source, plan: Plan, allow_missing: bool) -> None:
-    if not plan.faults:
-        return
-    more = f", and {len(plan.faults) - 3} more" if len(plan.faults) > 3 else ""
-    found = f"{source.where} has {'; '.join(plan.faults[:3])}{more}"
-    if not allow_missing:
-        raise InputError(
-            f"{name} would be incomplete: {found}. Get a complete source, or build from this one with -allow_missing"
-        )
-    warn(f"{name} will be incomplete: {found}")
-
-
 def _summary(plan: Plan) -> str:
-    per_split = {split: [image for image in plan.images.values() if image.split == split] for split in SPLITS}
-    classes = "/".join(str(len({image.label for image in images})) for images in per_split.values())
-    return f"{classes} classes, {'/'.join(str(len(images)) for images in per_split.values())} images in train/val/test"
+    splits = plan.splits().values()
+    classes = "/".join(str(len({image.label for image in images})) for images in splits)
+    return f"{classes} classes, {'/'.join(str(len(images)) for images in splits)} images in train/val/test"
 
 
-def _dry_run(name: str, given: Sequence[str], target: Path, work: Path, *, crop: bool, side: int) -> None:
-    recipe = RECIPES[name]
-    if not given and recipe.downloads:
-        for remote in recipe.downloads.values():
+def _dry_run(name: str, given: Sequence[str], target: Path, work: Path, options: dict[str, Any]) -> None:
+    if not given and RECIPES[name].downloads:
+        for remote in RECIPES[name].downloads.values():
             size = f" ({remote.size / 1e6:.0f} MB)" if remote.size else ""
             print(f"would download {remote.url}{size}, and build {target} from it")
         return
     source = _open(name, given, work)
-    plan = _plan(recipe, source, crop)
+    plan = _plan(name, source, options)
     size = sum(entry.size for entry in source.entries() if entry.name in plan.images)
-    about = f"{'at most' if side or crop else 'about'} {size / 1e6:.0f} MB"
+    about = f"{'at most' if options['shorter_side'] or options['crop'] else 'about'} {size / 1e6:.0f} MB"
     print(f"would write {target} from {source.where}: {_summary(plan)}, {about}")
     for line in (*plan.notes, *(f"the source has {fault}" for fault in plan.faults[:10])):
         print(line)
@@ -220,50 +214,33 @@ def _resume_or_clear(work: Path, state: dict[str, Any]) -> None:
     write_json(work / STATE, state)
 
 
-def _remove_unstarted(work: Path) -> None:
-    """Remove a work folder that holds nothing to resume from."""
-    remove_empty(work)
-    if work.is_dir() and [path.name for path in work.iterdir()] == [STATE]:
-        shutil.rmtree(work)
-
-
 def _write_images(source: Source, plan: Plan, work: Path, side: int) -> dict[str, str]:
     """Path -> SHA-256 of every image of the plan. Images written by an earlier call are kept."""
-    digests: dict[str, str] = {}
-    wanted = set()
-    for name, target in plan.images.items():
-        path = work / target.path
-        if path.is_file():
-            digests[target.path] = hashlib.sha256(path.read_bytes()).hexdigest()
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            wanted.add(name)
+    digests = {
+        image.path: file_hash(work / image.path) for image in plan.images.values() if (work / image.path).is_file()
+    }
+    wanted = {name: image for name, image in plan.images.items() if image.path not in digests}
     faults = []
     waiting: deque[tuple[Target, Future[str]]] = deque()
 
-    def collect() -> None:
-        target, future = waiting.popleft()
-        try:
-            digests[target.path] = future.result()
-        except InputError as error:
-            faults.append(str(error))
-        bar.update()
+    def collect(most: int) -> None:
+        while len(waiting) > most:
+            target, future = waiting.popleft()
+            try:
+                digests[target.path] = future.result()
+            except InputError as error:
+                faults.append(str(error))
+            bar.update()
 
     bar = progress_bar(work.name.strip(".").removesuffix(".part"), total=len(plan.images), initial=len(digests))
     with bar, ThreadPoolExecutor(available_cores()) as pool:
         for name, content in source.read(set(wanted)):
-            if name not in wanted:  # an archive may hold a name twice
-                continue
-            wanted.remove(name)
-            target = plan.images[name]
-            waiting.append((target, pool.submit(_make, name, content, target, work / target.path, side)))
-            if len(waiting) >= 4 * available_cores():
-                collect()
-        while waiting:
-            collect()
-    lost = len(plan.images) - len(digests) - len(faults)
-    if lost:
-        faults.append(f"{lost} images listed in {source.where} could not be read")
+            if target := wanted.pop(name, None):  # an archive may hold a name twice
+                waiting.append((target, pool.submit(_make, name, content, target, work / target.path, side)))
+                collect(4 * available_cores())
+        collect(0)
+    if wanted:
+        faults.append(f"{len(wanted)} images listed in {source.where} could not be read")
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise InputError(
@@ -312,7 +289,7 @@ def _shrunk(image: Image.Image, side: int) -> Image.Image:
 
 
 def _write(path: Path, content: bytes) -> str:
-    """Write a file that is whole if it is there, without the cost of a sync for each image; return its SHA-256."""
+    """Write a file atomically, without the cost of a sync for each image; return its SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     try:
@@ -352,21 +329,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-allow_missing", action="store_true", help="build from an incomplete source")
     parser.add_argument("-dry_run", action="store_true", help="print what would be written and its size; write nothing")
     args = parser.parse_args(argv)
-    if args.size is not None and RECIPES[args.name].shorter_side is None:
-        parser.error(
-            f"-size requires one of {', '.join(name for name, recipe in RECIPES.items() if recipe.shorter_side is not None)}"
-        )
+    sized = [name for name, recipe in RECIPES.items() if recipe.shorter_side is not None]
+    if args.size is not None and args.name not in sized:
+        parser.error(f"-size requires one of {', '.join(sized)}")
     if args.no_crop and not RECIPES[args.name].crops:
-        parser.error(f"-no_crop requires {', '.join(name for name, recipe in RECIPES.items() if recipe.crops)}")
-    prepare(
-        args.name,
-        args.source or [],
-        args.out,
-        crop=not args.no_crop,
-        shorter_side=args.size,
-        allow_missing=args.allow_missing,
-        dry_run=args.dry_run,
-    )
+        parser.error("-no_crop requires cub")
+    flags = {"crop": not args.no_crop, "allow_missing": args.allow_missing, "dry_run": args.dry_run}
+    prepare(args.name, args.source or [], args.out, shorter_side=args.size, **flags)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from recipes import common
 from recipes.common import Plan, Recipe, Target
 from utils import InputError
 
+URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1"
+
 
 def plan(source: Source, entries: list[Entry], crop: bool) -> Plan:
     split_of = common.split_of_class("cub")
@@ -26,7 +28,7 @@ def plan(source: Source, entries: list[Entry], crop: bool) -> Plan:
         if crop and box is None:
             raise InputError(f"{entry.name} in {source.where} has no bounding box. Build the data set with -no_crop")
         images[entry.name] = Target(f"images/{label}/{file}", split_of[label], label, box if crop else None)
-    return Plan(images, common.split_tables(images.values()), common.missing_images("cub", images.values()), [])
+    return common.published_plan("cub", images, tables=True)
 
 
 def _class_by_number(entry: Entry, source: Source, classes: Iterable[str]) -> str:
@@ -67,13 +69,7 @@ RECIPES = {
     "cub": Recipe(
         "cub",
         plan,
-        downloads={
-            "CUB_200_2011.tgz": Remote(
-                "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1",
-                size=1_150_585_339,
-                digest="md5:97eceeb196236b17998738112f37df78",
-            )
-        },
+        downloads={"CUB_200_2011.tgz": Remote(URL, size=1_150_585_339, digest="md5:97eceeb196236b17998738112f37df78")},
         shorter_side=0,
         crops=True,
     )

@@ -10,12 +10,12 @@ import json
 import os
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from http.client import HTTPException, HTTPResponse, InvalidURL
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+from urllib.parse import quote
 
 from engine.loading import progress_bar
 from utils import InputError
@@ -139,33 +139,22 @@ def _check(remote: Remote, partial: Path) -> None:
         )
 
 
-def _open(remote: Remote, headers: dict[str, str], *, is_head: bool = False) -> HTTPResponse:
+def _open(remote: Remote, headers: dict[str, str]) -> HTTPResponse:
     try:
-        request = urllib.request.Request(remote.url, headers=headers, method="HEAD" if is_head else "GET")
+        request = urllib.request.Request(remote.url, headers=headers)
         if remote.token:  # not sent on to the server that a redirection names
             request.add_unredirected_header("Authorization", f"Bearer {remote.token}")
-        return urllib.request.build_opener(*[_Stay] * is_head).open(request, timeout=TIMEOUT)
+        return urllib.request.urlopen(request, timeout=TIMEOUT)
     except (ValueError, InvalidURL) as error:
         raise InputError(f"{remote.url} cannot be asked for ({error}). Check HF_ENDPOINT and HF_TOKEN") from error
 
 
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """Does not follow a redirection: the first answer is the one with the facts."""
+def _answer(remote: Remote, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
+    """The status and content of the server's answer to one small request."""
 
-    def http_error_302(self, req, fp, code, msg, headers):
-        return fp
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-
-def _answer(
-    remote: Remote, headers: dict[str, str] | None = None, *, is_head: bool = False
-) -> tuple[HTTPResponse, bytes]:
-    """The server's answer to one small request, and its content."""
-
-    def attempt() -> tuple[HTTPResponse, bytes]:
-        with _open(remote, headers or {}, is_head=is_head) as response:
-            return response, response.read()
+    def attempt() -> tuple[int, bytes]:
+        with _open(remote, headers or {}) as response:
+            return response.status, response.read()
 
     return _retry(remote, attempt)
 
@@ -173,51 +162,35 @@ def _answer(
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
 
 
-class HubRepository:
-    """The files of a data set on Hugging Face. A branch as revision is replaced by its current commit.
+def hub_files(name: str, revision: str) -> tuple[str, dict[str, Remote]]:
+    """What to call a data set on Hugging Face, and its large files by their paths.
 
-    ``HF_ENDPOINT`` overrides the server; ``HF_TOKEN`` is for data sets with terms to accept.
+    A branch as revision is replaced by its current commit. ``HF_ENDPOINT`` overrides the server; ``HF_TOKEN`` is for data
+    sets with terms to accept.
     """
-
-    def __init__(self, name: str, revision: str) -> None:
-        self.name, self.revision = name, revision
-        self.endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
-        self.token = (os.environ.get("HF_TOKEN") or "").strip() or None
-
-    def __str__(self) -> str:
-        return f"{self.name} on Hugging Face, revision {self.revision}"
-
-    def files(self) -> list[str]:
-        """The paths of its files."""
-        remote = self._remote("api/datasets/{}/revision/{}", self.name, self.revision)
-        content = _answer(remote)[1]
-        try:
-            found = json.loads(content)
-            self.revision = found.get("sha") or self.revision
-            return sorted(file["rfilename"] for file in found["siblings"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"the answer of {remote.url} is not a list of files. Check the connection and HF_ENDPOINT; a proxy or a login "
-                "page may have answered instead"
-            ) from error
-
-    def file(self, path: str) -> Remote:
-        """A file, with the size and SHA-256 that the server states."""
-        remote = self._remote("datasets/{}/resolve/{}/{}", self.name, self.revision, path)
-        headers = _answer(remote, is_head=True)[0].headers
-        size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
-        digest = (headers.get("X-Linked-Etag") or "").removeprefix("W/").strip('"')
-        if len(digest) != 64 or not size.isdecimal():
-            raise InputError(f"{remote.url} does not state its size and SHA-256 (X-Linked-Etag: {digest or 'none'})")
-        return remote._replace(size=int(size), digest=f"sha256:{digest}")
-
-    def _remote(self, pattern: str, *parts: str) -> Remote:
-        advice = (
-            f"If the name is right, accept the terms at {self.endpoint}/datasets/{self.name} while logged in, create a token "
-            "in your settings, and set HF_TOKEN to it"
-        )
-        url = f"{self.endpoint}/{pattern.format(*map(urllib.parse.quote, parts))}"
-        return Remote(url, token=self.token, refused=advice + " (the present one is refused)" * bool(self.token))
+    server = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
+    token = (os.environ.get("HF_TOKEN") or "").strip() or None
+    advice = (
+        f"If the name is right, accept the terms at {server}/datasets/{name} while logged in, create a token in your "
+        f"settings, and set HF_TOKEN to it{' (the present one is refused)' if token else ''}"
+    )
+    url = f"{server}/api/datasets/{quote(name)}/revision/{quote(revision)}?blobs=true"
+    content = _answer(Remote(url, token=token, refused=advice))[1]
+    files = {}
+    try:
+        found = json.loads(content)
+        revision = found.get("sha") or revision
+        for file in found["siblings"]:
+            path, facts = file["rfilename"], file.get("lfs")
+            if facts:
+                address = f"{server}/datasets/{quote(name)}/resolve/{quote(revision)}/{quote(path)}"
+                files[path] = Remote(address, int(facts["size"]), f"sha256:{facts['sha256']}", advice, token)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"the answer of {url} is not a list of files. Check the connection and HF_ENDPOINT; a proxy or a login page may "
+            "have answered instead"
+        ) from error
+    return f"{name} on Hugging Face, revision {revision}", files
 
 
 class RemoteFile(io.RawIOBase):
@@ -239,8 +212,8 @@ class RemoteFile(io.RawIOBase):
         end = self.remote.size if size < 0 else min(self.position + size, self.remote.size)
         if self.position >= end:
             return b""
-        response, content = _answer(self.remote, {"Range": f"bytes={self.position}-{end - 1}"})
-        if response.status != 206 or len(content) != end - self.position:
+        status, content = _answer(self.remote, {"Range": f"bytes={self.position}-{end - 1}"})
+        if status != 206 or len(content) != end - self.position:
             raise InputError(
                 f"{self.remote.url} did not send the bytes {self.position} to {end - 1} that were asked for"
             )

@@ -152,8 +152,7 @@ def _words(options: dict[str, Any]) -> str:
 def _open(name: str, given: Sequence[str], work: Path) -> Source:
     recipe = RECIPES[name]
     scratch = work / DOWNLOADS
-    if not given and recipe.hub:
-        given = [HUB + "@".join(recipe.hub)]
+    given = given or [HUB + recipe.hub] * bool(recipe.hub)
     if not given and not recipe.downloads:
         raise InputError(f"{name} cannot be downloaded without an account. Pass -source with {recipe.advice}")
     given = given or [str(download(remote, scratch / file)) for file, remote in recipe.downloads.items()]
@@ -161,10 +160,10 @@ def _open(name: str, given: Sequence[str], work: Path) -> Source:
     for path in given:
         if path.startswith(HUB):
             repository, _, revision = path.removeprefix(HUB).partition("@")
-            sources.append(hub_parquet(repository, revision or "main", recipe.hub_file, scratch=scratch))
+            sources.append(hub_parquet(repository, revision or "main", scratch=scratch))
         else:
-            sources.append(recipe.adapt(open_source(Path(path))))
-    return sources[0] if len(sources) == 1 else ConcatSource(sources)
+            sources.append(recipe.adapt(open_source(Path(path), recipe.downloads)))
+    return sources[0] if len(sources) == 1 else ConcatSource(" + ".join(source.where for source in sources), sources)
 
 
 def _plan(name: str, source: Source, options: dict[str, Any]) -> Plan:

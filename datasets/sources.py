@@ -4,17 +4,15 @@ A source lists its images (:class:`Entry`) from what is cheap to read (folder li
 the wanted ones in the order in which they are stored.
 """
 
-import itertools
 import json
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from archives import Archive, Member, reading
-from download import HubRepository, RemoteFile, download
+from download import Remote, RemoteFile, download, hub_files
 
 from dataloader.readers import names_image
 from utils import InputError
@@ -34,26 +32,26 @@ class Entry(NamedTuple):
 Content = tuple[str, bytes]
 
 
-class Source(ABC):
+class Source:
     """Images that can be listed and read."""
 
     def __init__(self, where: str) -> None:
         self.where = where  # for messages and the manifest
 
-    @abstractmethod
     def entries(self) -> list[Entry]:
         """Every file in it."""
+        raise NotImplementedError
 
-    @abstractmethod
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
-        """Names and contents of the wanted entries, in the order in which they are stored."""
+        """Names and contents of the wanted entries that it has, in the order in which they are stored."""
+        raise NotImplementedError
 
 
 class ConcatSource(Source):
     """Several sources as one."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
-        super().__init__(" + ".join(source.where for source in sources))
+    def __init__(self, where: str, sources: Sequence[Source]) -> None:
+        super().__init__(where)
         self.sources = sources
 
     def entries(self) -> list[Entry]:
@@ -64,60 +62,49 @@ class ConcatSource(Source):
 
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
         for source in self.sources:
-            yield from source.read({entry.name for entry in source.entries()}.intersection(wanted))
+            yield from source.read(wanted)
 
 
-def open_source(path: Path) -> Source:
-    """The folder, archive or parquet file at a path.
+def open_source(path: Path, archives: Collection[str] = ()) -> Source:
+    """The folder, archive or parquet file at a path; archives of these names, or of ImageNet's classes, in a folder.
 
     Raises:
         InputError: there is no such file, or it is none of these.
     """
-    if not path.is_dir() and not path.is_file():
+    if path.is_dir():
+        files = sorted(path.rglob("*"))
+        parquet = [file for file in files if file.suffix == ".parquet"]
+        found = [ArchiveSource(file) for file in files if file.name in archives or CLASS_TAR.fullmatch(file.name)]
+        if found:
+            return found[0] if len(found) == 1 else ConcatSource(path.name, found)
+        return Parquet(path.name, [_LocalFile(file) for file in parquet]) if parquet else Folder(path)
+    if not path.is_file():
         raise InputError(f"there is no file or folder {path}")
-    parquet = sorted(path.rglob("*.parquet")) if path.is_dir() else [path] if path.suffix == ".parquet" else []
-    if parquet:
-        return Parquet(path.name, [_LocalFile(file) for file in parquet])
-    return Folder(path) if path.is_dir() else ArchiveSource(path)
+    return Parquet(path.name, [_LocalFile(path)]) if path.suffix == ".parquet" else ArchiveSource(path)
 
 
 # --- Folders and archives ---------------------------------------------------------------------------------------------
 
 
 class Folder(Source):
-    """Files at any depth below a folder. Tars of ImageNet's classes in it are read as if they were folders."""
+    """Files at any depth below a folder."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path.name)
         self.path = path
 
     def entries(self) -> list[Entry]:
-        found = []
         with reading(self.path):
-            for path in sorted(self.path.rglob("*")):
-                name = path.relative_to(self.path).as_posix()
-                if CLASS_TAR.fullmatch(path.name) and path.is_file():
-                    found += [entry._replace(name=f"{name}/{entry.name}") for entry in ArchiveSource(path).entries()]
-                elif path.is_file():
-                    found.append(Entry(name, path.stat().st_size))
-        return found
+            files = [path for path in sorted(self.path.rglob("*")) if path.is_file()]
+            return [Entry(path.relative_to(self.path).as_posix(), path.stat().st_size) for path in files]
 
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
-        for container, names in itertools.groupby(sorted(wanted), key=_class_tar):
-            if container:
-                inner = {name.removeprefix(f"{container}/") for name in names}
-                for name, content in ArchiveSource(self.path / container).read(inner):
-                    yield f"{container}/{name}", content
-                continue
-            for name in names:
-                with reading(self.path / name):
-                    content = (self.path / name).read_bytes()
+        for name in sorted(wanted):
+            path = self.path / name
+            if path.is_file():
+                with reading(path):
+                    content = path.read_bytes()
                 yield name, content
-
-
-def _class_tar(name: str) -> str | None:
-    folder, _, _ = name.rpartition("/")
-    return folder if CLASS_TAR.fullmatch(PurePosixPath(folder).name) else None
 
 
 class ArchiveSource(Source):
@@ -131,17 +118,17 @@ class ArchiveSource(Source):
         return [Entry(member.name, member.size) for member in self._files()]
 
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
-        for member in self._files({_class_tar(name) for name in wanted}):
+        for member in self._files({name.rpartition("/")[0] for name in wanted}):
             if member.name in wanted:
                 yield member.name, b"".join(self.archive.chunks(member))
 
-    def _files(self, containers: Collection[str | None] | None = None) -> Iterator[Member]:
+    def _files(self, folders: Collection[str] | None = None) -> Iterator[Member]:
         for member in self.archive.members():
             if member.kind != "file":
                 continue
             if not CLASS_TAR.fullmatch(PurePosixPath(member.name).name):
                 yield member
-            elif containers is None or member.name in containers:
+            elif folders is None or member.name in folders:
                 for inner in self.archive.inner_members(member):
                     if inner.kind == "file":
                         yield inner._replace(name=f"{member.name}/{inner.name}")
@@ -165,15 +152,11 @@ class _LocalFile:
 class _HubFile:
     """Listed by reading ranges of it; kept on disk only while it is read."""
 
-    def __init__(self, repository: HubRepository, path: str, scratch: Path) -> None:
-        self.name, self.scratch = PurePosixPath(path).name, scratch
-        self.remote = repository.file(path)
-        self.size = self.remote.size or 0
+    def __init__(self, remote: Remote, name: str, scratch: Path) -> None:
+        self.name, self.remote, self.size, self.scratch = name, remote, remote.size or 0, scratch
 
     def open(self) -> Any:
-        import pyarrow
-
-        return pyarrow.PythonFile(RemoteFile(self.remote), mode="r")
+        return RemoteFile(self.remote)
 
     @contextmanager
     def whole(self) -> Iterator[Path]:
@@ -188,20 +171,18 @@ class Parquet(Source):
     def __init__(self, where: str, files: list[Any]) -> None:
         super().__init__(where)
         try:
-            import pyarrow.parquet  # noqa: F401 - here, to report that it is missing before anything is downloaded
+            from pyarrow.parquet import ParquetFile
         except ImportError as error:
             raise InputError(
                 "reading parquet files requires pyarrow, which is not installed. Run: pip install -r requirements-data.txt"
             ) from error
-        self.files = files
+        self.files, self.opener = files, ParquetFile
 
     def entries(self) -> list[Entry]:
         return [entry for file in self.files for entry in self._listing(file)]
 
     def _listing(self, file: Any) -> list[Entry]:
-        import pyarrow.parquet
-
-        with reading(file.name), pyarrow.parquet.ParquetFile(file.open()) as table:
+        with reading(file.name), self.opener(file.open()) as table:
             schema = table.schema_arrow
             if "image" not in schema.names or "label" not in schema.names:
                 raise InputError(f"{file.name} needs the columns image and label; it has {', '.join(schema.names)}")
@@ -218,14 +199,12 @@ class Parquet(Source):
         return found
 
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
-        import pyarrow.parquet
-
         for file in self.files:
             # The row is in the name, so the listing is not needed again.
             of_file = {int(name.split("/")[1]): name for name in wanted if name.startswith(f"{file.name}/")}
             if not of_file:
                 continue
-            with file.whole() as path, reading(file.name), pyarrow.parquet.ParquetFile(path) as table:
+            with file.whole() as path, reading(file.name), self.opener(path) as table:
                 batches = table.iter_batches(batch_size=64, columns=["image.bytes"])
                 images = (image for batch in batches for image in batch.column("image"))
                 for row, image in enumerate(images):
@@ -233,13 +212,13 @@ class Parquet(Source):
                         yield of_file[row], image["bytes"].as_py() or b""  # which is reported as no image
 
 
-def hub_parquet(name: str, revision: str, is_wanted: Callable[[str], bool], *, scratch: Path) -> Parquet:
-    """The parquet files of a data set on Hugging Face whose names are wanted."""
-    repository = HubRepository(name, revision)
-    paths = [path for path in repository.files() if path.endswith(".parquet") and is_wanted(PurePosixPath(path).name)]
-    if not paths:
-        raise InputError(f"{repository} has no parquet files that belong to this data set")
-    return Parquet(str(repository), [_HubFile(repository, path, scratch) for path in paths])
+def hub_parquet(name: str, revision: str, *, scratch: Path) -> Parquet:
+    """The parquet files of a data set on Hugging Face."""
+    where, files = hub_files(name, revision)
+    names = sorted(name for name in files if name.endswith(".parquet"))
+    if not names:
+        raise InputError(f"{where} lists no parquet files with their SHA-256")
+    return Parquet(where, [_HubFile(files[name], PurePosixPath(name).name, scratch) for name in names])
 
 
 def _class_names(schema: Any) -> list[str]:

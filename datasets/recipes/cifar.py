@@ -4,12 +4,13 @@ import io
 import pickle
 from collections.abc import Collection, Iterator
 from functools import partial
+from pathlib import PurePosixPath
 from typing import Any
 
 from archives import reading
 from download import Remote
 from PIL import Image
-from sources import Content, Entry, Folder, Source, is_image, open_source
+from sources import Content, Entry, Source, is_image
 
 from dataloader.catalog import CATALOG
 from recipes.common import Plan, Recipe, Target, last_parts, published_plan, split_of_class
@@ -31,21 +32,15 @@ def plan(name: str, source: Source, entries: list[Entry], crop: bool) -> Plan:
 
 
 def adapt(source: Source) -> Source:
-    for entry in source.entries():
-        folder, _, file = entry.name.rpartition("/")
-        if file == "meta":
-            return CifarPickles(source, f"{folder}/" if folder else "")
-        if file == ARCHIVE and isinstance(source, Folder):
-            return adapt(open_source(source.path / entry.name))
-    return source
+    pickles = {entry.name for entry in source.entries() if PurePosixPath(entry.name).name in (*PARTS, "meta")}
+    return CifarPickles(source, pickles) if len(pickles) == 3 else source
 
 
 class CifarPickles(Source):
     """The official ``cifar-100-python``, as if it were ``{train,test}/<class>/<file>.png``."""
 
-    def __init__(self, source: Source, folder: str) -> None:
+    def __init__(self, source: Source, wanted: set[str]) -> None:
         super().__init__(source.where)
-        wanted = {f"{folder}{name}" for name in (*PARTS, "meta")}
         content = {name.rpartition("/")[2]: data for name, data in source.read(wanted)}
         self.images: dict[str, tuple[str, int]] = {}
         self.pixels: dict[str, Any] = {}

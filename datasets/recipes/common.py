@@ -43,8 +43,7 @@ class Recipe(NamedTuple):
     folder: str  # of the result
     plan: Callable[[Source, list[Entry], bool], Plan]  # from the entries of a source, and whether to crop
     downloads: dict[str, Remote] = {}  # by file name: what to download when no -source is given
-    hub: tuple[str, str] | None = None  # likewise: a repository on Hugging Face and its revision
-    hub_file: Callable[[str], bool] = lambda name: True  # whether a parquet file of such a repository is needed
+    hub: str = ""  # likewise: a repository on Hugging Face, and after an @ its revision
     adapt: Callable[[Source], Source] = lambda source: source  # turns a source into the one that plan reads
     shorter_side: int | None = None  # without -size; 0 keeps images as they are, None if the size cannot be chosen
     crops: bool = False  # images are cropped unless -no_crop is given

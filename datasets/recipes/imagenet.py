@@ -118,22 +118,16 @@ def plan_tieredimagenet(source: Source, entries: list[Entry], crop: bool) -> Pla
     return published_plan("tieredimagenet", images)
 
 
-def _no_test_file(name: str) -> bool:
-    return not name.startswith("test")
-
-
 RECIPES = {
     "miniimagenet": Recipe(
         "miniimagenet",
         plan_miniimagenet,
-        hub=("timm/mini-imagenet", "bd8779f9d33c061ea6e75fdd3bce4e43dd679060"),
-        hub_file=_no_test_file,
+        hub="timm/mini-imagenet@bd8779f9d33c061ea6e75fdd3bce4e43dd679060",
         shorter_side=0,
     ),
     "tieredimagenet": Recipe(
         "tiered_imagenet",
         plan_tieredimagenet,
-        hub_file=_no_test_file,
         shorter_side=224,
         advice="ILSVRC2012_img_train.tar from image-net.org, Kaggle's archive of ImageNet, or hf://datasets/ILSVRC/imagenet-1k",
     ),

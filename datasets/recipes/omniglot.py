@@ -3,7 +3,7 @@
 from collections import Counter
 
 from download import Remote
-from sources import ConcatSource, Entry, Folder, Source, is_image, open_source
+from sources import Entry, Source, is_image
 
 from recipes.common import Plan, Recipe, Target, last_parts
 
@@ -37,14 +37,6 @@ def plan(source: Source, entries: list[Entry], crop: bool) -> Plan:
     return Plan(images, {}, faults, [])
 
 
-def adapt(source: Source) -> Source:
-    """The archives in a folder, if it holds no images itself."""
-    zips = [entry.name for entry in source.entries() if entry.name.endswith(".zip")]
-    if not zips or not isinstance(source, Folder):
-        return source
-    return ConcatSource([open_source(source.path / name) for name in zips])
-
-
 RECIPES = {
     "omniglot": Recipe(
         "omniglot",
@@ -53,6 +45,5 @@ RECIPES = {
             f"{name}.zip": Remote(f"https://github.com/brendenlake/omniglot/raw/master/python/{name}.zip")
             for name in ("images_background_small1", "images_background_small2")
         },
-        adapt=adapt,
     )
 }

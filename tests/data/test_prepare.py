@@ -706,7 +706,7 @@ def test_omniglot_is_split_by_script(tmp_path, monkeypatch):
             (2, ("Greek", "Japanese_(katakana)", "Latin", "Sanskrit", "Tagalog")),
         )
     ]
-    zips = [zipped(tmp_path / f"small{n}.zip", content) for n, content in enumerate(files)]
+    zips = [zipped(tmp_path / f"images_background_small{n}.zip", content) for n, content in enumerate(files, 1)]
     main(["omniglot", "-source", *map(str, zips), "-out", str(tmp_path / "a")])
     main(["omniglot", "-source", str(tmp_path), "-out", str(tmp_path / "b")])
     assert tree(tmp_path / "a" / "omniglot") == tree(tmp_path / "b" / "omniglot")
@@ -729,7 +729,6 @@ class Server(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.status: dict[str, int] = {}
         self.redirect: dict[str, str] = {}
-        self.headers: dict[str, dict[str, str]] = {}
         self.drop, self.drops, self.ranges = 0, 0, True
         self.seen: list[tuple[str, str, dict[str, str]]] = []
 
@@ -749,8 +748,6 @@ class Handler(BaseHTTPRequestHandler):
         if path in server.redirect:
             self.send_response(302)
             self.send_header("Location", server.redirect[path])
-            for name, value in server.headers.get(path, {}).items():
-                self.send_header(name, value)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return None
@@ -771,19 +768,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
         else:
             self.send_response(200)
-        for name, value in server.headers.get(path, {}).items():
-            self.send_header(name, value)
         body = content[first : last + 1]
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
-            if server.drops:
-                server.drops -= 1
-                body = body[: server.drop]
-            self.wfile.write(body)
+        if server.drops:
+            server.drops -= 1
+            body = body[: server.drop]
+        self.wfile.write(body)
         return None
-
-    do_HEAD = do_GET  # noqa: N815
 
     def log_message(self, *_) -> None:
         pass
@@ -859,18 +851,16 @@ def test_a_refusal_is_final_and_an_overloaded_server_is_asked_again(tmp_path, se
 
 
 def hub(server: Server, monkeypatch, repository: str, revision: str, folder: Path) -> None:
-    """Serve a folder as Hugging Face serves a data set: facts on the first answer, content behind a redirection."""
+    """Serve a folder as Hugging Face serves a data set: facts in the listing, content behind a redirection."""
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    listing = {"sha": revision, "siblings": [{"rfilename": name} for name in files]}
-    server.files[f"/api/datasets/{repository}/revision/{revision}"] = json.dumps(listing).encode()
+    facts = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()}
+    siblings = [{"rfilename": name, "lfs": lfs} for name, lfs in facts.items()] + [{"rfilename": "README.md"}]
+    listing = json.dumps({"sha": revision, "siblings": siblings}).encode()
+    server.files[f"/api/datasets/{repository}/revision/{revision}?blobs=true"] = listing
     for name, content in files.items():
         path = f"/datasets/{repository}/resolve/{revision}/{name}"
         server.redirect[path] = f"http://localhost:{server.server_port}/cdn/{name}"
-        server.headers[path] = {
-            "X-Linked-Size": str(len(content)),
-            "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
-        }
         server.files[f"/cdn/{name}"] = content
 
 
@@ -879,7 +869,7 @@ def test_miniimagenet_downloads_from_the_hub(tmp_path, imagenet, server, monkeyp
     for number in range(3):
         parquet(tmp_path / "hub" / "data" / f"train-{number:05d}.parquet", rows[3 * number : 3 * number + 3])
     parquet(tmp_path / "hub" / "data" / "test-00000.parquet", [(picture(5), None, "n01532829")])
-    repository, revision = module.RECIPES["miniimagenet"].hub
+    repository, revision = module.RECIPES["miniimagenet"].hub.split("@")
     hub(server, monkeypatch, repository, revision, tmp_path / "hub")
     monkeypatch.setenv("HF_TOKEN", "secret")
     kept = []
@@ -891,7 +881,7 @@ def test_miniimagenet_downloads_from_the_hub(tmp_path, imagenet, server, monkeyp
     main(["miniimagenet", "-out", str(tmp_path / "out")])
     assert {path: content for path, content in tree(tmp_path / "out" / "miniimagenet").items() if "jpg" in path} == MINI
     assert kept == [0, 0, 0]  # one file at a time
-    assert not any("test-" in path for _, path, _ in server.seen)
+    assert all("Range" in headers for _, path, headers in server.seen if "test-" in path)  # listed only
     tokens = {path.startswith("/cdn"): headers.get("Authorization") for _, path, headers in server.seen}
     assert tokens == {False: "Bearer secret", True: None}
     record = json.loads((tmp_path / "out" / "miniimagenet" / folders.MANIFEST).read_text())
@@ -901,23 +891,22 @@ def test_miniimagenet_downloads_from_the_hub(tmp_path, imagenet, server, monkeyp
 def test_a_file_without_a_hash_on_the_hub_is_refused(tmp_path, imagenet, server, monkeypatch):
     parquet(tmp_path / "hub" / "train-0.parquet", [(picture(5), None, "n01532829")])
     hub(server, monkeypatch, "ILSVRC/imagenet-1k", "main", tmp_path / "hub")
-    path = "/datasets/ILSVRC/imagenet-1k/resolve/main/train-0.parquet"
-    arguments = ("tieredimagenet", "-source", "hf://datasets/ILSVRC/imagenet-1k", "-out", tmp_path)
-    server.headers[path]["X-Linked-Etag"] = '"of another kind"'
-    assert "X-Linked-Etag" in refused(*arguments)
+    server.files[LISTING] = server.files[LISTING].replace(b'"lfs"', b'"blobId"')
+    message = refused("tieredimagenet", "-source", "hf://datasets/ILSVRC/imagenet-1k", "-out", tmp_path)
+    assert "lists no parquet files with their SHA-256" in message
 
 
-LISTING = "/api/datasets/ILSVRC/imagenet-1k/revision/main"
+LISTING = "/api/datasets/ILSVRC/imagenet-1k/revision/main?blobs=true"
 
 
 @pytest.mark.parametrize("status", [401, 403])
-@pytest.mark.parametrize("at", ["listing", "facts", "ranges"])
+@pytest.mark.parametrize("at", ["listing", "file", "content"])
 def test_every_refusal_of_the_hub_advises_on_the_token(tmp_path, imagenet, server, monkeypatch, status, at):
     parquet(tmp_path / "hub" / "train-0.parquet", [(picture(5), None, "n01532829")])
     hub(server, monkeypatch, "ILSVRC/imagenet-1k", "main", tmp_path / "hub")
     monkeypatch.setenv("HF_TOKEN", "old\n")
     path = "/datasets/ILSVRC/imagenet-1k/resolve/main/train-0.parquet"
-    server.status[{"listing": LISTING, "facts": path, "ranges": "/cdn/train-0.parquet"}[at]] = status
+    server.status[{"listing": LISTING, "file": path, "content": "/cdn/train-0.parquet"}[at]] = status
     message = refused("tieredimagenet", "-source", "hf://datasets/ILSVRC/imagenet-1k", "-out", tmp_path / "out")
     assert f"HTTP {status}" in message
     assert f"accept the terms at {server.url}/datasets/ILSVRC/imagenet-1k" in message

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dataloader import checks, published, readers
 from dataloader.images import read_image
+from engine import loading
 from utils import InputError
 
 CLASSES = {"train": ("ant", "bee", "cat"), "val": ("dog", "elk"), "test": ("fox", "gnu")}
@@ -138,6 +139,7 @@ def test_worker_processes_find_the_same(copy, tmp_path, capsys, monkeypatch):
     alone = verify.verify("fc100", tmp_path)
     monkeypatch.setattr(verify, "IN_PROCESS", 0)
     monkeypatch.setattr(verify, "available_cores", lambda: 2)
+    monkeypatch.setattr(loading, "SECONDS_BETWEEN_LINES", 0)
     assert verify.verify("fc100", tmp_path) == alone
     assert len(alone["faults"]) == 2
     assert "reading fc100" in capsys.readouterr().err
@@ -525,7 +527,7 @@ def test_no_permission(what, copy, tmp_path, capsys, monkeypatch):
     name = "cub" if what.endswith("csv") else "fc100"
     root = copy(name)
     (root / "manifest.json").write_text("{}")
-    real = Path.read_bytes, Path.read_text, os.scandir
+    real = Path.read_bytes, Path.read_text, Path.iterdir
 
     def refusing(function):
         def call(path, *args, **settings):
@@ -537,7 +539,7 @@ def test_no_permission(what, copy, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(Path, "read_bytes", refusing(real[0]))
     monkeypatch.setattr(Path, "read_text", refusing(real[1]))
-    monkeypatch.setattr(os, "scandir", refusing(real[2]))
+    monkeypatch.setattr(Path, "iterdir", refusing(real[2]))
     faults = check(capsys, name, tmp_path)[1]["faults"]
     assert any(re.search(f"{what}.*Permission denied", fault) for fault in faults), faults
 

@@ -80,11 +80,11 @@ def fetch(name: str, source: str | None, project: Path) -> None:
     """
     download = DOWNLOADS[name]
     into = project / download.into
-    if _is_in_place(download, into):
-        return
     path = None if source is None else _local(source)
     with exclusive(into / download.archive):
-        if _is_in_place(download, into):  # another process may have fetched it by now
+        found = next((into / folder for folder in download.folders if holds_files(into / folder)), None)
+        if found:
+            print(f"{found} exists: nothing to do (remove it to fetch it again)")
             return
         path = path or _download(name, into)
         try:
@@ -94,16 +94,9 @@ def fetch(name: str, source: str | None, project: Path) -> None:
                 raise
             path.unlink()
             raise InputError(f"Google Drive sent no usable archive: {error}. {_advice(name)}") from error
-        if source is None:
-            path.unlink()
+    if source is None:
+        path.unlink()
     print(f"{target} is in place")
-
-
-def _is_in_place(download: Download, into: Path) -> bool:
-    found = next((into / folder for folder in download.folders if holds_files(into / folder)), None)
-    if found:
-        print(f"{found} exists: nothing to do (remove it to fetch it again)")
-    return found is not None
 
 
 def _local(source: str) -> Path:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from engine.run import hold_lock
@@ -40,8 +40,8 @@ def holds_files(folder: Path) -> bool:
 
 def remove_empty(folder: Path) -> None:
     """Remove the empty folders below a folder, and the folder itself if nothing is left in it."""
-    for root, folders, files in os.walk(folder, topdown=False):
-        if not files and not any(os.path.lexists(os.path.join(root, name)) for name in folders):
+    for root, _, _ in os.walk(folder, topdown=False):
+        with suppress(OSError):  # it is not empty
             os.rmdir(root)
 
 

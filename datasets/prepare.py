@@ -12,8 +12,6 @@ resumes. Its ``manifest.json`` records what it was built from.
 Exit status: 0 if the data set is in place, 1 if it cannot be built, 2 for bad flags, 130 after Ctrl-C.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -58,21 +56,13 @@ DOWNLOADS = "downloads"  # in the unfinished folder
 HUB = "hf://datasets/"
 
 
-def prepare(
-    name: str,
-    given: Sequence[str],
-    out: Path,
-    *,
-    crop: bool = True,
-    shorter_side: int | None = None,
-    allow_missing: bool = False,
-    dry_run: bool = False,
-) -> None:
-    """Build ``RECIPES[name]`` below ``out``, from the sources given or from its download."""
-    recipe = RECIPES[name]
-    side = recipe.shorter_side if shorter_side is None else shorter_side
-    options = {"crop": crop if recipe.crops else None, "shorter_side": side, "allow_missing": allow_missing}
-    target, work = out / recipe.folder, out / f".{recipe.folder}.part"
+def prepare(name: str, given: Sequence[str], out: Path, options: dict[str, Any], *, dry_run: bool = False) -> None:
+    """Build ``RECIPES[name]`` below ``out``, from the sources given or from its download.
+
+    Args:
+        options: ``crop``, ``shorter_side`` (None where a data set has no choice) and ``allow_missing``.
+    """
+    target, work = out / RECIPES[name].folder, out / f".{RECIPES[name].folder}.part"
     if _is_complete(name, target, options):
         return
     if dry_run:
@@ -219,7 +209,7 @@ def _write_images(source: Source, plan: Plan, work: Path, side: int) -> dict[str
         image.path: file_hash(work / image.path) for image in plan.images.values() if (work / image.path).is_file()
     }
     wanted = {name: image for name, image in plan.images.items() if image.path not in digests}
-    faults = []
+    faults: list[str] = []
     waiting: deque[tuple[Target, Future[str]]] = deque()
 
     def collect(most: int) -> None:
@@ -241,9 +231,8 @@ def _write_images(source: Source, plan: Plan, work: Path, side: int) -> dict[str
     if wanted:
         faults.append(f"{len(wanted)} images listed in {source.where} could not be read")
     if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise InputError(
-            f"{faults[0]}{more}. Replace the source and run this again; the images read so far are kept in {work}"
+            f"{first_few(faults)}. Replace the source and run this again; the images read so far are kept in {work}"
         )
     return digests
 
@@ -253,10 +242,15 @@ def _make(name: str, content: bytes, target: Target, path: Path, side: int) -> s
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()  # decodes it, so that a damaged image is found now
-            made = _shrunk(_cropped(image, target.crop), side)
+            made = _cropped(image, target.crop) if target.crop else image
+            shrinks = 0 < side < min(made.size)
+            if (shrinks or target.crop) and made.mode not in ("RGB", "L"):
+                made = made.convert("RGB")
+            if shrinks:
+                scale = side / min(made.size)
+                made = made.resize([max(round(edge * scale), side) for edge in made.size], Image.Resampling.BICUBIC)
             if made is not image:
                 buffer = io.BytesIO()
-                made = made if made.mode in ("RGB", "L") else made.convert("RGB")
                 made.save(buffer, "PNG" if image.format == "PNG" else "JPEG", quality=JPEG_QUALITY, subsampling=0)
                 content = buffer.getvalue()
     except InputError as error:
@@ -267,9 +261,7 @@ def _make(name: str, content: bytes, target: Target, path: Path, side: int) -> s
     return _write(path, content)
 
 
-def _cropped(image: Image.Image, box: tuple[float, ...] | None) -> Image.Image:
-    if box is None:
-        return image
+def _cropped(image: Image.Image, box: tuple[float, ...]) -> Image.Image:
     left, upper, right, lower = (round(value) for value in box)
     if not (0 <= left < right <= image.width + 1 and 0 <= upper < lower <= image.height + 1):
         raise InputError(
@@ -279,23 +271,12 @@ def _cropped(image: Image.Image, box: tuple[float, ...] | None) -> Image.Image:
     return image.crop((left, upper, min(right, image.width), min(lower, image.height)))
 
 
-def _shrunk(image: Image.Image, side: int) -> Image.Image:
-    if not side or min(image.size) <= side:
-        return image
-    scale = side / min(image.size)
-    image = image if image.mode in ("RGB", "L") else image.convert("RGB")
-    return image.resize([max(round(edge * scale), side) for edge in image.size], Image.Resampling.BICUBIC)
-
-
 def _write(path: Path, content: bytes) -> str:
     """Write a file atomically, without the cost of a sync for each image; return its SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    partial.write_bytes(content)
+    partial.replace(path)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -303,7 +284,7 @@ def _remove_others(work: Path, digests: dict[str, str]) -> None:
     """Remove the downloads, and what a killed process left half written."""
     shutil.rmtree(work / DOWNLOADS, ignore_errors=True)
     for path in work.rglob("*"):
-        if not path.is_dir() and path.name != STATE and path.relative_to(work).as_posix() not in digests:
+        if not path.is_dir() and path.relative_to(work).as_posix() not in (STATE, *digests):
             path.unlink()
     remove_empty(work)
 
@@ -328,13 +309,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-allow_missing", action="store_true", help="build from an incomplete source")
     parser.add_argument("-dry_run", action="store_true", help="print what would be written and its size; write nothing")
     args = parser.parse_args(argv)
-    sized = [name for name, recipe in RECIPES.items() if recipe.shorter_side is not None]
-    if args.size is not None and args.name not in sized:
-        parser.error(f"-size requires one of {', '.join(sized)}")
-    if args.no_crop and not RECIPES[args.name].crops:
+    recipe = RECIPES[args.name]
+    if args.size is not None and recipe.shorter_side is None:
+        parser.error("-size requires one of cub, miniimagenet, tieredimagenet")
+    if args.no_crop and not recipe.crops:
         parser.error("-no_crop requires cub")
-    flags = {"crop": not args.no_crop, "allow_missing": args.allow_missing, "dry_run": args.dry_run}
-    prepare(args.name, args.source or [], args.out, shorter_side=args.size, **flags)
+    options = {
+        "crop": not args.no_crop if recipe.crops else None,
+        "shorter_side": recipe.shorter_side if args.size is None else args.size,
+        "allow_missing": args.allow_missing,
+    }
+    prepare(args.name, args.source or [], args.out, options, dry_run=args.dry_run)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,24 @@
-"""HTTPS downloads that are resumed and verified, and the files of a data set on Hugging Face.
-
-gdown downloads plain URLs as well, but gives up on HTTP 503, on a server without ranges, and on a partial file that is
-already complete; and it cannot send a token.
-"""
+"""HTTPS downloads that are resumed and verified, and the files of a data set on Hugging Face."""
 
 import hashlib
 import io
-import json
 import os
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
-from http.client import HTTPException, HTTPResponse, InvalidURL
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 from urllib.parse import quote
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 from engine.loading import progress_bar
 from utils import InputError
 
-ATTEMPTS = 6  # in a row, without a byte of progress
-FIRST_PAUSE = 1.0  # seconds before the second attempt, then doubled each time
+ATTEMPTS = 6
+FIRST_PAUSE = 1.0  # seconds between attempts, then doubled each time
 TIMEOUT = 60  # seconds without an answer
-CHUNK = 1 << 18
-NETWORK_ERRORS = (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError)
-T = TypeVar("T")
+CHUNK = 1 << 16  # bytes, at most lost with a connection
+TEMPORARY = (408, 429, 500, 502, 503, 504)  # HTTP answers
 
 
 class Remote(NamedTuple):
@@ -50,77 +43,40 @@ def download(remote: Remote, path: Path) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    _retry(remote, lambda: _continue(remote, partial), lambda: _size(partial))
+    if not any(_continue(remote, partial) for _ in range(ATTEMPTS)):
+        raise _failed(remote, "the connection was lost")
     _check(remote, partial)
     partial.replace(path)
     return path
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _retry(remote: Remote, attempt: Callable[[], T | None], progress: Callable[[], int] = lambda: 0) -> T:
-    """The first result other than None; ends after ``ATTEMPTS`` in a row without progress."""
-    failures = 0
-    while True:
-        before = progress()
-        try:
-            result = attempt()
-            if result is not None:
-                return result
-            reason = "the connection was lost"
-        except NETWORK_ERRORS as error:
-            reason = _retry_reason(remote, error)
-        failures = failures + 1 if progress() <= before else 1
-        if failures >= ATTEMPTS:
-            raise InputError(
-                f"cannot download {remote.url}: {ATTEMPTS} attempts failed ({reason}). Check the connection and run the same "
-                "command again; a download resumes where it stopped"
-            )
-        time.sleep(FIRST_PAUSE * 2 ** (failures - 1))
-
-
-def _retry_reason(remote: Remote, error: Exception) -> str:
-    """What went wrong, if another attempt may succeed; other errors are raised."""
-    if not isinstance(error, urllib.error.HTTPError):
-        return str(getattr(error, "reason", error)) or type(error).__name__
-    answer = f"HTTP {error.code} {error.reason}"
-    if error.code < 500 and error.code not in (408, 429):
-        advice = remote.refused if error.code in (401, 403) else ""
-        raise InputError(f"the server refused {remote.url} ({answer}). {advice}".strip()) from error
-    return answer
-
-
-def _continue(remote: Remote, partial: Path) -> bool | None:
+def _continue(remote: Remote, partial: Path) -> bool:
     """Fetch what is missing; True if the file is complete as far as the server says."""
-    have = _size(partial)
-    if remote.size is not None and have == remote.size:
+    have = partial.stat().st_size if partial.exists() else 0
+    if have and have == remote.size:
         return True
-    try:
-        response = _open(remote, {"Range": f"bytes={have}-"} if have else {})
-    except urllib.error.HTTPError as error:
-        if error.code != 416:
-            raise
-        partial.unlink()  # as long as the file or longer: it was not verified, so it is fetched again
-        return None
-    with response:
-        starts = (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-")
-        if have and (response.status != 206 or not starts):
+    with _get(remote, {"Range": f"bytes={have}-"} if have else {}, stream=True) as response:
+        if response.status_code == 416:  # as long as the file or longer, and not verified: fetched again
+            partial.unlink()
+            return False
+        if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             have = 0  # a server without ranges sends the whole file
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else remote.size
         bar = progress_bar(partial.name.removesuffix(".part"), total=total, initial=have, unit_scale=True)
         with bar, open(partial, "ab" if have else "wb") as file:
-            while chunk := response.read(CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
-                have += len(chunk)
-    return True if total is None or have >= total else None
+            try:
+                for chunk in response.iter_content(CHUNK):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+                    have += len(chunk)
+            except requests.RequestException:
+                return False
+    return total is None or have >= total
 
 
 def _check(remote: Remote, partial: Path) -> None:
-    size, fault = _size(partial), ""
+    size, fault = partial.stat().st_size, ""
     if remote.size not in (None, size):
         fault = f"{size} bytes instead of {remote.size}"
     elif remote.digest:
@@ -139,24 +95,33 @@ def _check(remote: Remote, partial: Path) -> None:
         )
 
 
-def _open(remote: Remote, headers: dict[str, str]) -> HTTPResponse:
+def _get(remote: Remote, headers: dict[str, str], *, stream: bool = False) -> requests.Response:
+    """The server's answer, after up to ``ATTEMPTS`` attempts."""
+    headers = {"Accept-Encoding": "identity", **headers}
+    if remote.token:  # requests does not send it on to another server that a redirection names
+        headers["Authorization"] = f"Bearer {remote.token}"
+    retry = Retry(ATTEMPTS - 1, backoff_factor=FIRST_PAUSE, status_forcelist=TEMPORARY)
+    session = requests.Session()
+    session.mount("https://", HTTPAdapter(max_retries=retry))
+    session.mount("http://", HTTPAdapter(max_retries=retry))
     try:
-        request = urllib.request.Request(remote.url, headers=headers)
-        if remote.token:  # not sent on to the server that a redirection names
-            request.add_unredirected_header("Authorization", f"Bearer {remote.token}")
-        return urllib.request.urlopen(request, timeout=TIMEOUT)
-    except (ValueError, InvalidURL) as error:
+        response = session.get(remote.url, headers=headers, stream=stream, timeout=TIMEOUT)
+    except ValueError as error:
         raise InputError(f"{remote.url} cannot be asked for ({error}). Check HF_ENDPOINT and HF_TOKEN") from error
+    except requests.RequestException as error:
+        raise _failed(remote, " ".join(str(error).split()) or type(error).__name__) from error
+    if response.status_code >= 400 and response.status_code != 416:
+        advice = remote.refused if response.status_code in (401, 403) else ""
+        answer = f"HTTP {response.status_code} {response.reason}"
+        raise InputError(f"the server refused {remote.url} ({answer}). {advice}".strip())
+    return response
 
 
-def _answer(remote: Remote, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
-    """The status and content of the server's answer to one small request."""
-
-    def attempt() -> tuple[int, bytes]:
-        with _open(remote, headers or {}) as response:
-            return response.status, response.read()
-
-    return _retry(remote, attempt)
+def _failed(remote: Remote, reason: str) -> InputError:
+    return InputError(
+        f"cannot download {remote.url}: {ATTEMPTS} attempts failed ({reason}). Check the connection and run the same command "
+        "again; a download resumes where it stopped"
+    )
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
@@ -175,10 +140,10 @@ def hub_files(name: str, revision: str) -> tuple[str, dict[str, Remote]]:
         f"settings, and set HF_TOKEN to it{' (the present one is refused)' if token else ''}"
     )
     url = f"{server}/api/datasets/{quote(name)}/revision/{quote(revision)}?blobs=true"
-    content = _answer(Remote(url, token=token, refused=advice))[1]
+    response = _get(Remote(url, token=token, refused=advice), {})
     files = {}
     try:
-        found = json.loads(content)
+        found = response.json()
         revision = found.get("sha") or revision
         for file in found["siblings"]:
             path, facts = file["rfilename"], file.get("lfs")
@@ -212,10 +177,10 @@ class RemoteFile(io.RawIOBase):
         end = self.remote.size if size < 0 else min(self.position + size, self.remote.size)
         if self.position >= end:
             return b""
-        status, content = _answer(self.remote, {"Range": f"bytes={self.position}-{end - 1}"})
-        if status != 206 or len(content) != end - self.position:
+        response = _get(self.remote, {"Range": f"bytes={self.position}-{end - 1}"})
+        if response.status_code != 206 or len(response.content) != end - self.position:
             raise InputError(
                 f"{self.remote.url} did not send the bytes {self.position} to {end - 1} that were asked for"
             )
         self.position = end
-        return content
+        return response.content

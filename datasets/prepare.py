@@ -283,8 +283,9 @@ def _write(path: Path, content: bytes) -> str:
 def _remove_others(work: Path, digests: dict[str, str]) -> None:
     """Remove the downloads, and what a killed process left half written."""
     shutil.rmtree(work / DOWNLOADS, ignore_errors=True)
+    kept = {STATE, *digests}
     for path in work.rglob("*"):
-        if not path.is_dir() and path.relative_to(work).as_posix() not in (STATE, *digests):
+        if not path.is_dir() and path.relative_to(work).as_posix() not in kept:
             path.unlink()
     remove_empty(work)
 

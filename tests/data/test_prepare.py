@@ -803,7 +803,7 @@ def test_download_survives_lost_connections(tmp_path, server):
     server.drop, server.drops = 100_000, 2
     path = download(Remote(server.url + "/a", len(CONTENT), digest(CONTENT, "md5")), tmp_path / "a")
     assert path.read_bytes() == CONTENT
-    assert [seen[2].get("Range") for seen in server.seen] == [None, "bytes=100000-", "bytes=200000-"]
+    assert [seen[2].get("Range") for seen in server.seen] == [None, "bytes=65536-", "bytes=131072-"]
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -840,7 +840,7 @@ def test_a_refusal_is_final_and_an_overloaded_server_is_asked_again(tmp_path, se
     for path, expected in (
         ("/terms", r"HTTP 403 Forbidden\). Accept the terms"),
         ("/none", "HTTP 404"),
-        ("/broken", "attempts failed .HTTP 503"),
+        ("/broken", "attempts failed .*503"),
     ):
         with pytest.raises(InputError, match=expected):
             download(Remote(server.url + path, refused="Accept the terms"), tmp_path / "a")

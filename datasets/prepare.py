@@ -146,14 +146,14 @@ def _open(name: str, given: Sequence[str], work: Path) -> Source:
     if not given and not recipe.downloads:
         raise InputError(f"{name} cannot be downloaded without an account. Pass -source with {recipe.advice}")
     given = given or [str(download(remote, scratch / file)) for file, remote in recipe.downloads.items()]
-    sources: list[Source] = []
+    sources = []
     for path in given:
         if path.startswith(HUB):
             repository, _, revision = path.removeprefix(HUB).partition("@")
             sources.append(hub_parquet(repository, revision or "main", scratch=scratch))
         else:
             sources.append(recipe.adapt(open_source(Path(path), recipe.downloads)))
-    return sources[0] if len(sources) == 1 else ConcatSource(" + ".join(source.where for source in sources), sources)
+    return ConcatSource(" + ".join(source.where for source in sources), sources)
 
 
 def _plan(name: str, source: Source, options: dict[str, Any]) -> Plan:

@@ -7,7 +7,6 @@ the wanted ones in the order in which they are stored.
 import json
 import re
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -48,17 +47,14 @@ class Source:
 
 
 class ConcatSource(Source):
-    """Several sources as one."""
+    """Several sources as one. Of files with the same name, only the first is used."""
 
     def __init__(self, where: str, sources: Sequence[Source]) -> None:
         super().__init__(where)
         self.sources = sources
 
     def entries(self) -> list[Entry]:
-        found = [entry for source in self.sources for entry in source.entries()]
-        if len({entry.name for entry in found}) < len(found):
-            raise InputError(f"two of the sources {self.where} hold files of the same name. Leave one of them out")
-        return found
+        return [entry for source in self.sources for entry in source.entries()]
 
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
         for source in self.sources:
@@ -71,16 +67,16 @@ def open_source(path: Path, archives: Collection[str] = ()) -> Source:
     Raises:
         InputError: there is no such file, or it is none of these.
     """
-    if path.is_dir():
-        files = sorted(path.rglob("*"))
-        parquet = [file for file in files if file.suffix == ".parquet"]
-        found = [ArchiveSource(file) for file in files if file.name in archives or CLASS_TAR.fullmatch(file.name)]
-        if found:
-            return found[0] if len(found) == 1 else ConcatSource(path.name, found)
-        return Parquet(path.name, [_LocalFile(file) for file in parquet]) if parquet else Folder(path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"there is no file or folder {path}")
-    return Parquet(path.name, [_LocalFile(path)]) if path.suffix == ".parquet" else ArchiveSource(path)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    parquet = {file.name: file for file in files if file.suffix == ".parquet"}
+    if parquet:
+        return Parquet(path.name, parquet)
+    if not path.is_dir():
+        return ArchiveSource(path)
+    found = [ArchiveSource(file) for file in files if file.name in archives or CLASS_TAR.fullmatch(file.name)]
+    return ConcatSource(path.name, found) if found else Folder(path)
 
 
 # --- Folders and archives ---------------------------------------------------------------------------------------------
@@ -137,38 +133,13 @@ class ArchiveSource(Source):
 # --- Parquet ----------------------------------------------------------------------------------------------------------
 
 
-class _LocalFile:
-    def __init__(self, path: Path) -> None:
-        self.name, self.path, self.size = path.name, path, path.stat().st_size
-
-    def open(self) -> Any:
-        return self.path
-
-    @contextmanager
-    def whole(self) -> Iterator[Path]:
-        yield self.path
-
-
-class _HubFile:
-    """Listed by reading ranges of it; kept on disk only while it is read."""
-
-    def __init__(self, remote: Remote, name: str, scratch: Path) -> None:
-        self.name, self.remote, self.size, self.scratch = name, remote, remote.size or 0, scratch
-
-    def open(self) -> Any:
-        return RemoteFile(self.remote)
-
-    @contextmanager
-    def whole(self) -> Iterator[Path]:
-        path = download(self.remote, self.scratch / self.name)
-        yield path
-        path.unlink()
-
-
 class Parquet(Source):
-    """Parquet files as Hugging Face has them: ``image`` (``bytes`` and ``path``), ``label``, and optionally ``bbox``."""
+    """Parquet files as Hugging Face has them: ``image`` (``bytes`` and ``path``), ``label``, and optionally ``bbox``.
 
-    def __init__(self, where: str, files: list[Any]) -> None:
+    Those on a server are listed by reading ranges of them, and kept in ``scratch`` only while they are read.
+    """
+
+    def __init__(self, where: str, files: dict[str, Path | Remote], scratch: Path | None = None) -> None:
         super().__init__(where)
         try:
             from pyarrow.parquet import ParquetFile
@@ -176,49 +147,51 @@ class Parquet(Source):
             raise InputError(
                 "reading parquet files requires pyarrow, which is not installed. Run: pip install -r requirements-data.txt"
             ) from error
-        self.files, self.opener = files, ParquetFile
+        self.files, self.scratch, self.opener = files, scratch, ParquetFile
 
     def entries(self) -> list[Entry]:
-        return [entry for file in self.files for entry in self._listing(file)]
-
-    def _listing(self, file: Any) -> list[Entry]:
-        with reading(file.name), self.opener(file.open()) as table:
-            schema = table.schema_arrow
-            if "image" not in schema.names or "label" not in schema.names:
-                raise InputError(f"{file.name} needs the columns image and label; it has {', '.join(schema.names)}")
-            has_path = any(field.name == "path" for field in schema.field("image").type)
-            rows = table.read(columns=["label", "bbox"] + ["image.path"] * has_path).to_pylist()
-        names = _class_names(schema)
         found = []
-        for number, row in enumerate(rows):
-            path = (row.get("image") or {}).get("path") or f"{number:05d}"
-            label, box = row["label"], row.get("bbox")
-            text = names[label] if isinstance(label, int) and 0 <= label < len(names) else str(label)
-            name = f"{file.name}/{number:05d}/{PurePosixPath(path).name}"
-            found.append(Entry(name, file.size // len(rows), text, tuple(box) if box is not None else None))
+        for name, file in self.files.items():
+            is_remote = isinstance(file, Remote)
+            size = file.size if is_remote else file.stat().st_size
+            with reading(name), self.opener(RemoteFile(file) if is_remote else file) as table:
+                schema = table.schema_arrow
+                if "image" not in schema.names or "label" not in schema.names:
+                    raise InputError(f"{name} needs the columns image and label; it has {', '.join(schema.names)}")
+                rows = table.read(columns=["label", "bbox", "image.path"]).to_pylist()  # without those it lacks
+            classes = _class_names(schema)
+            for number, row in enumerate(rows):
+                path = (row.get("image") or {}).get("path") or f"{number:05d}"
+                label, box = row["label"], row.get("bbox")
+                label = classes[label] if isinstance(label, int) and 0 <= label < len(classes) else str(label)
+                place = f"{name}/{number:05d}/{PurePosixPath(path).name}"
+                found.append(Entry(place, size // len(rows), label, tuple(box) if box is not None else None))
         return found
 
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
-        for file in self.files:
+        for name, file in self.files.items():
             # The row is in the name, so the listing is not needed again.
-            of_file = {int(name.split("/")[1]): name for name in wanted if name.startswith(f"{file.name}/")}
+            of_file = {int(entry.split("/")[1]): entry for entry in wanted if entry.startswith(f"{name}/")}
             if not of_file:
                 continue
-            with file.whole() as path, reading(file.name), self.opener(path) as table:
+            path = download(file, self.scratch / name) if isinstance(file, Remote) else file
+            with reading(name), self.opener(path) as table:
                 batches = table.iter_batches(batch_size=64, columns=["image.bytes"])
                 images = (image for batch in batches for image in batch.column("image"))
                 for row, image in enumerate(images):
                     if row in of_file:
                         yield of_file[row], image["bytes"].as_py() or b""  # which is reported as no image
+            if path != file:
+                path.unlink()
 
 
 def hub_parquet(name: str, revision: str, *, scratch: Path) -> Parquet:
     """The parquet files of a data set on Hugging Face."""
-    where, files = hub_files(name, revision)
-    names = sorted(name for name in files if name.endswith(".parquet"))
-    if not names:
+    where, remotes = hub_files(name, revision)
+    files = {PurePosixPath(path).name: remote for path, remote in remotes.items() if path.endswith(".parquet")}
+    if not files:
         raise InputError(f"{where} lists no parquet files with their SHA-256")
-    return Parquet(where, [_HubFile(files[name], PurePosixPath(name).name, scratch) for name in names])
+    return Parquet(where, files, scratch)
 
 
 def _class_names(schema: Any) -> list[str]:

@@ -13,6 +13,7 @@ from recipes.common import IMAGENET_NAME, Plan, Recipe, Target, parquet_file_nam
 from utils import InputError, first_few
 
 MINI_NAME = re.compile(r"(n\d{8})(\d{8})\.JPE?G", re.IGNORECASE)
+HUB = "timm/mini-imagenet@bd8779f9d33c061ea6e75fdd3bce4e43dd679060"
 PER_CLASS = 600  # images in miniImageNet
 MOST_PER_CLASS = 1300  # images in ImageNet
 
@@ -71,22 +72,15 @@ def plan_miniimagenet(source: Source, entries: list[Entry], crop: bool) -> Plan:
             at = {number: image.entry for number, image in zip(numbers, found, strict=True)}
             chosen = {f"{label}{place:08d}.jpg": at[place] for place in places if place in at}
         images |= {entry.name: Target(f"images/{file}", split, label) for file, entry in chosen.items()}
-    notes = []
-    if unnamed:
-        notes.append(
-            f"{len(unnamed)} classes have files without their ImageNet names. The classes are right; whether these are "
-            "miniImageNet's 600 images of each class could not be verified"
-        )
-    if other:
-        notes.append(
-            f"{len(other)} classes ({first_few(other)}) have file names that do not fit miniImageNet's list. The classes are "
-            "right; the choice of images is another one"
-        )
-    if short:
-        notes.append(
-            f"{len(short)} classes ({first_few(short)}) have fewer than the {MOST_PER_CLASS} images of most ImageNet classes. "
-            "If the source lost some, the choice of images in these classes is shifted"
-        )
+    explained = (
+        (unnamed, "files without their ImageNet names, so whether they are miniImageNet's 600 images is not verified"),
+        (other, "file names that do not fit miniImageNet's list: the choice of images is another one"),
+        (
+            short,
+            f"fewer than the usual {MOST_PER_CLASS} images: if the source lost some, the choice of images is shifted",
+        ),
+    )
+    notes = [f"{len(labels)} classes ({first_few(labels)}) have {what}" for labels, what in explained if labels]
     return published_plan("miniimagenet", images, tables=True, notes=notes)
 
 
@@ -119,12 +113,7 @@ def plan_tieredimagenet(source: Source, entries: list[Entry], crop: bool) -> Pla
 
 
 RECIPES = {
-    "miniimagenet": Recipe(
-        "miniimagenet",
-        plan_miniimagenet,
-        hub="timm/mini-imagenet@bd8779f9d33c061ea6e75fdd3bce4e43dd679060",
-        shorter_side=0,
-    ),
+    "miniimagenet": Recipe("miniimagenet", plan_miniimagenet, hub=HUB, shorter_side=0),
     "tieredimagenet": Recipe(
         "tiered_imagenet",
         plan_tieredimagenet,

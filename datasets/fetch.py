@@ -4,8 +4,6 @@
 
 Data sets go into ``datasets/``, models into the folder above it. The folder appears when it is complete. An interrupted
 download is kept as ``<archive>.part*`` and resumed by the next call.
-
-Exit status: 0 if the folder is in place, 1 if it cannot be fetched, 2 for bad arguments, 130 after Ctrl-C or SIGTERM.
 """
 
 import os

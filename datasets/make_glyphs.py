@@ -6,7 +6,7 @@ Each class is a letter, each image that letter in one face with a random rotatio
 share no script, so the test asks for letters that training has never seen. Needs no network.
 
 An earlier glyphs tree in the output folder is replaced; a folder that holds anything else is refused. The new tree appears
-when it is complete. Exit status: 1 if it cannot be written, 2 for bad flags, 130 after Ctrl-C.
+when it is complete.
 """
 
 import math

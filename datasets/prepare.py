@@ -8,11 +8,8 @@
 Sources may be archives or folders; archives are read in place. Images are copied byte for byte unless they are cropped or
 resized. The data set is built in ``.<folder>.part`` and appears under its name when it is complete; an interrupted run
 resumes. Its ``manifest.json`` records what it was built from.
-
-Exit status: 0 if the data set is in place, 1 if it cannot be built, 2 for bad flags, 130 after Ctrl-C.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -22,6 +19,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +34,7 @@ from sources import ConcatSource, Source, hub_parquet, open_source
 
 from dataloader.catalog import CATALOG
 from engine.loading import progress_bar
-from utils import (
-    InputError,
-    available_cores,
-    file_hash,
-    first_few,
-    make_parser,
-    number_at_least,
-    run_script,
-    status,
-    warn,
-    write_json,
-)
+from utils import InputError, available_cores, first_few, make_parser, number_at_least, run_script, status, warn
 
 RECIPE = 1  # to be increased when the same source gives other files
 JPEG_QUALITY = 95  # of images that are cropped or resized
@@ -108,7 +95,7 @@ def _build(name: str, given: Sequence[str], work: Path, options: dict[str, Any])
         labels = Counter(image.label for image in images)
         splits[split] = {"classes": len(labels), "images": len(images), "per_class": dict(sorted(labels.items()))}
     record = {**state, "notes": plan.notes, "lacks": plan.faults, "splits": splits, "sha256": tree_hash(digests)}
-    write_json(work / MANIFEST, record)
+    _write(work / MANIFEST, json.dumps(record, indent=1).encode())
     (work / STATE).unlink()
     return plan
 
@@ -190,24 +177,20 @@ def _dry_run(name: str, given: Sequence[str], target: Path, work: Path, options:
 
 
 def _resume_or_clear(work: Path, state: dict[str, Any]) -> None:
-    try:
-        earlier = json.loads((work / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        earlier = None
-    if earlier == state:
+    content = json.dumps(state).encode()
+    if (work / STATE).is_file() and (work / STATE).read_bytes() == content:
         status(f"resuming in {work}")
         return
     for path in work.iterdir():  # of another source, or with other options
         if path.name != DOWNLOADS:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_json(work / STATE, state)
+    _write(work / STATE, content)
 
 
 def _write_images(source: Source, plan: Plan, work: Path, side: int) -> dict[str, str]:
     """Path -> SHA-256 of every image of the plan. Images written by an earlier call are kept."""
-    digests = {
-        image.path: file_hash(work / image.path) for image in plan.images.values() if (work / image.path).is_file()
-    }
+    kept = [image.path for image in plan.images.values() if (work / image.path).is_file()]
+    digests = {path: sha256((work / path).read_bytes()).hexdigest() for path in kept}
     wanted = {name: image for name, image in plan.images.items() if image.path not in digests}
     faults: list[str] = []
     waiting: deque[tuple[Target, Future[str]]] = deque()
@@ -277,7 +260,7 @@ def _write(path: Path, content: bytes) -> str:
     partial = path.with_name(path.name + ".part")
     partial.write_bytes(content)
     partial.replace(path)
-    return hashlib.sha256(content).hexdigest()
+    return sha256(content).hexdigest()
 
 
 def _remove_others(work: Path, digests: dict[str, str]) -> None:

@@ -665,8 +665,8 @@ def test_cub_is_cropped_to_its_boxes_unless_told_otherwise(tmp_path, cub):
 def test_missing_or_wrong_tables_of_cub_are_named(tmp_path, cub):
     for number, (changed, expected) in enumerate(
         (
-            ({"bounding_boxes.txt": ""}, "has no bounding_boxes.txt"),
-            ({"images.txt": ""}, "has no images.txt"),
+            ({"bounding_boxes.txt": ""}, "('bounding_boxes.txt'): images.txt needs"),
+            ({"images.txt": ""}, "('images.txt'): images.txt needs"),
             ({"bounding_boxes.txt": "1 2 3\n"}, "'id x y width height'"),
             ({"bounding_boxes.txt": "1 10 20 30 40\n"}, "has no bounding box"),
             (

@@ -15,7 +15,7 @@ from PIL import Image
 from dataloader import checks, published, readers
 from dataloader.images import read_image
 from engine import loading
-from utils import InputError
+from utils import InputError, file_hash
 
 CLASSES = {"train": ("ant", "bee", "cat"), "val": ("dog", "elk"), "test": ("fox", "gnu")}
 EACH = 6  # images of a class; what is published of the small sets below
@@ -271,7 +271,7 @@ def write_manifest(root: Path, **changes: object) -> None:
         split: {"classes": len(names), "images": EACH * len(names), "per_class": dict.fromkeys(names, EACH)}
         for split, names in CLASSES.items()
     }
-    digests = {path.relative_to(root).as_posix(): verify.file_hash(path) for path in root.rglob("*") if path.is_file()}
+    digests = {path.relative_to(root).as_posix(): file_hash(path) for path in root.rglob("*") if path.is_file()}
     content = {"dataset": "fc100", "recipe": 1, "sha256": verify.tree_hash(digests), "splits": counts, **changes}
     (root / verify.MANIFEST).write_text(json.dumps(content))
 

@@ -10,10 +10,10 @@ import os
 import shutil
 import signal
 import sys
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
+from urllib.request import url2pathname
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -78,13 +78,16 @@ def fetch(name: str, source: str | None, project: Path) -> None:
     """
     download = DOWNLOADS[name]
     into = project / download.into
-    path = None if source is None else _local(source)
+    if source and source.startswith("file://"):
+        source = url2pathname(source.removeprefix("file://").removeprefix("localhost"))
+    if source is not None and not Path(source).is_file():
+        raise InputError(f"there is no archive {source}")
     with exclusive(into / download.archive):
         found = next((into / folder for folder in download.folders if holds_files(into / folder)), None)
         if found:
             print(f"{found} exists: nothing to do (remove it to fetch it again)")
             return
-        path = path or _download(name, into)
+        path = Path(source) if source else _download(name, into)
         try:
             target = _extract(path, into, download)
         except BrokenArchive as error:
@@ -95,14 +98,6 @@ def fetch(name: str, source: str | None, project: Path) -> None:
     if source is None:
         path.unlink()
     print(f"{target} is in place")
-
-
-def _local(source: str) -> Path:
-    if source.startswith("file://"):
-        source = urllib.request.url2pathname(source.removeprefix("file://").removeprefix("localhost"))
-    if not Path(source).is_file():
-        raise InputError(f"there is no archive {source}")
-    return Path(source)
 
 
 def _download(name: str, into: Path) -> Path:

@@ -24,8 +24,6 @@ def exclusive(target: Path) -> Iterator[None]:
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.with_name(f".{target.name}.lock")
     lock = hold_lock(path, "Wait for it to finish")
-    while lock and not (path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())):
-        lock = hold_lock(path, "Wait for it to finish")  # the file that is locked was removed by its last holder
     try:
         yield
     finally:

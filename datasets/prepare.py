@@ -32,7 +32,6 @@ from recipes import RECIPES
 from recipes.common import Plan, Target
 from sources import ConcatSource, Source, hub_parquet, open_source
 
-from dataloader.catalog import CATALOG
 from engine.loading import progress_bar
 from utils import InputError, available_cores, first_few, make_parser, number_at_least, run_script, status, warn
 
@@ -50,13 +49,13 @@ def prepare(name: str, given: Sequence[str], out: Path, options: dict[str, Any],
         options: ``crop``, ``shorter_side`` (None where a data set has no choice) and ``allow_missing``.
     """
     target, work = out / RECIPES[name].folder, out / f".{RECIPES[name].folder}.part"
-    if _is_complete(name, target, options):
+    if _is_complete(target, options):
         return
     if dry_run:
         _dry_run(name, given, target, work, options)
         return
     with exclusive(target):
-        if _is_complete(name, target, options):  # another process may have built it by now
+        if _is_complete(target, options):  # another process may have built it by now
             return
         work.mkdir(exist_ok=True)
         try:
@@ -66,8 +65,7 @@ def prepare(name: str, given: Sequence[str], out: Path, options: dict[str, Any],
             if work.is_dir() and os.listdir(work) == [STATE]:  # nothing to resume from
                 shutil.rmtree(work)
             raise
-        if target.is_dir():
-            target.rmdir()  # _is_complete found it empty
+        remove_empty(target)
         work.rename(target)
     print(f"{target} is in place: {_summary(plan)}. Check it: python datasets/verify.py {name}")
 
@@ -100,26 +98,19 @@ def _build(name: str, given: Sequence[str], work: Path, options: dict[str, Any])
     return plan
 
 
-def _is_complete(name: str, target: Path, options: dict[str, Any]) -> bool:
-    others = CATALOG[name].folders if name in CATALOG else ()
-    for folder in (target, *(target.parent / other for other in others)):
-        if not folder.is_dir() or not any(folder.iterdir()):
-            continue
-        try:
-            found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            earlier = dict(found["options"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(
-                f"{folder} exists and was not built by this script. Remove it to rebuild, or choose another -out"
-            ) from None
-        if earlier != options or found.get("recipe") != RECIPE:
-            raise InputError(
-                f"{folder} was built with other options ({_words(earlier)}; now {_words(options)}). Remove it to rebuild, or "
-                "choose another -out"
-            )
-        print(f"{folder} is complete, built from {found.get('source')}: nothing to do (remove it to rebuild)")
-        return True
-    return False
+def _is_complete(target: Path, options: dict[str, Any]) -> bool:
+    if not target.is_dir() or not any(target.iterdir()):
+        return False
+    advice = "Remove it to rebuild, or choose another -out"
+    try:
+        found = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        earlier = dict(found["options"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{target} exists and was not built by this script. {advice}") from None
+    if earlier != options or found.get("recipe") != RECIPE:
+        raise InputError(f"{target} was built with other options ({_words(earlier)}; now {_words(options)}). {advice}")
+    print(f"{target} is complete, built from {found.get('source')}: nothing to do (remove it to rebuild)")
+    return True
 
 
 def _words(options: dict[str, Any]) -> str:

@@ -4,9 +4,7 @@
     python datasets/verify.py cub -data_dir /data -json -   as JSON on standard output
 
 Every image is decoded and every file hashed. Nothing is changed. The last line is the verdict; the faults before it are
-sorted by the harm they do, each with its cure. Notes are informational.
-
-Exit status: 0 if the data set is right, 1 if it is not, 2 for bad flags, 130 after Ctrl-C.
+sorted by the harm they do, each with its cure. Notes are informational. The exit status is 0 if the data set is right.
 """
 
 import io
@@ -15,7 +13,7 @@ import os
 import signal
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -100,7 +98,6 @@ def _counted(what: str, where: Sequence[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check the data set that the flags name; returns the exit status."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", choices=SPECS, help=f"one of {', '.join(SPECS)}")
     parser.add_argument("-data_dir", default=str(Path(__file__).parent), help="folder that holds the data sets")
@@ -147,7 +144,7 @@ def _list_images(tree: Tree) -> None:
             continue
         tree.counts[split] = Counter()
         for path, label in zip(paths, labels, strict=True):
-            name, place = _relative(path, tree.root), (split, classes[label])
+            name, place = Path(path).relative_to(tree.root).as_posix(), (split, classes[label])
             earlier = tree.images.setdefault(name, place)
             if earlier == place:
                 tree.counts[split][place[1]] += 1
@@ -156,17 +153,13 @@ def _list_images(tree: Tree) -> None:
                 tree.problems.append(Problem("images in two splits of the tables", text, "Remove the wrong row"))
 
 
-def _relative(path: str, root: Path) -> str:
-    return path[len(str(root)) + 1 :].replace(os.sep, "/") if root != Path() else path.replace(os.sep, "/")
-
-
 def _list_others(tree: Tree) -> None:
     """Every other file below the root; with "folder", whose root is the data directory, below the splits."""
     for top in [tree.root / split for split in tree.counts] if tree.spec.folders == (".",) else [tree.root]:
         for folder, folders, files in os.walk(top):
             folders[:] = sorted(name for name in folders if not is_hidden(Path(name)))
-            paths = [_relative(os.path.join(folder, name), tree.root) for name in sorted(files)]
-            tree.others += [path for path in paths if path not in tree.images and not is_hidden(Path(path))]
+            paths = [Path(folder, name).relative_to(tree.root) for name in sorted(files) if not is_hidden(Path(name))]
+            tree.others += [path.as_posix() for path in paths if path.as_posix() not in tree.images]
 
 
 def _read_files(tree: Tree) -> None:
@@ -351,7 +344,7 @@ def check_strays(tree: Tree) -> None:
     tree.note("files that no script reads", [path for path in others if not names_image(Path(path))])
 
 
-CHECKS: tuple[Callable[[Tree], None], ...] = (  # the most harmful first
+CHECKS = (  # the most harmful first
     *(check_listing, check_classes, check_leaks, check_cropped, check_resolution, check_pixels),
     *(check_images, check_counts, check_manifest, check_overlap, check_conversions, check_strays),
 )
@@ -382,9 +375,8 @@ def _report(tree: Tree) -> dict[str, Any]:
 
 
 def _as_text(report: dict[str, Any]) -> list[str]:
-    lines = []
-    for split, found in report.get("splits", {}).items():
-        lines.append(f"{split:5} {found['classes']:5} classes {found['images']:8} images")
+    splits = report.get("splits", {}).items()
+    lines = [f"{split:5} {found['classes']:5} classes {found['images']:8} images" for split, found in splits]
     for what in ("sizes", "modes"):
         if found := report.get(what):
             lines.append(f"{what}: {first_few([f'{value} ({number})' for value, number in found.items()])}")

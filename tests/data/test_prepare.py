@@ -189,11 +189,11 @@ def test_a_second_run_changes_nothing_and_other_options_are_refused(tmp_path, ci
     assert "complete, built from cifar.zip: nothing to do" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "FC100").rglob("*")}
     assert "built with other options" in refused("fc100", "-source", source, "-out", tmp_path, "-allow_missing")
-    save(tmp_path / "other" / "fc100" / "x.png", b"x")
+    save(tmp_path / "other" / "FC100" / "x.png", b"x")
     assert "was not built by this script. Remove it to rebuild" in refused(
         "fc100", "-source", source, "-out", tmp_path / "other"
     )
-    assert (tmp_path / "other" / "fc100" / "x.png").read_bytes() == b"x"
+    assert (tmp_path / "other" / "FC100" / "x.png").read_bytes() == b"x"
 
 
 def test_recipes_build_the_folders_that_the_scripts_read():
@@ -285,21 +285,6 @@ def test_a_set_that_another_process_has_just_finished_is_kept(tmp_path, cifar, m
     main(arguments)
     assert "is complete, built from cifar.zip" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["FC100", "cifar.zip"]
-
-
-def test_a_lock_on_a_file_that_its_last_holder_removed_does_not_count(tmp_path, monkeypatch):
-    hold, path = folders.hold_lock, tmp_path / ".a.lock"
-
-    def hold_and_lose(*arguments):
-        monkeypatch.setattr(folders, "hold_lock", hold)
-        lock = hold(*arguments)
-        path.unlink()
-        return lock
-
-    monkeypatch.setattr(folders, "hold_lock", hold_and_lose)
-    with exclusive(tmp_path / "a"):
-        assert path.exists()
-    assert not path.exists()
 
 
 # --- Sources that are not as they should be ---------------------------------------------------------------------------

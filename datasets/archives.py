@@ -96,7 +96,7 @@ class Archive:
                 is_bounded = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # as zipfile reads it
                 if info.flag_bits & 1 or not is_bounded:
                     raise BrokenArchive(
-                        f"{self.path} is encrypted, or has another compression than deflate. Extract it, and pass the folder"
+                        f"{self.path} is encrypted, or has another compression than deflate. Extract it"
                     )
                 mode = stat.S_IFMT(info.external_attr >> 16)
                 is_folder = info.is_dir() or mode == stat.S_IFDIR

@@ -26,7 +26,6 @@ from dataloader.catalog import CATALOG
 from utils import InputError, first_few, make_parser, run_script
 
 PROJECT = Path(__file__).resolve().parents[1]
-GONE = "The published archive was reported gone in 2023. "
 RETRIES, TIMEOUT = 3, 60  # seconds without an answer
 
 
@@ -40,25 +39,21 @@ class Download(NamedTuple):
     into: str = "datasets"  # relative to the project
 
 
-def _data_set(name: str, drive_id: str, note: str = "") -> Download:
-    spec = CATALOG[name]
-    return Download(drive_id, f"{name}.tar", spec.folders, f"{note}To build it from its original source: {spec.obtain}")
-
-
-def _model(folder: str, drive_id: str) -> Download:
-    train = "To train such models: train_pretrain.py and train_meta.py"
-    return Download(drive_id, f"{folder}.tar", (folder,), train, ".")
-
-
-DOWNLOADS = {
-    "miniimagenet": _data_set("miniimagenet", "191cFzwwNTzG_mHUDABF0Nh77cI6pa-qq", GONE),
-    "tieredimagenet": _data_set("tieredimagenet", "1ANczVwnI1BDHIF65TgulaGALFnXBvRfs", GONE),
-    "cub": _data_set("cub", "1B8jmZin9teye7Lte9ZKsQ3lyMASbxune"),
-    "fc100": _data_set("fc100", "1nEh3O2RJ5zTbWj7luyQCNcklpX0_5KlS"),
-    "cifar_fs": _data_set("cifar_fs", "1Lq2USoQmbFgCFJlGx3huFSfjqwtxMCL8"),
-    "pretrain_model": _model("deepemd_pretrain_model", "1Prn7_41NVrZbnePAlSiKjD21Jlz0LKJM"),
-    "trained_model": _model("deepemd_trained_model", "1lGcNHMRnBrjODDmt647RzMJ5cLCd4pmv"),
+DATA_SETS = {
+    "miniimagenet": "191cFzwwNTzG_mHUDABF0Nh77cI6pa-qq",
+    "tieredimagenet": "1ANczVwnI1BDHIF65TgulaGALFnXBvRfs",
+    "cub": "1B8jmZin9teye7Lte9ZKsQ3lyMASbxune",
+    "fc100": "1nEh3O2RJ5zTbWj7luyQCNcklpX0_5KlS",
+    "cifar_fs": "1Lq2USoQmbFgCFJlGx3huFSfjqwtxMCL8",
 }
+MODELS = {"pretrain_model": "1Prn7_41NVrZbnePAlSiKjD21Jlz0LKJM", "trained_model": "1lGcNHMRnBrjODDmt647RzMJ5cLCd4pmv"}
+BUILD, TRAIN = "To build it from its original source:", "To train such models: train_pretrain.py and train_meta.py"
+DOWNLOADS = {
+    name: Download(drive_id, f"{name}.tar", CATALOG[name].folders, f"{BUILD} {CATALOG[name].obtain}")
+    for name, drive_id in DATA_SETS.items()
+}
+for _name, _id in MODELS.items():
+    DOWNLOADS[_name] = Download(_id, f"deepemd_{_name}.tar", (f"deepemd_{_name}",), TRAIN, ".")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -136,8 +131,6 @@ def _extract(path: Path, into: Path, download: Download) -> Path:
         if found is None:
             names = first_few(sorted(os.listdir(scratch)))
             raise BrokenArchive(f"{path} has no folder {' or '.join(download.folders)}; it holds {names}")
-        if not holds_files(found):
-            raise BrokenArchive(f"the folder {found.name} of {path} is empty")
         target = into / found.name
         remove_empty(target)  # fetch() found no file in it; if there is one by now, the renaming fails
         found.rename(target)

@@ -78,9 +78,7 @@ def _build(name: str, given: Sequence[str], work: Path, options: dict[str, Any])
     if plan.faults:
         found = f"{source.where} has {first_few(plan.faults)}"
         if not options["allow_missing"]:
-            raise InputError(
-                f"{name} would be incomplete: {found}. Get a complete source, or build from this one with -allow_missing"
-            )
+            raise InputError(f"{name} would be incomplete: {found}. Get a complete source, or set -allow_missing")
         warn(f"{name} will be incomplete: {found}")
     for note in plan.notes:
         status(f"note: {note}")
@@ -138,9 +136,7 @@ def _plan(name: str, source: Source, options: dict[str, Any]) -> Plan:
     plan = RECIPES[name].plan(source, source.entries(), bool(options["crop"]))
     twice = [path for path, n in Counter(image.path for image in plan.images.values()).items() if n > 1]
     if twice:
-        raise InputError(
-            f"{source.where} has duplicate images: {first_few(twice)}. Pass a source that has each image once"
-        )
+        raise InputError(f"{source.where} has duplicate images: {first_few(twice)}. Pass a source without them")
     if not plan.images:
         raise InputError(f"no image of this data set in {source.where}. Pass the original source, as in -h")
     return plan
@@ -205,9 +201,7 @@ def _write_images(source: Source, plan: Plan, work: Path, side: int) -> dict[str
     if wanted:
         faults.append(f"{len(wanted)} images listed in {source.where} could not be read")
     if faults:
-        raise InputError(
-            f"{first_few(faults)}. Replace the source and run this again; the images read so far are kept in {work}"
-        )
+        raise InputError(f"{first_few(faults)}. Replace the source and run this again; it resumes in {work}")
     return digests
 
 
@@ -267,19 +261,13 @@ def _remove_others(work: Path, digests: dict[str, str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", choices=RECIPES, help=f"one of {', '.join(RECIPES)}")
-    parser.add_argument(
-        "-source",
-        nargs="+",
-        metavar="PATH",
-        help="archives or folders, or hf://datasets/<repository>[@<revision>] (default: download it, where that is possible)",
+    source = (
+        "archives or folders, or hf://datasets/<repository>[@<revision>] (default: download it, where that is possible)"
     )
+    parser.add_argument("-source", nargs="+", metavar="PATH", help=source)
     parser.add_argument("-out", type=Path, default=Path(__file__).parent, help="folder to build the data set in")
-    parser.add_argument(
-        "-size",
-        type=number_at_least(0, int),
-        help="shrink images to this many pixels along their shorter side; 0 keeps them as they are (default: 224 for "
-        "tieredimagenet, else 0)",
-    )
+    size = "shrink images to this many pixels along their shorter side; 0: do not (default: 224 for tieredimagenet, else 0)"
+    parser.add_argument("-size", type=number_at_least(0, int), help=size)
     parser.add_argument("-no_crop", action="store_true", help="cub: do not crop images to the bounding boxes")
     parser.add_argument("-allow_missing", action="store_true", help="build from an incomplete source")
     parser.add_argument("-dry_run", action="store_true", help="print what would be written and its size; write nothing")

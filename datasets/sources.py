@@ -144,9 +144,7 @@ class Parquet(Source):
         try:
             from pyarrow.parquet import ParquetFile
         except ImportError as error:
-            raise InputError(
-                "reading parquet files requires pyarrow, which is not installed. Run: pip install -r requirements-data.txt"
-            ) from error
+            raise InputError("parquet files require pyarrow. Run: pip install -r requirements-data.txt") from error
         self.files, self.scratch, self.opener = files, scratch, ParquetFile
 
     def entries(self) -> list[Entry]:

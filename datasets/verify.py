@@ -30,7 +30,7 @@ from dataloader.catalog import CATALOG, SPLITS, DatasetSpec
 from dataloader.checks import SHRUNK_TO, compare_classes, compare_counts, is_shrunk
 from dataloader.images import ImageFacts, decode_image, reason
 from dataloader.published import published_classes, published_images, published_twins
-from dataloader.readers import MISSING_SPLIT, Problem, find_root, is_hidden, names_image, read_split
+from dataloader.readers import MISSING_SPLIT, Problem, find_root, is_hidden, read_split
 from engine.loading import progress_bar
 from utils import InputError, available_cores, first_few, make_parser, printable, run_script, write_output
 
@@ -339,9 +339,7 @@ def check_conversions(tree: Tree) -> None:
 
 def check_strays(tree: Tree) -> None:
     tables = {f"split/{split}.csv" for split in SPLITS} if tree.spec.layout != "folders" else set()
-    others = [path for path in tree.others if path not in tables and path != MANIFEST]
-    tree.note("images that no script reads", [path for path in others if names_image(Path(path))])
-    tree.note("files that no script reads", [path for path in others if not names_image(Path(path))])
+    tree.note("files that no script reads", [path for path in tree.others if path not in (*tables, MANIFEST)])
 
 
 CHECKS = (  # the most harmful first

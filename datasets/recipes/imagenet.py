@@ -10,7 +10,7 @@ from sources import Entry, Source
 
 from dataloader import published
 from recipes.common import IMAGENET_NAME, Plan, Recipe, Target, parquet_file_name, published_plan, split_of_class
-from utils import InputError, first_few
+from utils import first_few
 
 MINI_NAME = re.compile(r"(n\d{8})(\d{8})\.JPE?G", re.IGNORECASE)
 HUB = "timm/mini-imagenet@bd8779f9d33c061ea6e75fdd3bce4e43dd679060"
@@ -103,12 +103,8 @@ def plan_tieredimagenet(source: Source, entries: list[Entry], crop: bool) -> Pla
     images = {}
     for label, split in split_of_class("tieredimagenet").items():
         for image in by_class[label]:
-            if image.number is None or image.is_place:
-                raise InputError(
-                    f"{source.where} has {PurePosixPath(image.entry.name).name}; tieredImageNet is built from images under "
-                    f"their ImageNet names, such as {label}_10026.JPEG"
-                )
-            images[image.entry.name] = Target(f"{split}/{label}/{label}_{image.number}.JPEG", split, label)
+            if image.number is not None and not image.is_place:
+                images[image.entry.name] = Target(f"{split}/{label}/{label}_{image.number}.JPEG", split, label)
     return published_plan("tieredimagenet", images)
 
 

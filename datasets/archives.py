@@ -95,9 +95,7 @@ class Archive:
             for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
                 is_bounded = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # as zipfile reads it
                 if info.flag_bits & 1 or not is_bounded:
-                    raise BrokenArchive(
-                        f"{self.path} is encrypted, or has another compression than deflate. Extract it"
-                    )
+                    raise BrokenArchive(f"{self.path} is encrypted, or not compressed by deflate. Extract it")
                 mode = stat.S_IFMT(info.external_attr >> 16)
                 is_folder = info.is_dir() or mode == stat.S_IFDIR
                 kind = "folder" if is_folder else "file" if mode in (0, stat.S_IFREG) else "other"
@@ -110,7 +108,7 @@ class Archive:
 
 
 class _BoundedStream:
-    """The decompressed bytes of a tar. tarfile reads a header whole, whatever size it claims; here it does not."""
+    """The decompressed bytes of a tar. tarfile would read a header whole, whatever size it claims."""
 
     def __init__(self, file: IO[bytes], archive: Archive) -> None:
         self.file, self.archive, self.tell, self.seekable = file, archive, file.tell, file.seekable

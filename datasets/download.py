@@ -3,7 +3,7 @@
 import hashlib
 import io
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import quote
 
@@ -18,7 +18,6 @@ ATTEMPTS = 6
 FIRST_PAUSE = 1.0  # seconds between attempts, then doubled each time
 TIMEOUT = 60  # seconds without an answer
 CHUNK = 1 << 16  # bytes, at most lost with a connection
-TEMPORARY = (408, 429, 500, 502, 503, 504)  # HTTP answers
 
 
 class Remote(NamedTuple):
@@ -100,7 +99,7 @@ def _get(remote: Remote, headers: dict[str, str], *, stream: bool = False) -> re
     headers = {"Accept-Encoding": "identity", **headers}
     if remote.token:  # requests does not send it on to another server that a redirection names
         headers["Authorization"] = f"Bearer {remote.token}"
-    retry = Retry(ATTEMPTS - 1, backoff_factor=FIRST_PAUSE, status_forcelist=TEMPORARY)
+    retry = Retry(ATTEMPTS - 1, backoff_factor=FIRST_PAUSE, status_forcelist=(408, 429, 500, 502, 503, 504))
     session = requests.Session()
     session.mount("https://", HTTPAdapter(max_retries=retry))
     session.mount("http://", HTTPAdapter(max_retries=retry))
@@ -127,8 +126,8 @@ def _failed(remote: Remote, reason: str) -> InputError:
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
 
 
-def hub_files(name: str, revision: str) -> tuple[str, dict[str, Remote]]:
-    """What to call a data set on Hugging Face, and its large files by their paths.
+def hub_parquet(name: str, revision: str) -> tuple[str, dict[str, Remote]]:
+    """What to call a data set on Hugging Face, and its parquet files by name.
 
     A branch as revision is replaced by its current commit. ``HF_ENDPOINT`` overrides the server; ``HF_TOKEN`` is for data
     sets with terms to accept.
@@ -146,15 +145,14 @@ def hub_files(name: str, revision: str) -> tuple[str, dict[str, Remote]]:
         found = response.json()
         revision = found.get("sha") or revision
         for file in found["siblings"]:
-            path, facts = file["rfilename"], file.get("lfs")
-            if facts:
-                address = f"{server}/datasets/{quote(name)}/resolve/{quote(revision)}/{quote(path)}"
-                files[path] = Remote(address, int(facts["size"]), f"sha256:{facts['sha256']}", advice, token)
+            path, facts = PurePosixPath(file["rfilename"]), file.get("lfs")
+            if facts and path.suffix == ".parquet":
+                address = f"{server}/datasets/{quote(name)}/resolve/{quote(revision)}/{quote(str(path))}"
+                files[path.name] = Remote(address, int(facts["size"]), f"sha256:{facts['sha256']}", advice, token)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"the answer of {url} is not a list of files. Check the connection and HF_ENDPOINT; a proxy or a login page may "
-            "have answered instead"
-        ) from error
+        raise InputError(f"the answer of {url} is not a list of files. Check HF_ENDPOINT and the proxy") from error
+    if not files:
+        raise InputError(f"{url} lists no parquet files with their SHA-256")
     return f"{name} on Hugging Face, revision {revision}", files
 
 
@@ -169,8 +167,7 @@ class RemoteFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.remote.size}[whence]
-        self.position = start + offset
+        self.position = offset + (0, self.position, self.remote.size)[whence]
         return self.position
 
     def read(self, size: int = -1) -> bytes:
@@ -179,8 +176,6 @@ class RemoteFile(io.RawIOBase):
             return b""
         response = _get(self.remote, {"Range": f"bytes={self.position}-{end - 1}"})
         if response.status_code != 206 or len(response.content) != end - self.position:
-            raise InputError(
-                f"{self.remote.url} did not send the bytes {self.position} to {end - 1} that were asked for"
-            )
+            raise InputError(f"{self.remote.url} did not send its bytes {self.position} to {end - 1}. Try again later")
         self.position = end
         return response.content

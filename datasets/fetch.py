@@ -26,7 +26,6 @@ from dataloader.catalog import CATALOG
 from utils import InputError, first_few, make_parser, run_script
 
 PROJECT = Path(__file__).resolve().parents[1]
-RETRIES, TIMEOUT = 3, 60  # seconds without an answer
 
 
 class Download(NamedTuple):
@@ -102,7 +101,7 @@ def _download(name: str, into: Path) -> Path:
         return path
     print(f"downloading {archive} from Google Drive to {path}*", flush=True)
     try:  # gdown writes to a temporary file beside its output, and resumes that
-        gdown.download(id=DOWNLOADS[name].drive_id, output=str(path), resume=True, retries=RETRIES, timeout=TIMEOUT)
+        gdown.download(id=DOWNLOADS[name].drive_id, output=str(path), resume=True, retries=3, timeout=60)
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, RequestException):
             raise  # the disk is at fault

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from engine.run import hold_lock
 
-# prepare.py writes it into a data set, and verify.py compares it with the files on disk:
-# {"dataset": "fc100", "recipe": 1, "source": "...", "options": {...}, "sha256": "...",
-#  "splits": {"train": {"classes": 60, "images": 36000, "per_class": {"apple": 600, ...}}, ...}}
+# Written by prepare.py and compared with the files by verify.py: {"dataset": "fc100", "recipe": 1, "source": "...",
+# "options": {...}, "sha256": "...", "splits": {"train": {"classes": 60, "images": 36000, "per_class": {...}}, ...}}
 MANIFEST = "manifest.json"
 
 

@@ -71,7 +71,8 @@ def make_glyphs(out: Path, *, per_class: int, size: int, seed: int) -> dict[str,
     """
     out = Path(os.path.realpath(out))
     _check_replaceable(out)
-    faces = _load_faces(size)
+    files = [Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf") for name in FACES]
+    faces = [(ImageFont.truetype(str(file), 2 * size), set(TTFont(file).getBestCmap())) for file in files]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".part") as scratch:
         new = Path(scratch, "new")
@@ -90,10 +91,7 @@ def _check_replaceable(folder: Path) -> None:
     for entry in folder.rglob("*"):
         name = entry.relative_to(folder).as_posix()
         if entry.is_symlink() or not TREE.fullmatch(name) or entry.is_dir() == name.endswith(".png"):
-            raise InputError(
-                f"{folder} holds {name}, which this script did not write. Choose another -out: only an empty folder or an "
-                "earlier glyphs tree is replaced"
-            )
+            raise InputError(f"{folder} holds {name}, which this script did not write. Choose another -out")
 
 
 def _write_split(split: str, root: Path, faces: list[Face], per_class: int, size: int, seed: int) -> int:
@@ -108,11 +106,6 @@ def _write_split(split: str, root: Path, faces: list[Face], per_class: int, size
         for number in range(per_class):
             _draw(letter, order[number % len(order)], size, draw).save(folder / f"{number:03d}.png")
     return len(letters)
-
-
-def _load_faces(size: int) -> list[Face]:
-    files = [Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf") for name in FACES]
-    return [(ImageFont.truetype(str(file), 2 * size), set(TTFont(file).getBestCmap())) for file in files]
 
 
 def _draw(letter: str, font: ImageFont.FreeTypeFont, size: int, draw: random.Random) -> Image.Image:

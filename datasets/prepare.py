@@ -25,12 +25,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from download import download
+from download import download, hub_parquet
 from folders import MANIFEST, exclusive, remove_empty, tree_hash
 from PIL import Image
 from recipes import RECIPES
 from recipes.common import Plan, Target
-from sources import ConcatSource, Source, hub_parquet, open_source
+from sources import ConcatSource, Parquet, Source, open_source
 
 from engine.loading import progress_bar
 from utils import InputError, available_cores, first_few, make_parser, number_at_least, run_script, status, warn
@@ -45,8 +45,7 @@ HUB = "hf://datasets/"
 def prepare(name: str, given: Sequence[str], out: Path, options: dict[str, Any], *, dry_run: bool = False) -> None:
     """Build ``RECIPES[name]`` below ``out``, from the sources given or from its download.
 
-    Args:
-        options: ``crop``, ``shorter_side`` (None where a data set has no choice) and ``allow_missing``.
+    The options are ``crop`` and ``shorter_side``, None where a data set has no choice, and ``allow_missing``.
     """
     target, work = out / RECIPES[name].folder, out / f".{RECIPES[name].folder}.part"
     if _is_complete(target, options):
@@ -106,13 +105,10 @@ def _is_complete(target: Path, options: dict[str, Any]) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{target} exists and was not built by this script. {advice}") from None
     if earlier != options or found.get("recipe") != RECIPE:
-        raise InputError(f"{target} was built with other options ({_words(earlier)}; now {_words(options)}). {advice}")
+        before, now = (", ".join(f"{key} {value}" for key, value in all_.items()) for all_ in (earlier, options))
+        raise InputError(f"{target} was built with other options ({before}; now {now}). {advice}")
     print(f"{target} is complete, built from {found.get('source')}: nothing to do (remove it to rebuild)")
     return True
-
-
-def _words(options: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
 
 
 def _open(name: str, given: Sequence[str], work: Path) -> Source:
@@ -126,7 +122,7 @@ def _open(name: str, given: Sequence[str], work: Path) -> Source:
     for path in given:
         if path.startswith(HUB):
             repository, _, revision = path.removeprefix(HUB).partition("@")
-            sources.append(hub_parquet(repository, revision or "main", scratch=scratch))
+            sources.append(Parquet(*hub_parquet(repository, revision or "main"), scratch))
         else:
             sources.append(recipe.adapt(open_source(Path(path), recipe.downloads)))
     return ConcatSource(" + ".join(source.where for source in sources), sources)
@@ -261,9 +257,7 @@ def _remove_others(work: Path, digests: dict[str, str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", choices=RECIPES, help=f"one of {', '.join(RECIPES)}")
-    source = (
-        "archives or folders, or hf://datasets/<repository>[@<revision>] (default: download it, where that is possible)"
-    )
+    source = "archives, folders or hf://datasets/<repository>[@<revision>] (default: download it, where possible)"
     parser.add_argument("-source", nargs="+", metavar="PATH", help=source)
     parser.add_argument("-out", type=Path, default=Path(__file__).parent, help="folder to build the data set in")
     size = "shrink images to this many pixels along their shorter side; 0: do not (default: 224 for tieredimagenet, else 0)"

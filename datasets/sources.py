@@ -1,7 +1,6 @@
 """Where images come from: folders, archives and parquet files, read without being extracted.
 
-A source lists its images (:class:`Entry`) from what is cheap to read (folder listings, headers, one column), and then reads
-the wanted ones in the order in which they are stored.
+A source lists its images from what is cheap to read, and then reads the wanted ones in the order in which they are stored.
 """
 
 import json
@@ -11,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from archives import Archive, Member, reading
-from download import Remote, RemoteFile, download, hub_files
+from download import Remote, RemoteFile, download
 
 from dataloader.readers import names_image
 from utils import InputError
@@ -181,15 +180,6 @@ class Parquet(Source):
                         yield of_file[row], image["bytes"].as_py() or b""  # which is reported as no image
             if path != file:
                 path.unlink()
-
-
-def hub_parquet(name: str, revision: str, *, scratch: Path) -> Parquet:
-    """The parquet files of a data set on Hugging Face."""
-    where, remotes = hub_files(name, revision)
-    files = {PurePosixPath(path).name: remote for path, remote in remotes.items() if path.endswith(".parquet")}
-    if not files:
-        raise InputError(f"{where} lists no parquet files with their SHA-256")
-    return Parquet(where, files, scratch)
 
 
 def _class_names(schema: Any) -> list[str]:

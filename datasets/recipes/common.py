@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -60,11 +60,9 @@ def split_of_class(name: str) -> dict[str, str]:
     return {label: split for split, labels in published.published_classes(name).items() for label in labels}
 
 
-def published_plan(
-    name: str, images: dict[str, Target], *, tables: bool = False, notes: list[str] | None = None
-) -> Plan:
+def published_plan(name: str, images: dict[str, Target], *, tables: bool = False, notes: Sequence[str] = ()) -> Plan:
     """The plan of a published data set, with what its images lack, and if asked with ``split/<split>.csv``."""
-    plan = Plan(images, {}, _missing_images(name, images), notes or [])
+    plan = Plan(images, {}, _missing_images(name, images), list(notes))
     for split, targets in plan.splits().items() if tables else ():
         rows = sorted((target.label, PurePosixPath(target.path).name) for target in targets)
         plan.tables[f"split/{split}.csv"] = "filename,label\n" + "".join(f"{file},{label}\n" for label, file in rows)

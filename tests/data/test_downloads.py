@@ -224,7 +224,7 @@ BROKEN = {
     "zip, cut": (lambda p: cut(zipped(p, *TWO), 40000), "neither a tar nor a zip archive"),
     "zip, byte changed": (lambda p: flip(zipped(p, *TWO, method=zipfile.ZIP_STORED), 30000), "is broken .*CRC"),
     "zip, encrypted": (encrypted, "is encrypted"),
-    "zip, unknown compression": (unknown_compression, "another compression than deflate"),
+    "zip, unknown compression": (unknown_compression, "not compressed by deflate"),
     # bombs
     "tar.gz bomb": (lambda p: tar(p, ("cub/a", ZEROS), mode="w:gz"), "out of proportion"),
     "tar.xz bomb": (lambda p: tar(p, ("cub/a", ZEROS), mode="w:xz"), "out of proportion"),
@@ -364,7 +364,7 @@ def test_a_zip_that_misstates_a_size_is_refused_without_decompressing_more(tmp_p
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_a_zip_that_zipfile_would_decompress_without_a_bound_is_refused(tmp_path, method):
     path = zipped(tmp_path / "local.zip", ("cub/a.png", b"x"), method=method)
-    with pytest.raises(BrokenArchive, match="another compression than deflate"):
+    with pytest.raises(BrokenArchive, match="not compressed by deflate"):
         fetch("cub", str(path), tmp_path)
 
 

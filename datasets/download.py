@@ -1,31 +1,23 @@
-"""HTTPS downloads that are resumed and verified, and the files of a data set on Hugging Face.
-
-gdown downloads plain URLs as well, but gives up on HTTP 503, on a server without ranges, and on a partial file that is
-already complete; and it cannot send a token.
-"""
+"""HTTPS downloads that are resumed and verified, and the files of a data set on Hugging Face."""
 
 import hashlib
 import io
-import json
 import os
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable
-from http.client import HTTPException, HTTPResponse, InvalidURL
-from pathlib import Path
-from typing import NamedTuple, TypeVar
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+from urllib.parse import quote
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 from engine.loading import progress_bar
 from utils import InputError
 
-ATTEMPTS = 6  # in a row, without a byte of progress
-FIRST_PAUSE = 1.0  # seconds before the second attempt, then doubled each time
+ATTEMPTS = 6
+FIRST_PAUSE = 1.0  # seconds between attempts, then doubled each time
 TIMEOUT = 60  # seconds without an answer
-CHUNK = 1 << 18
-NETWORK_ERRORS = (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError)
-T = TypeVar("T")
+CHUNK = 1 << 16  # bytes, at most lost with a connection
 
 
 class Remote(NamedTuple):
@@ -50,107 +42,50 @@ def download(remote: Remote, path: Path) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    _retry(remote, lambda: _continue(remote, partial), lambda: _size(partial))
+    if not any(_continue(remote, partial) for _ in range(ATTEMPTS)):
+        raise _failed(remote, "the connection was lost")
     _check(remote, partial)
     partial.replace(path)
     return path
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _retry(remote: Remote, attempt: Callable[[], T | None], progress: Callable[[], int] = lambda: 0) -> T:
-    """The first result other than None; ends after ``ATTEMPTS`` in a row without progress."""
-    failures = 0
-    while True:
-        before = progress()
-        try:
-            result = attempt()
-            if result is not None:
-                return result
-            reason = "the connection was lost"
-        except NETWORK_ERRORS as error:
-            reason = _retry_reason(remote, error)
-        failures = failures + 1 if progress() <= before else 1
-        if failures >= ATTEMPTS:
-            raise InputError(
-                f"cannot download {remote.url}: {ATTEMPTS} attempts failed ({reason}). Check the connection and run the same "
-                "command again; a download resumes where it stopped"
-            )
-        time.sleep(FIRST_PAUSE * 2 ** (failures - 1))
-
-
-def _continue(remote: Remote, partial: Path) -> bool | None:
+def _continue(remote: Remote, partial: Path) -> bool:
     """Fetch what is missing; True if the file is complete as far as the server says."""
-    have = _size(partial)
-    if remote.size is not None and have == remote.size:
+    have = partial.stat().st_size if partial.exists() else 0
+    if have and have == remote.size:
         return True
-    try:
-        response = _open(remote, {"Range": f"bytes={have}-"} if have else {})
-    except urllib.error.HTTPError as error:
-        if error.code != 416:
-            raise
-        whole = (error.headers.get("Content-Range") or "").rpartition("/")[2]
-        if whole.isdecimal() and int(whole) == have:
-            return True  # nothing is missing
-        partial.unlink()  # longer than the file, so it is part of another one
-        return None
-    with response:
-        starts = (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-")
-        if have and (response.status != 206 or not starts):
+    with _get(remote, {"Range": f"bytes={have}-"} if have else {}, stream=True) as response:
+        if response.status_code == 416:  # as long as the file or longer, and not verified: fetched again
+            partial.unlink()
+            return False
+        if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             have = 0  # a server without ranges sends the whole file
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else remote.size
         bar = progress_bar(partial.name.removesuffix(".part"), total=total, initial=have, unit_scale=True)
         with bar, open(partial, "ab" if have else "wb") as file:
-            while chunk := response.read(CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
-                have += len(chunk)
-    return True if total is None or have >= total else None
-
-
-def _open(remote: Remote, headers: dict[str, str], *, method: str = "GET", follow: bool = True) -> HTTPResponse:
-    try:
-        request = urllib.request.Request(remote.url, headers=headers, method=method)
-        if remote.token:  # not sent on to the server that a redirection names
-            request.add_unredirected_header("Authorization", f"Bearer {remote.token}")
-        return urllib.request.build_opener(*([] if follow else [_Stay])).open(request, timeout=TIMEOUT)
-    except (ValueError, InvalidURL) as error:
-        raise InputError(f"{remote.url} cannot be asked for ({error}). Check HF_ENDPOINT and HF_TOKEN") from error
-
-
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """Does not follow a redirection: the first answer is the one with the facts."""
-
-    def http_error_302(self, req, fp, code, msg, headers):
-        return fp
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-
-def _retry_reason(remote: Remote, error: Exception) -> str:
-    """What went wrong, if another attempt may succeed; other errors are raised."""
-    if not isinstance(error, urllib.error.HTTPError):
-        return str(getattr(error, "reason", error)) or type(error).__name__
-    answer = f"HTTP {error.code} {error.reason}"
-    if error.code < 500 and error.code not in (408, 429):
-        advice = remote.refused if error.code in (401, 403) else ""
-        raise InputError(f"the server refused {remote.url} ({answer}). {advice}".strip()) from error
-    return answer
+            try:
+                for chunk in response.iter_content(CHUNK):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+                    have += len(chunk)
+            except requests.RequestException:
+                return False
+    return total is None or have >= total
 
 
 def _check(remote: Remote, partial: Path) -> None:
-    size = _size(partial)
-    fault = f"{size} bytes instead of {remote.size}" if remote.size not in (None, size) else None
-    if not fault and remote.digest:
+    size, fault = partial.stat().st_size, ""
+    if remote.size not in (None, size):
+        fault = f"{size} bytes instead of {remote.size}"
+    elif remote.digest:
         kind, _, wanted = remote.digest.partition(":")
+        digest = hashlib.new(kind)
         with open(partial, "rb") as file:
-            digest = hashlib.new(kind)
-            while chunk := file.read(1 << 20):
+            while chunk := file.read(CHUNK):
                 digest.update(chunk)
-        fault = f"the {kind} {digest.hexdigest()} instead of {wanted}" if digest.hexdigest() != wanted else None
+        if digest.hexdigest() != wanted:
+            fault = f"the {kind} {digest.hexdigest()} instead of {wanted}"
     if fault:
         partial.unlink()
         raise InputError(
@@ -159,66 +94,66 @@ def _check(remote: Remote, partial: Path) -> None:
         )
 
 
+def _get(remote: Remote, headers: dict[str, str], *, stream: bool = False) -> requests.Response:
+    """The server's answer, after up to ``ATTEMPTS`` attempts."""
+    headers = {"Accept-Encoding": "identity", **headers}
+    if remote.token:  # requests does not send it on to another server that a redirection names
+        headers["Authorization"] = f"Bearer {remote.token}"
+    retry = Retry(ATTEMPTS - 1, backoff_factor=FIRST_PAUSE, status_forcelist=(408, 429, 500, 502, 503, 504))
+    session = requests.Session()
+    session.mount("https://", HTTPAdapter(max_retries=retry))
+    session.mount("http://", HTTPAdapter(max_retries=retry))
+    try:
+        response = session.get(remote.url, headers=headers, stream=stream, timeout=TIMEOUT)
+    except ValueError as error:
+        raise InputError(f"{remote.url} cannot be asked for ({error}). Check HF_ENDPOINT and HF_TOKEN") from error
+    except requests.RequestException as error:
+        raise _failed(remote, " ".join(str(error).split()) or type(error).__name__) from error
+    if response.status_code >= 400 and response.status_code != 416:
+        advice = remote.refused if response.status_code in (401, 403) else ""
+        answer = f"HTTP {response.status_code} {response.reason}"
+        raise InputError(f"the server refused {remote.url} ({answer}). {advice}".strip())
+    return response
+
+
+def _failed(remote: Remote, reason: str) -> InputError:
+    return InputError(
+        f"cannot download {remote.url}: {ATTEMPTS} attempts failed ({reason}). Check the connection and run the same command "
+        "again; a download resumes where it stopped"
+    )
+
+
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
 
 
-class HubRepository:
-    """The files of a data set on Hugging Face, at a fixed revision.
+def hub_parquet(name: str, revision: str) -> tuple[str, dict[str, Remote]]:
+    """What to call a data set on Hugging Face, and its parquet files by name.
 
-    ``HF_ENDPOINT`` overrides the server; ``HF_TOKEN`` is for data sets with terms to accept.
+    A branch as revision is replaced by its current commit. ``HF_ENDPOINT`` overrides the server; ``HF_TOKEN`` is for data
+    sets with terms to accept.
     """
-
-    def __init__(self, name: str, revision: str) -> None:
-        self.name, self.revision = name, revision
-        self.endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
-        self.token = (os.environ.get("HF_TOKEN") or "").strip() or None
-
-    def __str__(self) -> str:
-        return f"{self.name} on Hugging Face, revision {self.revision}"
-
-    def files(self) -> list[str]:
-        """The paths of its files. A branch as revision is replaced by its current commit."""
-        remote = self._remote("api/datasets/{}/revision/{}", self.name, self.revision)
-        content = _answer(remote)[1]
-        try:
-            found = json.loads(content)
-            self.revision = found.get("sha") or self.revision
-            return sorted(file["rfilename"] for file in found["siblings"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"the answer of {remote.url} is not a list of files. Check the connection and HF_ENDPOINT; a proxy or a login "
-                "page may have answered instead"
-            ) from error
-
-    def file(self, path: str) -> Remote:
-        """A file, with the size and SHA-256 that the server states."""
-        remote = self._remote("datasets/{}/resolve/{}/{}", self.name, self.revision, path)
-        headers = _answer(remote, method="HEAD", follow=False)[0].headers
-        size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
-        digest = (headers.get("X-Linked-Etag") or "").removeprefix("W/").strip('"')
-        if len(digest) != 64 or not size.isdecimal():
-            raise InputError(f"{remote.url} does not state its size and SHA-256 (X-Linked-Etag: {digest or 'none'})")
-        return remote._replace(size=int(size), digest=f"sha256:{digest}")
-
-    def _remote(self, pattern: str, *parts: str) -> Remote:
-        advice = (
-            f"If the name is right, accept the terms at {self.endpoint}/datasets/{self.name} while logged in, create a token "
-            "in your settings, and set HF_TOKEN to it"
-        )
-        url = f"{self.endpoint}/{pattern.format(*map(urllib.parse.quote, parts))}"
-        return Remote(url, token=self.token, refused=advice + " (the present one is refused)" * bool(self.token))
-
-
-def _answer(
-    remote: Remote, *, method: str = "GET", follow: bool = True, headers: dict[str, str] | None = None
-) -> tuple[HTTPResponse, bytes]:
-    """The server's answer to one small request, and its content."""
-
-    def attempt() -> tuple[HTTPResponse, bytes]:
-        with _open(remote, headers or {}, method=method, follow=follow) as response:
-            return response, response.read()
-
-    return _retry(remote, attempt)
+    server = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
+    token = (os.environ.get("HF_TOKEN") or "").strip() or None
+    advice = (
+        f"If the name is right, accept the terms at {server}/datasets/{name} while logged in, create a token in your "
+        f"settings, and set HF_TOKEN to it{' (the present one is refused)' if token else ''}"
+    )
+    url = f"{server}/api/datasets/{quote(name)}/revision/{quote(revision)}?blobs=true"
+    response = _get(Remote(url, token=token, refused=advice), {})
+    files = {}
+    try:
+        found = response.json()
+        revision = found.get("sha") or revision
+        for file in found["siblings"]:
+            path, facts = PurePosixPath(file["rfilename"]), file.get("lfs")
+            if facts and path.suffix == ".parquet":
+                address = f"{server}/datasets/{quote(name)}/resolve/{quote(revision)}/{quote(str(path))}"
+                files[path.name] = Remote(address, int(facts["size"]), f"sha256:{facts['sha256']}", advice, token)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"the answer of {url} is not a list of files. Check HF_ENDPOINT and the proxy") from error
+    if not files:
+        raise InputError(f"{url} lists no parquet files with their SHA-256")
+    return f"{name} on Hugging Face, revision {revision}", files
 
 
 class RemoteFile(io.RawIOBase):
@@ -226,31 +161,21 @@ class RemoteFile(io.RawIOBase):
 
     def __init__(self, remote: Remote) -> None:
         super().__init__()
-        assert remote.size is not None
         self.remote, self.position = remote, 0
 
     def readable(self) -> bool:
         return True
 
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.remote.size}[whence]
-        self.position = start + offset
+        self.position = offset + (0, self.position, self.remote.size)[whence]
         return self.position
 
     def read(self, size: int = -1) -> bytes:
         end = self.remote.size if size < 0 else min(self.position + size, self.remote.size)
         if self.position >= end:
             return b""
-        response, content = _answer(self.remote, headers={"Range": f"bytes={self.position}-{end - 1}"})
-        if response.status != 206 or len(content) != end - self.position:
-            raise InputError(
-                f"{self.remote.url} did not send the bytes {self.position} to {end - 1} that it was asked for"
-            )
+        response = _get(self.remote, {"Range": f"bytes={self.position}-{end - 1}"})
+        if response.status_code != 206 or len(response.content) != end - self.position:
+            raise InputError(f"{self.remote.url} did not send its bytes {self.position} to {end - 1}. Try again later")
         self.position = end
-        return content
+        return response.content

@@ -3,33 +3,29 @@
     python datasets/fetch.py NAME [archive already downloaded, or its file:// URL]
 
 Data sets go into ``datasets/``, models into the folder above it. The folder appears when it is complete. An interrupted
-download is kept as ``<archive>.part*`` and resumed by the next call. The archive is extracted into ``.<archive>.extracting``,
-which is removed at the end, or by the next call if the process was killed.
-
-Exit status: 0 if the folder is in place, 1 if it cannot be fetched, 2 for bad arguments, 130 after Ctrl-C or SIGTERM.
+download is kept as ``<archive>.part*`` and resumed by the next call.
 """
 
+import os
 import shutil
 import signal
 import sys
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
+from urllib.request import url2pathname
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gdown
-from archives import BLOCK, Archive, BrokenArchive, open_archive
+from archives import Archive, BrokenArchive
 from folders import exclusive, holds_files, remove_empty
 from requests.exceptions import RequestException
 
 from dataloader.catalog import CATALOG
-from utils import InputError, make_parser, run_script
+from utils import InputError, first_few, make_parser, run_script
 
 PROJECT = Path(__file__).resolve().parents[1]
-GONE = "The published archive was reported gone in 2023. "
-RETRIES, TIMEOUT = 3, 60  # seconds without an answer
 
 
 class Download(NamedTuple):
@@ -42,25 +38,21 @@ class Download(NamedTuple):
     into: str = "datasets"  # relative to the project
 
 
-def _data_set(name: str, drive_id: str, note: str = "") -> Download:
-    spec = CATALOG[name]
-    return Download(drive_id, f"{name}.tar", spec.folders, f"{note}To build it from its original source: {spec.obtain}")
-
-
-def _model(folder: str, drive_id: str) -> Download:
-    train = "To train such models: train_pretrain.py and train_meta.py"
-    return Download(drive_id, f"{folder}.tar", (folder,), train, ".")
-
-
-DOWNLOADS = {
-    "miniimagenet": _data_set("miniimagenet", "191cFzwwNTzG_mHUDABF0Nh77cI6pa-qq", GONE),
-    "tieredimagenet": _data_set("tieredimagenet", "1ANczVwnI1BDHIF65TgulaGALFnXBvRfs", GONE),
-    "cub": _data_set("cub", "1B8jmZin9teye7Lte9ZKsQ3lyMASbxune"),
-    "fc100": _data_set("fc100", "1nEh3O2RJ5zTbWj7luyQCNcklpX0_5KlS"),
-    "cifar_fs": _data_set("cifar_fs", "1Lq2USoQmbFgCFJlGx3huFSfjqwtxMCL8"),
-    "pretrain_model": _model("deepemd_pretrain_model", "1Prn7_41NVrZbnePAlSiKjD21Jlz0LKJM"),
-    "trained_model": _model("deepemd_trained_model", "1lGcNHMRnBrjODDmt647RzMJ5cLCd4pmv"),
+DATA_SETS = {
+    "miniimagenet": "191cFzwwNTzG_mHUDABF0Nh77cI6pa-qq",
+    "tieredimagenet": "1ANczVwnI1BDHIF65TgulaGALFnXBvRfs",
+    "cub": "1B8jmZin9teye7Lte9ZKsQ3lyMASbxune",
+    "fc100": "1nEh3O2RJ5zTbWj7luyQCNcklpX0_5KlS",
+    "cifar_fs": "1Lq2USoQmbFgCFJlGx3huFSfjqwtxMCL8",
 }
+MODELS = {"pretrain_model": "1Prn7_41NVrZbnePAlSiKjD21Jlz0LKJM", "trained_model": "1lGcNHMRnBrjODDmt647RzMJ5cLCd4pmv"}
+BUILD, TRAIN = "To build it from its original source:", "To train such models: train_pretrain.py and train_meta.py"
+DOWNLOADS = {
+    name: Download(drive_id, f"{name}.tar", CATALOG[name].folders, f"{BUILD} {CATALOG[name].obtain}")
+    for name, drive_id in DATA_SETS.items()
+}
+for _name, _id in MODELS.items():
+    DOWNLOADS[_name] = Download(_id, f"deepemd_{_name}.tar", (f"deepemd_{_name}",), TRAIN, ".")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,39 +70,28 @@ def fetch(name: str, source: str | None, project: Path) -> None:
     Raises:
         InputError: the archive cannot be downloaded or extracted, or is not the published one.
     """
-    into = project / DOWNLOADS[name].into
-    if _is_in_place(name, into):
-        return
-    path = None if source is None else _local(source)
-    with exclusive(into / DOWNLOADS[name].archive):
-        if _is_in_place(name, into):  # another process may have fetched it by now
+    download = DOWNLOADS[name]
+    into = project / download.into
+    if source and source.startswith("file://"):
+        source = url2pathname(source.removeprefix("file://").removeprefix("localhost"))
+    if source is not None and not Path(source).is_file():
+        raise InputError(f"there is no archive {source}")
+    with exclusive(into / download.archive):
+        found = next((into / folder for folder in download.folders if holds_files(into / folder)), None)
+        if found:
+            print(f"{found} exists: nothing to do (remove it to fetch it again)")
             return
-        path = path or _download(name, into)
+        path = Path(source) if source else _download(name, into)
         try:
-            target = _extract(path, into, DOWNLOADS[name])
+            target = _extract(path, into, download)
         except BrokenArchive as error:
             if source is not None:
                 raise
             path.unlink()
             raise InputError(f"Google Drive sent no usable archive: {error}. {_advice(name)}") from error
-        if source is None:
-            path.unlink()
+    if source is None:
+        path.unlink()
     print(f"{target} is in place")
-
-
-def _is_in_place(name: str, into: Path) -> bool:
-    found = next((into / folder for folder in DOWNLOADS[name].folders if holds_files(into / folder)), None)
-    if found:
-        print(f"{found} exists: nothing to do (remove it to fetch it again)")
-    return found is not None
-
-
-def _local(source: str) -> Path:
-    if source.startswith("file://"):
-        source = urllib.request.url2pathname(source.removeprefix("file://").removeprefix("localhost"))
-    if not Path(source).is_file():
-        raise InputError(f"there is no archive {source}")
-    return Path(source)
 
 
 def _download(name: str, into: Path) -> Path:
@@ -120,7 +101,7 @@ def _download(name: str, into: Path) -> Path:
         return path
     print(f"downloading {archive} from Google Drive to {path}*", flush=True)
     try:  # gdown writes to a temporary file beside its output, and resumes that
-        gdown.download(id=DOWNLOADS[name].drive_id, output=str(path), resume=True, retries=RETRIES, timeout=TIMEOUT)
+        gdown.download(id=DOWNLOADS[name].drive_id, output=str(path), resume=True, retries=3, timeout=60)
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, RequestException):
             raise  # the disk is at fault
@@ -133,28 +114,24 @@ def _download(name: str, into: Path) -> Path:
 
 
 def _advice(name: str) -> str:
-    download = DOWNLOADS[name]
     return (
-        f"Or save https://drive.google.com/file/d/{download.drive_id}/view in a browser and run: "
-        f"python datasets/fetch.py {name} path/to/{download.archive}. {download.otherwise}"
+        f"Or save https://drive.google.com/file/d/{DOWNLOADS[name].drive_id}/view in a browser and run: "
+        f"python datasets/fetch.py {name} path/to/{DOWNLOADS[name].archive}. {DOWNLOADS[name].otherwise}"
     )
 
 
 def _extract(path: Path, into: Path, download: Download) -> Path:
     scratch = into / f".{download.archive}.extracting"
-    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     try:
         scratch.mkdir()
-        _unpack(open_archive(path), scratch)
+        _unpack(Archive(path), scratch)
         found = next((scratch / folder for folder in download.folders if (scratch / folder).is_dir()), None)
         if found is None:
-            names = ", ".join(sorted(entry.name for entry in scratch.iterdir())[:5]) or "nothing"
+            names = first_few(sorted(os.listdir(scratch)))
             raise BrokenArchive(f"{path} has no folder {' or '.join(download.folders)}; it holds {names}")
-        if not holds_files(found):
-            raise BrokenArchive(f"the folder {found.name} of {path} is empty")
         target = into / found.name
-        if target.is_dir():  # without files, as fetch() has seen; the renaming fails if it has some by now
-            remove_empty(target)
+        remove_empty(target)  # fetch() found no file in it; if there is one by now, the renaming fails
         found.rename(target)
         return target
     except OSError as error:
@@ -164,37 +141,16 @@ def _extract(path: Path, into: Path, download: Download) -> Path:
 
 
 def _unpack(archive: Archive, folder: Path) -> None:
-    """Write the members of an archive as plain files and folders below a folder.
-
-    Only names and contents are used: no links, no devices, no owners, no permissions. A link becomes a copy of its file.
-    """
-    free = shutil.disk_usage(folder).free
-    taken, needed = 0, archive.path.stat().st_size
-
-    def place(name: str) -> Path:
-        parts = PureWindowsPath(name)  # knows every separator, and drives
-        if parts.anchor or ".." in parts.parts or "\0" in name:
-            raise BrokenArchive(f"{archive.path} holds {name!r}, which leads out of its folder")
-        return folder.joinpath(*parts.parts)
-
+    """Write the members of an archive as plain files and folders; only their names and contents are used."""
     for member in archive.members():
-        target = place(member.name)
-        linked = place(member.link) if member.kind == "link" else None
-        if linked and not linked.is_file():
-            raise BrokenArchive(f"{archive.path} holds the link {member.name!r}, which does not lead to a file")
+        name = PureWindowsPath(member.name)  # knows every separator, and drives
+        if name.anchor or ".." in name.parts or "\0" in member.name:
+            raise BrokenArchive(f"{archive.path} holds {member.name!r}, which leads out of its folder")
         if member.kind == "other":
             raise BrokenArchive(f"{archive.path} holds {member.name!r}, which is neither a file nor a folder")
-        taken += BLOCK + (linked.stat().st_size if linked else member.size)
-        if taken > archive.bound:
-            raise BrokenArchive(
-                f"{archive.path} holds over {archive.bound >> 20} MiB, out of proportion to its own size"
-            )
-        if max(taken, needed) > free:
-            raise InputError(f"{archive.path} needs more than the {free >> 20} MiB free in {folder.parent}")
+        target = folder.joinpath(*name.parts)
         (target if member.kind == "folder" else target.parent).mkdir(parents=True, exist_ok=True)
-        if linked:
-            shutil.copyfile(linked, target)
-        elif member.kind == "file":
+        if member.kind == "file":
             with open(target, "wb") as file:
                 file.writelines(archive.chunks(member))
 

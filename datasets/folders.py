@@ -1,11 +1,16 @@
-"""Folders that are built by one process at a time and appear under their name when they are complete."""
+"""Folders that are built by one process at a time, appear under their name when complete, and have a hash."""
 
+import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from engine.run import hold_lock
+
+# Written by prepare.py and compared with the files by verify.py: {"dataset": "fc100", "recipe": 1, "source": "...",
+# "options": {...}, "sha256": "...", "splits": {"train": {"classes": 60, "images": 36000, "per_class": {...}}, ...}}
+MANIFEST = "manifest.json"
 
 
 @contextmanager
@@ -18,8 +23,6 @@ def exclusive(target: Path) -> Iterator[None]:
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.with_name(f".{target.name}.lock")
     lock = hold_lock(path, "Wait for it to finish")
-    while lock and not (path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())):
-        lock = hold_lock(path, "Wait for it to finish")  # the file that is locked was removed by its last holder
     try:
         yield
     finally:
@@ -34,6 +37,14 @@ def holds_files(folder: Path) -> bool:
 
 def remove_empty(folder: Path) -> None:
     """Remove the empty folders below a folder, and the folder itself if nothing is left in it."""
-    for root, folders, files in os.walk(folder, topdown=False):
-        if not files and not any(os.path.lexists(os.path.join(root, name)) for name in folders):
+    for root, _, _ in os.walk(folder, topdown=False):
+        with suppress(OSError):  # it is not empty
             os.rmdir(root)
+
+
+def tree_hash(digests: Mapping[str, str]) -> str:
+    """One SHA-256 for a folder: of its relative paths (with ``/``) in sorted order, each with the SHA-256 of its file."""
+    whole = hashlib.sha256()
+    for name in sorted(digests):
+        whole.update(f"{digests[name]}  {name}\n".encode(errors="surrogateescape"))
+    return whole.hexdigest()

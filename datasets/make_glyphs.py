@@ -5,8 +5,8 @@
 Each class is a letter, each image that letter in one face with a random rotation, scale, shear and shift. The splits
 share no script, so the test asks for letters that training has never seen. Needs no network.
 
-An earlier glyphs tree in the output folder is replaced; a folder that holds anything else is left alone. The new tree
-appears when it is complete. Exit status: 1 if it cannot be written, 2 for bad flags, 130 after Ctrl-C.
+An earlier glyphs tree in the output folder is replaced; a folder that holds anything else is refused. The new tree appears
+when it is complete.
 """
 
 import math
@@ -15,7 +15,6 @@ import random
 import re
 import sys
 import tempfile
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,17 +26,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils import InputError, make_parser, number_between, run_script
 
-FACES = [
-    *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSansDisplay"),
-    *("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique"),
-    *("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic", "DejaVuSerifDisplay"),
-    *("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"),
-]
-
-
-def _letters(*ranges: tuple[str, str]) -> str:
-    points = (chr(code) for first, last in ranges for code in range(ord(first), ord(last) + 1))
-    return "".join(letter for letter in points if unicodedata.category(letter) in ("Lu", "Ll", "Lo"))
+FACES = (
+    *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique", "Display")),
+    *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic", "Display")),
+    *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
+)
 
 
 # Left out: letters that look like one of another script or like their own other case, which would be two equal classes.
@@ -46,15 +40,12 @@ LETTERS = {
         "latin": "ABDEFGHIJKLMNPQRTYabcdefghijklmnopqrstuvwxyz",
         "cyrillic": "БГДЖЗИЛПФЦЧШЩЪЫЬЭЮЯбвгджзийклмнптцчшщъыэюяђљњћѓѢѦѪ",
     },
-    "val": {"georgian": _letters(("ა", "ჰ"))},
-    "test": {"greek": "ΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπρςστφχψω", "armenian": _letters(("Ա", "Ֆ"))},
+    "val": {"georgian": "".join(map(chr, range(ord("ა"), ord("ჰ") + 1)))},
+    "test": {"greek": "ΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπρςστφχψω", "armenian": "".join(map(chr, range(ord("Ա"), ord("Ֆ") + 1)))},
 }
 
-# The files and folders of a tree, from its root: nothing else is ever removed.
-TREE_FOLDER = re.compile(f"({'|'.join(LETTERS)})(/[a-z]+_[0-9a-f]{{4,}})?")
-TREE_FILE = re.compile(TREE_FOLDER.pattern.removesuffix("?") + r"/\d{3,}\.png")
-
-SIZES, MOST_IMAGES = (8, 512), 10000
+# The folders and files of a tree, from its root: nothing else is ever removed.
+TREE = re.compile(r"(train|val|test)(/[a-z]+_[0-9a-f]{4,}(/\d{3,}\.png)?)?")
 
 Face = tuple[ImageFont.FreeTypeFont, set[int]]  # and the code points that it has
 
@@ -63,15 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__.splitlines()[0])
     default = Path(__file__).parent / "glyphs"
     parser.add_argument("-out", type=Path, default=default, help="folder to write")
-    parser.add_argument(
-        "-per_class",
-        type=number_between(1, MOST_IMAGES, int),
-        default=20,
-        help=f"images per letter, 1 to {MOST_IMAGES}",
-    )
-    parser.add_argument(
-        "-size", type=number_between(*SIZES, int), default=40, help="pixels along an edge, {} to {}".format(*SIZES)
-    )
+    images, pixels = number_between(1, 10000, int), number_between(8, 512, int)
+    parser.add_argument("-per_class", type=images, default=20, help="images per letter, 1 to 10000")
+    parser.add_argument("-size", type=pixels, default=40, help="pixels along an edge, 8 to 512")
     parser.add_argument("-seed", type=int, default=1, help="same seed, same images")
     args = parser.parse_args(argv)
     counts = make_glyphs(args.out, per_class=args.per_class, size=args.size, seed=args.seed)
@@ -79,18 +64,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_glyphs(out: Path, *, per_class: int, size: int, seed: int) -> dict[str, int]:
-    """Write the data set; returns the number of classes per split.
-
-    The folder appears when it is complete. It replaces an earlier glyphs tree or an empty folder.
+    """Write the data set, in place of an earlier one or an empty folder; returns the number of classes per split.
 
     Raises:
         InputError: ``out`` holds anything else, which is left alone.
     """
     out = Path(os.path.realpath(out))
     _check_replaceable(out)
-    faces = _load_faces(size)
+    files = [Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf") for name in FACES]
+    faces = [(ImageFont.truetype(str(file), 2 * size), set(TTFont(file).getBestCmap())) for file in files]
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Of this process alone, so that two can run at once.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".part") as scratch:
         new = Path(scratch, "new")
         counts = {split: _write_split(split, new, faces, per_class, size, seed) for split in LETTERS}
@@ -103,18 +86,12 @@ def make_glyphs(out: Path, *, per_class: int, size: int, seed: int) -> dict[str,
 
 def _check_replaceable(folder: Path) -> None:
     """Raise unless ``folder`` is absent, empty, or holds nothing but what this script writes."""
-    if not folder.exists():
-        return
-    if folder.is_symlink() or not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is not a folder. Choose another -out")
     for entry in folder.rglob("*"):
         name = entry.relative_to(folder).as_posix()
-        pattern = TREE_FOLDER if entry.is_dir() else TREE_FILE
-        if entry.is_symlink() or not pattern.fullmatch(name):
-            raise InputError(
-                f"{folder} holds {name}, which this script did not write. Choose another -out: only an empty folder or an "
-                "earlier glyphs tree is replaced"
-            )
+        if entry.is_symlink() or not TREE.fullmatch(name) or entry.is_dir() == name.endswith(".png"):
+            raise InputError(f"{folder} holds {name}, which this script did not write. Choose another -out")
 
 
 def _write_split(split: str, root: Path, faces: list[Face], per_class: int, size: int, seed: int) -> int:
@@ -122,8 +99,6 @@ def _write_split(split: str, root: Path, faces: list[Face], per_class: int, size
     letters = [(script, letter) for script, members in LETTERS[split].items() for letter in members]
     for script, letter in letters:
         able = [font for font, known in faces if ord(letter) in known]
-        if not able:
-            raise InputError(f"no typeface of this matplotlib has the letter {letter!r}. Install matplotlib again")
         folder = root / split / f"{script}_{ord(letter):04x}"
         folder.mkdir(parents=True)
         draw = random.Random(f"{seed} {letter}")
@@ -131,17 +106,6 @@ def _write_split(split: str, root: Path, faces: list[Face], per_class: int, size
         for number in range(per_class):
             _draw(letter, order[number % len(order)], size, draw).save(folder / f"{number:03d}.png")
     return len(letters)
-
-
-def _load_faces(size: int) -> list[Face]:
-    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
-    files = [folder / f"{name}.ttf" for name in FACES]
-    found = [
-        (ImageFont.truetype(str(file), 2 * size), set(TTFont(file).getBestCmap())) for file in files if file.is_file()
-    ]
-    if not found:
-        raise InputError(f"matplotlib's typefaces are missing from {folder}. Install matplotlib again")
-    return found
 
 
 def _draw(letter: str, font: ImageFont.FreeTypeFont, size: int, draw: random.Random) -> Image.Image:
@@ -161,13 +125,8 @@ def _draw(letter: str, font: ImageFont.FreeTypeFont, size: int, draw: random.Ran
     c = (left + right) / 2 - a * (middle + shift_x) - b * (middle + shift_y)
     f = (upper + lower) / 2 - d * (middle + shift_x) - e * (middle + shift_y)
     # Drawn at twice the size and halved, for smooth edges.
-    mapped = canvas.transform(
-        (2 * size, 2 * size),
-        Image.Transform.AFFINE,
-        (a / 2, b / 2, c, d / 2, e / 2, f),
-        Image.Resampling.BILINEAR,
-        fillcolor=255,
-    )
+    inverse, double = (a / 2, b / 2, c, d / 2, e / 2, f), (2 * size, 2 * size)
+    mapped = canvas.transform(double, Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR, fillcolor=255)
     return mapped.resize((size, size), Image.Resampling.BOX)
 
 

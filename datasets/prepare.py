@@ -8,267 +8,196 @@
 Sources may be archives or folders; archives are read in place. Images are copied byte for byte unless they are cropped or
 resized. The data set is built in ``.<folder>.part`` and appears under its name when it is complete; an interrupted run
 resumes. Its ``manifest.json`` records what it was built from.
-
-Exit status: 0 if the data set is in place, 1 if it cannot be built, 2 for bad flags, 130 after Ctrl-C.
 """
 
-from __future__ import annotations
-
-import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import sys
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import manifest
-from download import download
-from folders import exclusive, remove_empty
+from download import download, hub_parquet
+from folders import MANIFEST, exclusive, remove_empty, tree_hash
 from PIL import Image
 from recipes import RECIPES
-from recipes.common import Plan, Recipe, Target
-from sources import ConcatSource, Source, hub_parquet, open_source
+from recipes.common import Plan, Target
+from sources import ConcatSource, Parquet, Source, open_source
 
-from dataloader.catalog import CATALOG, SPLITS
 from engine.loading import progress_bar
-from utils import (
-    InputError,
-    available_cores,
-    first_few,
-    make_parser,
-    number_at_least,
-    run_script,
-    status,
-    warn,
-    write_json,
-)
+from utils import InputError, available_cores, first_few, make_parser, number_at_least, run_script, status, warn
 
+RECIPE = 1  # to be increased when the same source gives other files
 JPEG_QUALITY = 95  # of images that are cropped or resized
 STATE = "prepare.json"  # in the unfinished folder: what it is being built from
 DOWNLOADS = "downloads"  # in the unfinished folder
 HUB = "hf://datasets/"
 
 
-def prepare(
-    name: str,
-    given: Sequence[str],
-    out: Path,
-    *,
-    crop: bool = True,
-    shorter_side: int | None = None,
-    allow_missing: bool = False,
-    dry_run: bool = False,
-) -> None:
-    """Build ``RECIPES[name]`` below ``out``, from the sources given or from its download."""
-    recipe = RECIPES[name]
-    side = recipe.shorter_side if shorter_side is None else shorter_side
-    crop = crop and recipe.crops
-    options = {"crop": crop if recipe.crops else None, "shorter_side": side, "allow_missing": allow_missing}
-    target, work = out / recipe.folder, out / f".{recipe.folder}.part"
-    if _is_complete(name, target, options):
+def prepare(name: str, given: Sequence[str], out: Path, options: dict[str, Any], *, dry_run: bool = False) -> None:
+    """Build ``RECIPES[name]`` below ``out``, from the sources given or from its download.
+
+    The options are ``crop`` and ``shorter_side``, None where a data set has no choice, and ``allow_missing``.
+    """
+    target, work = out / RECIPES[name].folder, out / f".{RECIPES[name].folder}.part"
+    if _is_complete(target, options):
         return
     if dry_run:
-        _dry_run(name, given, target, work, crop=crop, side=side or 0)
+        _dry_run(name, given, target, work, options)
         return
     with exclusive(target):
-        if _is_complete(name, target, options):  # another process may have built it by now
+        if _is_complete(target, options):  # another process may have built it by now
             return
         work.mkdir(exist_ok=True)
         try:
-            plan = _build(name, given, work, options, crop=crop, side=side or 0)
+            plan = _build(name, given, work, options)
         except BaseException:
-            _remove_unstarted(work)
+            remove_empty(work)
+            if work.is_dir() and os.listdir(work) == [STATE]:  # nothing to resume from
+                shutil.rmtree(work)
             raise
-        if target.is_dir():
-            target.rmdir()  # _is_complete found it empty
+        remove_empty(target)
         work.rename(target)
     print(f"{target} is in place: {_summary(plan)}. Check it: python datasets/verify.py {name}")
 
 
-def _build(name: str, given: Sequence[str], work: Path, options: dict[str, Any], *, crop: bool, side: int) -> Plan:
+def _build(name: str, given: Sequence[str], work: Path, options: dict[str, Any]) -> Plan:
     source = _open(name, given, work)
-    state = {"dataset": name, "recipe": manifest.RECIPE, "options": options, "source": source.where}
+    state = {"dataset": name, "recipe": RECIPE, "options": options, "source": source.where}
     _resume_or_clear(work, state)
-    plan = _plan(RECIPES[name], source, crop)
-    _refuse_missing(name, source, plan, options["allow_missing"])
+    plan = _plan(name, source, options)
+    if plan.faults:
+        found = f"{source.where} has {first_few(plan.faults)}"
+        if not options["allow_missing"]:
+            raise InputError(f"{name} would be incomplete: {found}. Get a complete source, or set -allow_missing")
+        warn(f"{name} will be incomplete: {found}")
     for note in plan.notes:
         status(f"note: {note}")
-    digests = _write_images(source, plan, work, side)
+    digests = _write_images(source, plan, work, options["shorter_side"] or 0)
     for path, text in plan.tables.items():
         digests[path] = _write(work / path, text.encode())
     _remove_others(work, digests)
-    per_class = Counter((image.split, image.label) for image in plan.images.values())
-    splits = {split: {label: n for (of, label), n in sorted(per_class.items()) if of == split} for split in SPLITS}
-    counts = {
-        split: {"classes": len(labels), "images": sum(labels.values()), "per_class": labels}
-        for split, labels in splits.items()
-    }
-    record = {**state, "notes": plan.notes, "lacks": plan.faults, "splits": counts}
-    write_json(work / manifest.NAME, {**record, "sha256": manifest.tree_hash(digests)})
+    splits = {}
+    for split, images in plan.splits().items():
+        labels = Counter(image.label for image in images)
+        splits[split] = {"classes": len(labels), "images": len(images), "per_class": dict(sorted(labels.items()))}
+    record = {**state, "notes": plan.notes, "lacks": plan.faults, "splits": splits, "sha256": tree_hash(digests)}
+    _write(work / MANIFEST, json.dumps(record, indent=1).encode())
     (work / STATE).unlink()
     return plan
 
 
-def _is_complete(name: str, target: Path, options: dict[str, Any]) -> bool:
-    others = CATALOG[name].folders if name in CATALOG else ()
-    for folder in (target, *(target.parent / other for other in others)):
-        if not folder.is_dir() or not any(folder.iterdir()):
-            continue
-        try:
-            found = json.loads((folder / manifest.NAME).read_text(encoding="utf-8"))
-            earlier = dict(found["options"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(
-                f"{folder} exists and was not built by this script. Remove it to rebuild, or choose another -out"
-            ) from None
-        if earlier != options or found.get("recipe") != manifest.RECIPE:
-            raise InputError(
-                f"{folder} was built with other options ({_words(earlier)}; now {_words(options)}). Remove it to rebuild, or "
-                "choose another -out"
-            )
-        print(f"{folder} is complete, built from {found.get('source')}: nothing to do (remove it to rebuild)")
-        return True
-    return False
-
-
-def _words(options: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
+def _is_complete(target: Path, options: dict[str, Any]) -> bool:
+    if not target.is_dir() or not any(target.iterdir()):
+        return False
+    advice = "Remove it to rebuild, or choose another -out"
+    try:
+        found = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        earlier = dict(found["options"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{target} exists and was not built by this script. {advice}") from None
+    if earlier != options or found.get("recipe") != RECIPE:
+        before, now = (", ".join(f"{key} {value}" for key, value in all_.items()) for all_ in (earlier, options))
+        raise InputError(f"{target} was built with other options ({before}; now {now}). {advice}")
+    print(f"{target} is complete, built from {found.get('source')}: nothing to do (remove it to rebuild)")
+    return True
 
 
 def _open(name: str, given: Sequence[str], work: Path) -> Source:
     recipe = RECIPES[name]
     scratch = work / DOWNLOADS
-    if not given and recipe.hub:
-        given = [HUB + "@".join(recipe.hub)]
+    given = given or [HUB + recipe.hub] * bool(recipe.hub)
     if not given and not recipe.downloads:
         raise InputError(f"{name} cannot be downloaded without an account. Pass -source with {recipe.advice}")
     given = given or [str(download(remote, scratch / file)) for file, remote in recipe.downloads.items()]
-    sources: list[Source] = []
+    sources = []
     for path in given:
         if path.startswith(HUB):
             repository, _, revision = path.removeprefix(HUB).partition("@")
-            sources.append(hub_parquet(repository, revision or "main", recipe.hub_file, scratch=scratch))
+            sources.append(Parquet(*hub_parquet(repository, revision or "main"), scratch))
         else:
-            sources.append(recipe.adapt(open_source(Path(path))))
-    return sources[0] if len(sources) == 1 else ConcatSource(sources)
+            sources.append(recipe.adapt(open_source(Path(path), recipe.downloads)))
+    return ConcatSource(" + ".join(source.where for source in sources), sources)
 
 
-def _plan(recipe: Recipe, source: Source, crop: bool) -> Plan:
-    plan = recipe.plan(source, source.entries(), crop)
+def _plan(name: str, source: Source, options: dict[str, Any]) -> Plan:
+    plan = RECIPES[name].plan(source, source.entries(), bool(options["crop"]))
     twice = [path for path, n in Counter(image.path for image in plan.images.values()).items() if n > 1]
     if twice:
-        raise InputError(
-            f"{source.where} has duplicate images: {first_few(twice)}. Pass a source that has each image once"
-        )
+        raise InputError(f"{source.where} has duplicate images: {first_few(twice)}. Pass a source without them")
     if not plan.images:
         raise InputError(f"no image of this data set in {source.where}. Pass the original source, as in -h")
     return plan
 
 
-def _refuse_missing(name: str, source: Source, plan: Plan, allow_missing: bool) -> None:
-    if not plan.faults:
-        return
-    more = f", and {len(plan.faults) - 3} more" if len(plan.faults) > 3 else ""
-    found = f"{source.where} has {'; '.join(plan.faults[:3])}{more}"
-    if not allow_missing:
-        raise InputError(
-            f"{name} would be incomplete: {found}. Get a complete source, or build from this one with -allow_missing"
-        )
-    warn(f"{name} will be incomplete: {found}")
-
-
 def _summary(plan: Plan) -> str:
-    per_split = {split: [image for image in plan.images.values() if image.split == split] for split in SPLITS}
-    classes = "/".join(str(len({image.label for image in images})) for images in per_split.values())
-    return f"{classes} classes, {'/'.join(str(len(images)) for images in per_split.values())} images in train/val/test"
+    splits = plan.splits().values()
+    classes = "/".join(str(len({image.label for image in images})) for images in splits)
+    return f"{classes} classes, {'/'.join(str(len(images)) for images in splits)} images in train/val/test"
 
 
-def _dry_run(name: str, given: Sequence[str], target: Path, work: Path, *, crop: bool, side: int) -> None:
-    recipe = RECIPES[name]
-    if not given and recipe.downloads:
-        for remote in recipe.downloads.values():
+def _dry_run(name: str, given: Sequence[str], target: Path, work: Path, options: dict[str, Any]) -> None:
+    if not given and RECIPES[name].downloads:
+        for remote in RECIPES[name].downloads.values():
             size = f" ({remote.size / 1e6:.0f} MB)" if remote.size else ""
             print(f"would download {remote.url}{size}, and build {target} from it")
         return
     source = _open(name, given, work)
-    plan = _plan(recipe, source, crop)
+    plan = _plan(name, source, options)
     size = sum(entry.size for entry in source.entries() if entry.name in plan.images)
-    about = f"{'at most' if side or crop else 'about'} {size / 1e6:.0f} MB"
+    about = f"{'at most' if options['shorter_side'] or options['crop'] else 'about'} {size / 1e6:.0f} MB"
     print(f"would write {target} from {source.where}: {_summary(plan)}, {about}")
     for line in (*plan.notes, *(f"the source has {fault}" for fault in plan.faults[:10])):
         print(line)
 
 
 def _resume_or_clear(work: Path, state: dict[str, Any]) -> None:
-    try:
-        earlier = json.loads((work / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        earlier = None
-    if earlier == state:
+    content = json.dumps(state).encode()
+    if (work / STATE).is_file() and (work / STATE).read_bytes() == content:
         status(f"resuming in {work}")
         return
     for path in work.iterdir():  # of another source, or with other options
         if path.name != DOWNLOADS:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_json(work / STATE, state)
-
-
-def _remove_unstarted(work: Path) -> None:
-    """Remove a work folder that holds nothing to resume from."""
-    remove_empty(work)
-    if work.is_dir() and [path.name for path in work.iterdir()] == [STATE]:
-        shutil.rmtree(work)
+    _write(work / STATE, content)
 
 
 def _write_images(source: Source, plan: Plan, work: Path, side: int) -> dict[str, str]:
     """Path -> SHA-256 of every image of the plan. Images written by an earlier call are kept."""
-    digests: dict[str, str] = {}
-    wanted = set()
-    for name, target in plan.images.items():
-        path = work / target.path
-        if path.is_file():
-            digests[target.path] = hashlib.sha256(path.read_bytes()).hexdigest()
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            wanted.add(name)
-    faults = []
+    kept = [image.path for image in plan.images.values() if (work / image.path).is_file()]
+    digests = {path: sha256((work / path).read_bytes()).hexdigest() for path in kept}
+    wanted = {name: image for name, image in plan.images.items() if image.path not in digests}
+    faults: list[str] = []
     waiting: deque[tuple[Target, Future[str]]] = deque()
 
-    def collect() -> None:
-        target, future = waiting.popleft()
-        try:
-            digests[target.path] = future.result()
-        except InputError as error:
-            faults.append(str(error))
-        bar.update()
+    def collect(most: int) -> None:
+        while len(waiting) > most:
+            target, future = waiting.popleft()
+            try:
+                digests[target.path] = future.result()
+            except InputError as error:
+                faults.append(str(error))
+            bar.update()
 
     bar = progress_bar(work.name.strip(".").removesuffix(".part"), total=len(plan.images), initial=len(digests))
     with bar, ThreadPoolExecutor(available_cores()) as pool:
         for name, content in source.read(set(wanted)):
-            if name not in wanted:  # an archive may hold a name twice
-                continue
-            wanted.remove(name)
-            target = plan.images[name]
-            waiting.append((target, pool.submit(_make, name, content, target, work / target.path, side)))
-            if len(waiting) >= 4 * available_cores():
-                collect()
-        while waiting:
-            collect()
-    lost = len(plan.images) - len(digests) - len(faults)
-    if lost:
-        faults.append(f"{lost} images listed in {source.where} could not be read")
+            if target := wanted.pop(name, None):  # an archive may hold a name twice
+                waiting.append((target, pool.submit(_make, name, content, target, work / target.path, side)))
+                collect(4 * available_cores())
+        collect(0)
+    if wanted:
+        faults.append(f"{len(wanted)} images listed in {source.where} could not be read")
     if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise InputError(
-            f"{faults[0]}{more}. Replace the source and run this again; the images read so far are kept in {work}"
-        )
+        raise InputError(f"{first_few(faults)}. Replace the source and run this again; it resumes in {work}")
     return digests
 
 
@@ -277,10 +206,15 @@ def _make(name: str, content: bytes, target: Target, path: Path, side: int) -> s
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()  # decodes it, so that a damaged image is found now
-            made = _shrunk(_cropped(image, target.crop), side)
+            made = _cropped(image, target.crop) if target.crop else image
+            shrinks = 0 < side < min(made.size)
+            if (shrinks or target.crop) and made.mode not in ("RGB", "L"):
+                made = made.convert("RGB")
+            if shrinks:
+                scale = side / min(made.size)
+                made = made.resize([max(round(edge * scale), side) for edge in made.size], Image.Resampling.BICUBIC)
             if made is not image:
                 buffer = io.BytesIO()
-                made = made if made.mode in ("RGB", "L") else made.convert("RGB")
                 made.save(buffer, "PNG" if image.format == "PNG" else "JPEG", quality=JPEG_QUALITY, subsampling=0)
                 content = buffer.getvalue()
     except InputError as error:
@@ -291,9 +225,7 @@ def _make(name: str, content: bytes, target: Target, path: Path, side: int) -> s
     return _write(path, content)
 
 
-def _cropped(image: Image.Image, box: tuple[float, ...] | None) -> Image.Image:
-    if box is None:
-        return image
+def _cropped(image: Image.Image, box: tuple[float, ...]) -> Image.Image:
     left, upper, right, lower = (round(value) for value in box)
     if not (0 <= left < right <= image.width + 1 and 0 <= upper < lower <= image.height + 1):
         raise InputError(
@@ -303,31 +235,21 @@ def _cropped(image: Image.Image, box: tuple[float, ...] | None) -> Image.Image:
     return image.crop((left, upper, min(right, image.width), min(lower, image.height)))
 
 
-def _shrunk(image: Image.Image, side: int) -> Image.Image:
-    if not side or min(image.size) <= side:
-        return image
-    scale = side / min(image.size)
-    image = image if image.mode in ("RGB", "L") else image.convert("RGB")
-    return image.resize([max(round(edge * scale), side) for edge in image.size], Image.Resampling.BICUBIC)
-
-
 def _write(path: Path, content: bytes) -> str:
-    """Write a file that is whole if it is there, without the cost of a sync for each image; return its SHA-256."""
+    """Write a file atomically, without the cost of a sync for each image; return its SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return hashlib.sha256(content).hexdigest()
+    partial.write_bytes(content)
+    partial.replace(path)
+    return sha256(content).hexdigest()
 
 
 def _remove_others(work: Path, digests: dict[str, str]) -> None:
     """Remove the downloads, and what a killed process left half written."""
     shutil.rmtree(work / DOWNLOADS, ignore_errors=True)
+    kept = {STATE, *digests}
     for path in work.rglob("*"):
-        if not path.is_dir() and path.name != STATE and path.relative_to(work).as_posix() not in digests:
+        if not path.is_dir() and path.relative_to(work).as_posix() not in kept:
             path.unlink()
     remove_empty(work)
 
@@ -335,38 +257,26 @@ def _remove_others(work: Path, digests: dict[str, str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", choices=RECIPES, help=f"one of {', '.join(RECIPES)}")
-    parser.add_argument(
-        "-source",
-        nargs="+",
-        metavar="PATH",
-        help="archives or folders, or hf://datasets/<repository>[@<revision>] (default: download it, where that is possible)",
-    )
+    source = "archives, folders or hf://datasets/<repository>[@<revision>] (default: download it, where possible)"
+    parser.add_argument("-source", nargs="+", metavar="PATH", help=source)
     parser.add_argument("-out", type=Path, default=Path(__file__).parent, help="folder to build the data set in")
-    parser.add_argument(
-        "-size",
-        type=number_at_least(0, int),
-        help="shrink images to this many pixels along their shorter side; 0 keeps them as they are (default: 224 for "
-        "tieredimagenet, else 0)",
-    )
+    size = "shrink images to this many pixels along their shorter side; 0: do not (default: 224 for tieredimagenet, else 0)"
+    parser.add_argument("-size", type=number_at_least(0, int), help=size)
     parser.add_argument("-no_crop", action="store_true", help="cub: do not crop images to the bounding boxes")
     parser.add_argument("-allow_missing", action="store_true", help="build from an incomplete source")
     parser.add_argument("-dry_run", action="store_true", help="print what would be written and its size; write nothing")
     args = parser.parse_args(argv)
-    if args.size is not None and RECIPES[args.name].shorter_side is None:
-        parser.error(
-            f"-size requires one of {', '.join(name for name, recipe in RECIPES.items() if recipe.shorter_side is not None)}"
-        )
-    if args.no_crop and not RECIPES[args.name].crops:
-        parser.error(f"-no_crop requires {', '.join(name for name, recipe in RECIPES.items() if recipe.crops)}")
-    prepare(
-        args.name,
-        args.source or [],
-        args.out,
-        crop=not args.no_crop,
-        shorter_side=args.size,
-        allow_missing=args.allow_missing,
-        dry_run=args.dry_run,
-    )
+    recipe = RECIPES[args.name]
+    if args.size is not None and recipe.shorter_side is None:
+        parser.error("-size requires one of cub, miniimagenet, tieredimagenet")
+    if args.no_crop and not recipe.crops:
+        parser.error("-no_crop requires cub")
+    options = {
+        "crop": not args.no_crop if recipe.crops else None,
+        "shorter_side": recipe.shorter_side if args.size is None else args.size,
+        "allow_missing": args.allow_missing,
+    }
+    prepare(args.name, args.source or [], args.out, options, dry_run=args.dry_run)
 
 
 if __name__ == "__main__":

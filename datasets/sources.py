@@ -1,131 +1,105 @@
 """Where images come from: folders, archives and parquet files, read without being extracted.
 
-A source lists its images (:class:`Entry`) from what is cheap to read (folder listings, headers, one column), and then reads
-the wanted ones in the order in which they are stored.
+A source lists its images from what is cheap to read, and then reads the wanted ones in the order in which they are stored.
 """
 
-import itertools
 import json
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from archives import Archive, BrokenArchive, Member, open_archive, reading
-from download import HubRepository, RemoteFile, download
+from archives import Archive, Member, reading
+from download import Remote, RemoteFile, download
 
 from dataloader.readers import names_image
 from utils import InputError
 
 CLASS_TAR = re.compile(r"n\d{8}\.tar")  # ImageNet's training images are a tar of such tars
-LARGEST_FILE = 1 << 29  # bytes of a file in an archive, each of which is read whole
 
 
 class Entry(NamedTuple):
-    """An image, or another file, of a source.
+    """An image, or another file, of a source."""
 
-    Attributes:
-        name: its path in the source, with ``/``; unique.
-        size: in bytes, where it is known; otherwise an average.
-        label: its class, where the source states it apart from the name.
-        box: ``x1, y1, x2, y2`` in pixels, where the source has bounding boxes.
-    """
-
-    name: str
-    size: int
-    label: str | None = None
-    box: tuple[float, ...] | None = None
+    name: str  # its path in the source, with "/"; unique
+    size: int  # in bytes, where it is known; otherwise an average
+    label: str | None = None  # its class, where the source states it apart from the name
+    box: tuple[float, ...] | None = None  # left, upper, right, lower, in pixels, where the source has bounding boxes
 
 
 Content = tuple[str, bytes]
 
 
-class Source(ABC):
+class Source:
     """Images that can be listed and read."""
 
     def __init__(self, where: str) -> None:
         self.where = where  # for messages and the manifest
 
-    @abstractmethod
     def entries(self) -> list[Entry]:
         """Every file in it."""
+        raise NotImplementedError
 
-    @abstractmethod
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
-        """Names and contents of the wanted entries, in the order in which they are stored."""
+        """Names and contents of the wanted entries that it has, in the order in which they are stored."""
+        raise NotImplementedError
 
 
 class ConcatSource(Source):
-    """Sources read one after the other."""
+    """Several sources as one. Of files with the same name, only the first is used."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
-        super().__init__(" + ".join(source.where for source in sources))
+    def __init__(self, where: str, sources: Sequence[Source]) -> None:
+        super().__init__(where)
         self.sources = sources
 
     def entries(self) -> list[Entry]:
-        found = [entry for source in self.sources for entry in source.entries()]
-        if len({entry.name for entry in found}) < len(found):
-            raise InputError(f"two of the sources {self.where} hold files of the same name. Leave one of them out")
-        return found
+        return [entry for source in self.sources for entry in source.entries()]
 
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
         for source in self.sources:
-            yield from source.read({entry.name for entry in source.entries()}.intersection(wanted))
+            yield from source.read(wanted)
 
 
-def open_source(path: Path) -> Source:
-    """The folder, archive or parquet file at a path.
+def open_source(path: Path, archives: Collection[str] = ()) -> Source:
+    """The folder, archive or parquet file at a path; archives of these names, or of ImageNet's classes, in a folder.
 
     Raises:
         InputError: there is no such file, or it is none of these.
     """
-    if path.is_dir():
-        parquet = sorted(path.rglob("*.parquet"))
-        return Parquet(path.name, [_LocalFile(file) for file in parquet]) if parquet else Folder(path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"there is no file or folder {path}")
-    return Parquet(path.name, [_LocalFile(path)]) if path.suffix == ".parquet" else ArchiveSource(path)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    parquet = {file.name: file for file in files if file.suffix == ".parquet"}
+    if parquet:
+        return Parquet(path.name, parquet)
+    if not path.is_dir():
+        return ArchiveSource(path)
+    found = [ArchiveSource(file) for file in files if file.name in archives or CLASS_TAR.fullmatch(file.name)]
+    return ConcatSource(path.name, found) if found else Folder(path)
 
 
 # --- Folders and archives ---------------------------------------------------------------------------------------------
 
 
 class Folder(Source):
-    """Files at any depth below a folder. Tars of ImageNet's classes in it are read as if they were folders."""
+    """Files at any depth below a folder."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path.name)
         self.path = path
 
     def entries(self) -> list[Entry]:
-        found = []
         with reading(self.path):
-            for path in sorted(self.path.rglob("*")):
-                name = path.relative_to(self.path).as_posix()
-                if CLASS_TAR.fullmatch(path.name) and path.is_file():
-                    found += [entry._replace(name=f"{name}/{entry.name}") for entry in ArchiveSource(path).entries()]
-                elif path.is_file():
-                    found.append(Entry(name, path.stat().st_size))
-        return found
+            files = [path for path in sorted(self.path.rglob("*")) if path.is_file()]
+            return [Entry(path.relative_to(self.path).as_posix(), path.stat().st_size) for path in files]
 
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
-        for container, names in itertools.groupby(sorted(wanted), key=_class_tar):
-            if container:
-                inner = {name.removeprefix(container + "/") for name in names}
-                for name, content in ArchiveSource(self.path / container).read(inner):
-                    yield f"{container}/{name}", content
-            else:
-                for name in names:
-                    with reading(self.path / name):
-                        content = (self.path / name).read_bytes()
-                    yield name, content
-
-
-def _class_tar(name: str) -> str | None:
-    folder, _, _ = name.rpartition("/")
-    return folder if CLASS_TAR.fullmatch(PurePosixPath(folder).name) else None
+        for name in sorted(wanted):
+            path = self.path / name
+            if path.is_file():
+                with reading(path):
+                    content = path.read_bytes()
+                yield name, content
 
 
 class ArchiveSource(Source):
@@ -133,26 +107,23 @@ class ArchiveSource(Source):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path.name)
-        self.archive: Archive = open_archive(path)
+        self.archive = Archive(path)
 
     def entries(self) -> list[Entry]:
         return [Entry(member.name, member.size) for member in self._files()]
 
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
-        for member in self._files({_class_tar(name) for name in wanted}):
-            if member.name not in wanted:
-                continue
-            if member.size > LARGEST_FILE:
-                raise BrokenArchive(f"{member.name} in {self.where} has {member.size >> 20} MiB, so it is not an image")
-            yield member.name, b"".join(self.archive.chunks(member))
+        for member in self._files({name.rpartition("/")[0] for name in wanted}):
+            if member.name in wanted:
+                yield member.name, b"".join(self.archive.chunks(member))
 
-    def _files(self, containers: Collection[str | None] | None = None) -> Iterator[Member]:
+    def _files(self, folders: Collection[str] | None = None) -> Iterator[Member]:
         for member in self.archive.members():
             if member.kind != "file":
                 continue
             if not CLASS_TAR.fullmatch(PurePosixPath(member.name).name):
                 yield member
-            elif containers is None or member.name in containers:
+            elif folders is None or member.name in folders:
                 for inner in self.archive.inner_members(member):
                     if inner.kind == "file":
                         yield inner._replace(name=f"{member.name}/{inner.name}")
@@ -161,112 +132,62 @@ class ArchiveSource(Source):
 # --- Parquet ----------------------------------------------------------------------------------------------------------
 
 
-class _LocalFile:
-    def __init__(self, path: Path) -> None:
-        self.name, self.path, self.size = path.name, path, path.stat().st_size
-
-    def open(self) -> Any:
-        return self.path
-
-    @contextmanager
-    def whole(self) -> Iterator[Path]:
-        yield self.path
-
-
-class _HubFile:
-    """Listed by reading ranges of it; kept on disk only while it is read."""
-
-    def __init__(self, repository: HubRepository, path: str, scratch: Path) -> None:
-        self.name, self.scratch = PurePosixPath(path).name, scratch
-        self.remote = repository.file(path)
-        self.size = self.remote.size or 0
-
-    def open(self) -> Any:
-        import pyarrow
-
-        return pyarrow.PythonFile(RemoteFile(self.remote), mode="r")
-
-    @contextmanager
-    def whole(self) -> Iterator[Path]:
-        path = download(self.remote, self.scratch / self.name)
-        yield path
-        path.unlink()
-
-
 class Parquet(Source):
-    """Parquet files as Hugging Face has them: ``image`` (``bytes`` and ``path``), ``label``, and optionally ``bbox``."""
+    """Parquet files as Hugging Face has them: ``image`` (``bytes`` and ``path``), ``label``, and optionally ``bbox``.
 
-    def __init__(self, where: str, files: list[Any]) -> None:
+    Those on a server are listed by reading ranges of them, and kept in ``scratch`` only while they are read.
+    """
+
+    def __init__(self, where: str, files: dict[str, Path | Remote], scratch: Path | None = None) -> None:
         super().__init__(where)
         try:
-            import pyarrow.parquet  # noqa: F401 - here, to report that it is missing before anything is downloaded
+            from pyarrow.parquet import ParquetFile
         except ImportError as error:
-            raise InputError(
-                "reading parquet files requires pyarrow, which is not installed. Run: pip install -r requirements-data.txt"
-            ) from error
-        self.files = files
+            raise InputError("parquet files require pyarrow. Run: pip install -r requirements-data.txt") from error
+        self.files, self.scratch, self.opener = files, scratch, ParquetFile
 
     def entries(self) -> list[Entry]:
-        return [entry for file in self.files for entry in self._listing(file)]
-
-    def _listing(self, file: Any) -> list[Entry]:
-        import pyarrow.parquet
-
-        with reading(file.name), pyarrow.parquet.ParquetFile(file.open()) as table:
-            schema = table.schema_arrow
-            if "image" not in schema.names or "label" not in schema.names:
-                raise InputError(f"{file.name} needs the columns image and label; it has {', '.join(schema.names)}")
-            columns = ["label", *(["bbox"] if "bbox" in schema.names else [])]
-            has_path = any(field.name == "path" for field in schema.field("image").type)
-            rows = table.read(columns=columns + ["image.path"] * has_path)
-            labels, boxes = rows["label"].to_pylist(), rows["bbox"].to_pylist() if "bbox" in columns else None
-            paths = [(image or {}).get("path") for image in rows["image"].to_pylist()] if has_path else []
-        names = _class_names(schema)
         found = []
-        for row, label in enumerate(labels):
-            path = paths[row] if has_path else None
-            base = PurePosixPath(path.replace("\\", "/")).name if path else f"{row:05d}"
-            text = names[label] if names and isinstance(label, int) and 0 <= label < len(names) else str(label)
-            box = tuple(boxes[row]) if boxes and boxes[row] is not None else None
-            found.append(Entry(f"{file.name}/{row:05d}/{base}", file.size // max(len(labels), 1), text, box))
+        for name, file in self.files.items():
+            is_remote = isinstance(file, Remote)
+            size = file.size if is_remote else file.stat().st_size
+            with reading(name), self.opener(RemoteFile(file) if is_remote else file) as table:
+                schema = table.schema_arrow
+                if "image" not in schema.names or "label" not in schema.names:
+                    raise InputError(f"{name} needs the columns image and label; it has {', '.join(schema.names)}")
+                rows = table.read(columns=["label", "bbox", "image.path"]).to_pylist()  # without those it lacks
+            classes = _class_names(schema)
+            for number, row in enumerate(rows):
+                path = (row.get("image") or {}).get("path") or f"{number:05d}"
+                label, box = row["label"], row.get("bbox")
+                label = classes[label] if isinstance(label, int) and 0 <= label < len(classes) else str(label)
+                place = f"{name}/{number:05d}/{PurePosixPath(path).name}"
+                found.append(Entry(place, size // len(rows), label, tuple(box) if box is not None else None))
         return found
 
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
-        import pyarrow.parquet
-
-        for file in self.files:
+        for name, file in self.files.items():
             # The row is in the name, so the listing is not needed again.
-            of_file = {int(name.split("/")[1]): name for name in wanted if name.startswith(f"{file.name}/")}
+            of_file = {int(entry.split("/")[1]): entry for entry in wanted if entry.startswith(f"{name}/")}
             if not of_file:
                 continue
-            with file.whole() as path, reading(file.name), pyarrow.parquet.ParquetFile(path) as table:
-                row = 0
-                for batch in table.iter_batches(batch_size=64, columns=["image.bytes"]):
-                    for image in batch.column("image"):
-                        if row in of_file:
-                            content = image["bytes"].as_py()
-                            if content is None:
-                                raise InputError(f"row {row} of {file.name} has no image")
-                            yield of_file[row], content
-                        row += 1
+            path = download(file, self.scratch / name) if isinstance(file, Remote) else file
+            with reading(name), self.opener(path) as table:
+                batches = table.iter_batches(batch_size=64, columns=["image.bytes"])
+                images = (image for batch in batches for image in batch.column("image"))
+                for row, image in enumerate(images):
+                    if row in of_file:
+                        yield of_file[row], image["bytes"].as_py() or b""  # which is reported as no image
+            if path != file:
+                path.unlink()
 
 
-def hub_parquet(name: str, revision: str, is_wanted: Callable[[str], bool], *, scratch: Path) -> Parquet:
-    """The parquet files of a data set on Hugging Face whose names are wanted."""
-    repository = HubRepository(name, revision)
-    paths = [path for path in repository.files() if path.endswith(".parquet") and is_wanted(PurePosixPath(path).name)]
-    if not paths:
-        raise InputError(f"{repository} has no parquet files that belong to this data set")
-    return Parquet(str(repository), [_HubFile(repository, path, scratch) for path in paths])
-
-
-def _class_names(schema: Any) -> list[str] | None:
+def _class_names(schema: Any) -> list[str]:
     """The names behind whole numbers as labels, from what Hugging Face's library writes beside the schema."""
     try:
-        label = json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]
-        return list(label["names"])
+        return list(json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"])
     except (TypeError, KeyError, ValueError):
-        return None
+        return []
 
 
 def is_image(name: str) -> bool:

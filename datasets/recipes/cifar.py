@@ -4,18 +4,19 @@ import io
 import pickle
 from collections.abc import Collection, Iterator
 from functools import partial
+from pathlib import PurePosixPath
 from typing import Any
 
 from archives import reading
 from download import Remote
 from PIL import Image
-from sources import Content, Entry, Folder, Source, is_image, open_source
+from sources import Content, Entry, Source, is_image
 
 from dataloader.catalog import CATALOG
-from recipes.common import Plan, Recipe, Target, last_parts, missing_images, split_of_class
+from recipes.common import Plan, Recipe, Target, last_parts, published_plan, split_of_class
 
 PARTS = ("train", "test")
-ARCHIVE = "cifar-100-python.tar.gz"
+ARCHIVE, DIGEST = "cifar-100-python.tar.gz", "md5:eb9058c3a382ffc7106e4002c42a8d85"
 
 
 def plan(name: str, source: Source, entries: list[Entry], crop: bool) -> Plan:
@@ -27,43 +28,29 @@ def plan(name: str, source: Source, entries: list[Entry], crop: bool) -> Plan:
             split = split_of[label]
             folder = CATALOG[name].split_folders.get(split, split)
             images[entry.name] = Target(f"{folder}/{label}/{file}", split, label)
-    return Plan(images, {}, missing_images(name, images.values()), [])
+    return published_plan(name, images)
 
 
 def adapt(source: Source) -> Source:
-    for entry in source.entries():
-        folder, _, file = entry.name.rpartition("/")
-        if file == "meta":
-            return CifarPickles(source, f"{folder}/" if folder else "")
-        if file == ARCHIVE and isinstance(source, Folder):
-            return adapt(open_source(source.path / entry.name))
-    return source
+    pickles = {entry.name for entry in source.entries() if PurePosixPath(entry.name).name in (*PARTS, "meta")}
+    return CifarPickles(source, pickles) if len(pickles) == 3 else source
 
 
 class CifarPickles(Source):
     """The official ``cifar-100-python``, as if it were ``{train,test}/<class>/<file>.png``."""
 
-    def __init__(self, source: Source, folder: str) -> None:
+    def __init__(self, source: Source, wanted: set[str]) -> None:
         super().__init__(source.where)
-        wanted = {f"{folder}{name}" for name in (*PARTS, "meta")}
         content = {name.rpartition("/")[2]: data for name, data in source.read(wanted)}
         self.images: dict[str, tuple[str, int]] = {}
         self.pixels: dict[str, Any] = {}
         with reading(source.where):
-            try:
-                names = _unpickle(content["meta"])["fine_label_names"]
-                for part in PARTS:
-                    self._list_part(part, _unpickle(content[part]), names)
-            except (TypeError, AttributeError, IndexError) as error:
-                raise ValueError(f"its pickles are not those of CIFAR-100: {error}") from error
-
-    def _list_part(self, part: str, table: dict[str, Any], names: list[str]) -> None:
-        pixels, files, labels = table["data"].reshape(-1, 3, 32, 32), table["filenames"], table["fine_labels"]
-        if not len(pixels) == len(files) == len(labels):
-            raise ValueError(f"{part}: {len(pixels)} images, {len(files)} names, {len(labels)} labels")
-        self.pixels[part] = pixels.transpose(0, 2, 3, 1)
-        for row, (file, label) in enumerate(zip(files, labels, strict=True)):
-            self.images[f"{part}/{names[label]}/{file}"] = part, row
+            names = _unpickle(content["meta"])["fine_label_names"]
+            for part in PARTS:
+                table = _unpickle(content[part])
+                self.pixels[part] = table["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+                rows = zip(range(len(self.pixels[part])), table["filenames"], table["fine_labels"], strict=True)
+                self.images |= {f"{part}/{names[label]}/{file}": (part, row) for row, file, label in rows}
 
     def entries(self) -> list[Entry]:
         return [Entry(name, 2300) for name in self.images]  # an average PNG
@@ -83,17 +70,12 @@ def _unpickle(content: bytes) -> dict[str, Any]:
 class _PlainUnpickler(pickle.Unpickler):
     """Arrays and plain values. A pickle that names anything else is refused before that is imported."""
 
-    ALLOWED = {
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-    }
+    ALLOWED = ("core.multiarray._reconstruct", "_core.multiarray._reconstruct", "ndarray", "dtype")  # in numpy
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes; the codec's name may be any module's
             return lambda text, encoding: text.encode("latin1")
-        if (module, name) not in self.ALLOWED:
+        if f"{module}.{name}" not in [f"numpy.{allowed}" for allowed in self.ALLOWED]:
             raise pickle.UnpicklingError(f"it asks to run {module}.{name}, which is refused")
         return super().find_class(module, name)
 
@@ -102,11 +84,7 @@ RECIPES = {
     name: Recipe(
         CATALOG[name].folders[0],
         partial(plan, name),
-        downloads={
-            ARCHIVE: Remote(
-                f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}", digest="md5:eb9058c3a382ffc7106e4002c42a8d85"
-            )
-        },
+        downloads={ARCHIVE: Remote(f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}", digest=DIGEST)},
         adapt=adapt,
     )
     for name in ("fc100", "cifar_fs")

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -33,31 +33,21 @@ class Plan(NamedTuple):
     faults: list[str]  # what the source lacks
     notes: list[str]
 
+    def splits(self) -> dict[str, list[Target]]:
+        return {split: [image for image in self.images.values() if image.split == split] for split in SPLITS}
+
 
 class Recipe(NamedTuple):
-    """How one data set is built.
+    """How one data set is built."""
 
-    Attributes:
-        folder: of the result.
-        plan: turns the entries of a source into a plan; its last argument is whether to crop.
-        downloads: files to download when no ``-source`` is given: name -> Remote.
-        hub: a repository on Hugging Face and its revision, likewise.
-        hub_file: whether a parquet file of a repository on Hugging Face is needed, by its name.
-        adapt: turns a source into the one that ``plan`` reads.
-        shorter_side: the size without ``-size``; 0 keeps the images as they are; None if the size cannot be chosen.
-        crops: images are cropped unless ``-no_crop`` is given.
-        advice: what to give as a source, for data sets that cannot be downloaded.
-    """
-
-    folder: str
-    plan: Callable[[Source, list[Entry], bool], Plan]
-    downloads: dict[str, Remote] = {}
-    hub: tuple[str, str] | None = None
-    hub_file: Callable[[str], bool] = lambda name: True
-    adapt: Callable[[Source], Source] = lambda source: source
-    shorter_side: int | None = None
-    crops: bool = False
-    advice: str = ""
+    folder: str  # of the result
+    plan: Callable[[Source, list[Entry], bool], Plan]  # from the entries of a source, and whether to crop
+    downloads: dict[str, Remote] = {}  # by file name: what to download when no -source is given
+    hub: str = ""  # likewise: a repository on Hugging Face, and after an @ its revision
+    adapt: Callable[[Source], Source] = lambda source: source  # turns a source into the one that plan reads
+    shorter_side: int | None = None  # without -size; 0 keeps images as they are, None if the size cannot be chosen
+    crops: bool = False  # images are cropped unless -no_crop is given
+    advice: str = ""  # what to give as -source, for data sets that cannot be downloaded
 
 
 def last_parts(name: str, count: int) -> tuple[str, ...]:
@@ -70,30 +60,31 @@ def split_of_class(name: str) -> dict[str, str]:
     return {label: split for split, labels in published.published_classes(name).items() for label in labels}
 
 
-def missing_images(name: str, targets: Iterable[Target]) -> list[str]:
+def published_plan(name: str, images: dict[str, Target], *, tables: bool = False, notes: Sequence[str] = ()) -> Plan:
+    """The plan of a published data set, with what its images lack, and if asked with ``split/<split>.csv``."""
+    plan = Plan(images, {}, _missing_images(name, images), list(notes))
+    for split, targets in plan.splits().items() if tables else ():
+        rows = sorted((target.label, PurePosixPath(target.path).name) for target in targets)
+        plan.tables[f"split/{split}.csv"] = "filename,label\n" + "".join(f"{file},{label}\n" for label, file in rows)
+    return plan
+
+
+def _missing_images(name: str, images: dict[str, Target]) -> list[str]:
     """What differs from the published counts, most harmful first."""
-    found = Counter((target.split, target.label) for target in targets)
-    classes = published.published_classes(name)
-    expected = {(split, label): count for split, labels in classes.items() for label, count in labels.items()}
-    faults = [f"no image of the {split} class {label}" for split, label in expected if not found[split, label]]
-    faults += [
-        f"{found[split, label]} of {count} images of the {split} class {label}"
-        for (split, label), count in expected.items()
-        if count is not None and found[split, label] not in (0, count)
-    ]
-    for split in SPLITS:
-        number = sum(count for (of, _), count in found.items() if of == split)
-        if not faults and number != published.published_images(name, split):
-            faults.append(f"{number} of {published.published_images(name, split)} {split} images")
-    return faults
-
-
-def split_tables(targets: Iterable[Target]) -> dict[str, str]:
-    """``split/<split>.csv``, in the form of the published lists."""
-    rows: dict[str, list[str]] = {split: ["filename,label"] for split in SPLITS}
-    for target in sorted(targets, key=lambda target: (target.label, target.path)):
-        rows[target.split].append(f"{PurePosixPath(target.path).name},{target.label}")
-    return {f"split/{split}.csv": "".join(f"{row}\n" for row in lines) for split, lines in rows.items()}
+    found = Counter((target.split, target.label) for target in images.values())
+    missing, fewer = [], []
+    for split, labels in published.published_classes(name).items():
+        for label, count in labels.items():
+            here = found[split, label]
+            if not here:
+                missing.append(f"no image of the {split} class {label}")
+            elif count not in (None, here):
+                fewer.append(f"{here} of {count} images of the {split} class {label}")
+    if missing or fewer:
+        return missing + fewer
+    numbers = Counter(target.split for target in images.values())
+    published_numbers = {split: published.published_images(name, split) for split in SPLITS}
+    return [f"{numbers[split]} of {n} {split} images" for split, n in published_numbers.items() if numbers[split] != n]
 
 
 def parquet_file_name(entry: Entry) -> str:

@@ -3,18 +3,18 @@
 from collections import Counter
 
 from download import Remote
-from sources import ConcatSource, Entry, Folder, Source, is_image, open_source
+from sources import Entry, Source, is_image
 
 from recipes.common import Plan, Recipe, Target, last_parts
 
+URL = "https://github.com/brendenlake/omniglot/raw/master/python"
 # Each script is in one split only. small2 has Greek and Latin as well, which are left out there.
 SCRIPTS = {
     "train": ("images_background_small2", ("Japanese_(katakana)", "Sanskrit", "Tagalog")),
     "val": ("images_background_small1", ("Balinese", "Early_Aramaic")),
     "test": ("images_background_small1", ("Greek", "Korean", "Latin")),
 }
-DRAWINGS = 20  # of each character
-CHARACTERS = {"train": 106, "val": 46, "test": 90}
+DRAWINGS = {"train": 20 * 106, "val": 20 * 46, "test": 20 * 90}  # 20 of each character
 
 
 def plan(source: Source, entries: list[Entry], crop: bool) -> Plan:
@@ -26,33 +26,17 @@ def plan(source: Source, entries: list[Entry], crop: bool) -> Plan:
         if split and is_image(file):
             label = f"{script}_{character}"
             images[entry.name] = Target(f"{split}/{label}/{file}", split, label)
-    per_class = Counter((target.split, target.label) for target in images.values())
-    classes = Counter(split for split, _ in per_class)
+    found = Counter(target.split for target in images.values())
     faults = [
-        f"{classes[split]} of {count} {split} characters"
-        for split, count in CHARACTERS.items()
-        if classes[split] != count
+        f"{found[split]} of {number} {split} drawings" for split, number in DRAWINGS.items() if found[split] != number
     ]
-    faults += [f"{n} of {DRAWINGS} drawings of {label}" for (_, label), n in per_class.items() if n != DRAWINGS]
     return Plan(images, {}, faults, [])
-
-
-def adapt(source: Source) -> Source:
-    """The archives in a folder, if it holds no images itself."""
-    zips = [entry.name for entry in source.entries() if entry.name.endswith(".zip")]
-    if not zips or not isinstance(source, Folder):
-        return source
-    return ConcatSource([open_source(source.path / name) for name in zips])
 
 
 RECIPES = {
     "omniglot": Recipe(
         "omniglot",
         plan,
-        downloads={
-            f"{name}.zip": Remote(f"https://github.com/brendenlake/omniglot/raw/master/python/{name}.zip")
-            for name in ("images_background_small1", "images_background_small2")
-        },
-        adapt=adapt,
+        downloads={f"images_background_small{n}.zip": Remote(f"{URL}/images_background_small{n}.zip") for n in (1, 2)},
     )
 }

@@ -141,13 +141,6 @@ def test_special_permissions_do_not_survive(tmp_path, pack):
     assert (tmp_path / "datasets/cub/a").stat().st_mode & 0o7111 == 0
 
 
-def test_links_within_become_copies(tmp_path):
-    links = [(member("cub/b/hard", tarfile.LNKTYPE, "cub/a"), b""), (member("cub/b/sym", tarfile.SYMTYPE, "../a"), b"")]
-    fetch("cub", str(tar(tmp_path / "local.tar", ("cub/a", b"x"), *links)), tmp_path)
-    assert files(tmp_path / "datasets") == {"cub/a": b"x", "cub/b/hard": b"x", "cub/b/sym": b"x"}
-    assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
-
-
 def test_empty_folder_is_not_in_place(tmp_path):
     (tmp_path / "datasets/cub/images/a").mkdir(parents=True)
     fetch("cub", str(tar(tmp_path / "local.tar", ("cub/a", b"x"))), tmp_path)
@@ -215,9 +208,7 @@ BROKEN = {
     "a web page": (lambda p: text(p, "<html>Quota exceeded</html>"), "neither a tar nor a zip archive"),
     "nothing": (lambda p: text(p, ""), "neither a tar nor a zip archive"),
     "another folder": (lambda p: tar(p, ("birds/a", b"x")), "has no folder cub; it holds birds"),
-    "an empty tar": (lambda p: tar(p), "it holds nothing"),
-    "an empty folder": (lambda p: tar(p, (member("cub", tarfile.DIRTYPE), b"")), "is empty"),
-    "an empty folder, zip": (lambda p: zipped(p, ("cub/images/", b"")), "is empty"),
+    "an empty tar": (lambda p: tar(p), "it holds none"),
     # cut off, or changed
     "tar, cut in a member": (lambda p: cut(tar(p, *TWO), 20000), "is broken"),
     "tar, cut between members": (lambda p: cut(tar(p, *TWO), 512 + 50176), "is broken"),
@@ -233,7 +224,7 @@ BROKEN = {
     "zip, cut": (lambda p: cut(zipped(p, *TWO), 40000), "neither a tar nor a zip archive"),
     "zip, byte changed": (lambda p: flip(zipped(p, *TWO, method=zipfile.ZIP_STORED), 30000), "is broken .*CRC"),
     "zip, encrypted": (encrypted, "is encrypted"),
-    "zip, unknown compression": (unknown_compression, "another compression than deflate"),
+    "zip, unknown compression": (unknown_compression, "not compressed by deflate"),
     # bombs
     "tar.gz bomb": (lambda p: tar(p, ("cub/a", ZEROS), mode="w:gz"), "out of proportion"),
     "tar.xz bomb": (lambda p: tar(p, ("cub/a", ZEROS), mode="w:xz"), "out of proportion"),
@@ -242,7 +233,7 @@ BROKEN = {
         "out of proportion",
     ),
     "tar.gz bomb of empty files": (many_empty, "out of proportion"),
-    "sparse tar bomb": (sparse_bomb, "out of proportion"),
+    "sparse tar bomb": (sparse_bomb, "sparse file"),
     "zip bomb": (lambda p: zipped(p, ("cub/a", ZEROS)), "out of proportion"),
     # members that would be written outside, or are no files
     "tar, up": (lambda p: tar(p, ("cub/a", b"x"), ("../evil", b"x")), "'../evil', which leads out"),
@@ -252,16 +243,13 @@ BROKEN = {
     "tar, with a drive": (lambda p: tar(p, ("cub/a", b"x"), ("C:evil", b"x")), "leads out"),
     "zip, up": (lambda p: zipped(p, ("cub/a", b"x"), ("../evil", b"x")), "leads out"),
     "zip, absolute": (lambda p: zipped(p, ("cub/a", b"x"), ("/evil", b"x")), "leads out"),
-    "hard link out": (lambda p: tar(p, (member("cub/a", tarfile.LNKTYPE, "../secret"), b"")), "leads out"),
-    "symbolic link out": (lambda p: tar(p, (member("cub/a", tarfile.SYMTYPE, "../../../secret"), b"")), "leads out"),
-    "absolute link": (lambda p: tar(p, (member("cub/a", tarfile.SYMTYPE, "/etc/passwd"), b"")), "leads out"),
-    "link to nothing": (
-        lambda p: tar(p, (member("cub/a", tarfile.SYMTYPE, "b"), b"")),
-        "'cub/a', which does not lead to a file",
+    "hard link": (
+        lambda p: tar(p, ("cub/a", b"x"), (member("cub/b", tarfile.LNKTYPE, "cub/a"), b"")),
+        "'cub/b', which is neither a file nor a folder",
     ),
-    "link to a folder": (
-        lambda p: tar(p, (member("cub/a", tarfile.SYMTYPE, "."), b"")),
-        "'cub/a', which does not lead to a file",
+    "symbolic link out": (
+        lambda p: tar(p, (member("cub/a", tarfile.SYMTYPE, "../../../secret"), b"")),
+        "'cub/a', which is neither a file nor a folder",
     ),
     "device": (lambda p: tar(p, (member("cub/a", tarfile.CHRTYPE), b"")), "neither a file nor a folder"),
     "pipe": (lambda p: tar(p, (member("cub/a", tarfile.FIFOTYPE), b"")), "neither a file nor a folder"),
@@ -311,16 +299,6 @@ def sized(size: int) -> bytes:
     return bytes(content)
 
 
-def sparse_chain(count: int) -> bytes:
-    """An old sparse header that is continued in ``count`` further blocks."""
-    first = bytearray(header(tarfile.GNUTYPE_SPARSE, 0, "cub/a"))
-    first[482] = 1  # continued
-    first[148:156] = b" " * 8
-    first[148:156] = b"%06o\0 " % sum(first)
-    block = (b"00000000000\0" * 42).ljust(504, b"\0") + b"\1" + bytes(7)
-    return bytes(first) + block * count
-
-
 MIB = 1 << 20
 HEADERS = {
     "pax header": header(tarfile.XHDTYPE, 40 * MIB) + bytes(40 * MIB),
@@ -328,7 +306,6 @@ HEADERS = {
     "long name": header(tarfile.GNUTYPE_LONGNAME, 40 * MIB) + b"a" * (40 * MIB),
     "long link": header(tarfile.GNUTYPE_LONGLINK, 40 * MIB) + b"a" * (40 * MIB),
     "many long names": (header(tarfile.GNUTYPE_LONGNAME, MIB // 2) + b"a" * (MIB // 2)) * 80,
-    "sparse map": sparse_chain(80_000),
     "negative size": sized(-512),
     "size that leads back to the start": sized(-1536),
     "very negative size": sized(-(1 << 80)),
@@ -387,7 +364,7 @@ def test_a_zip_that_misstates_a_size_is_refused_without_decompressing_more(tmp_p
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_a_zip_that_zipfile_would_decompress_without_a_bound_is_refused(tmp_path, method):
     path = zipped(tmp_path / "local.zip", ("cub/a.png", b"x"), method=method)
-    with pytest.raises(BrokenArchive, match="another compression than deflate"):
+    with pytest.raises(BrokenArchive, match="not compressed by deflate"):
         fetch("cub", str(path), tmp_path)
 
 
@@ -402,26 +379,11 @@ def test_a_bomb_is_no_source(tmp_path, monkeypatch, low_bound, pack, big):
         list(sources.open_source(path).read({"cub/a.png"}))
 
 
-def test_a_file_that_memory_may_not_hold_is_no_image(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LARGEST_FILE", 1000)
-    for path in (tar(tmp_path / "a.tar", *TWO), zipped(tmp_path / "a.zip", *TWO)):
-        with pytest.raises(InputError, match="so it is not an image"):
-            list(sources.open_source(path).read({"cub/a"}))
-
-
 @pytest.mark.parametrize("what", [what for what in BROKEN if what.startswith("tar") and re.search("cut|changed", what)])
 def test_a_source_is_checked_to_its_end(tmp_path, what):
     path = BROKEN[what][0](tmp_path / "local")
     with pytest.raises(InputError, match=BROKEN[what][1]):
         sources.open_source(path).entries()
-
-
-def test_copies_by_links_are_within_the_bound(tmp_path, low_bound):
-    links = [(member(f"cub/{number}", tarfile.LNKTYPE, "cub/a"), b"") for number in range(200)]
-    path = tar(tmp_path / "local.tar", ("cub/a", NOISE), *links, mode="w:gz")
-    with pytest.raises(BrokenArchive, match="out of proportion"):
-        fetch("cub", str(path), tmp_path)
-    assert list((tmp_path / "datasets").iterdir()) == []
 
 
 def test_a_set_is_fetched_by_one_process_at_a_time(tmp_path):
@@ -468,24 +430,6 @@ def test_compressed_text_is_no_archive(tmp_path, pack):
 def test_a_missing_archive_is_named(tmp_path, source):
     with pytest.raises(InputError, match="there is no archive"):
         fetch("cub", source, tmp_path)
-
-
-@pytest.mark.parametrize(
-    "pack",
-    [
-        lambda path: tar(path, *TWO),
-        lambda path: tar(path, *TWO, mode="w:gz"),
-        lambda path: tar(path, ("cub/a", bytes(70000)), mode="w:gz"),  # the archive is small, its member is not
-        lambda path: zipped(path, ("cub/a", bytes(70000))),
-    ],
-)
-def test_too_little_space_is_reported_before_anything_is_written(tmp_path, monkeypatch, pack):
-    path = pack(tmp_path / "local")
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 60000, 60000))
-    monkeypatch.setattr(archives.Archive, "chunks", lambda *_: pytest.fail("wrote before it looked"))
-    with pytest.raises(InputError, match="needs more than the 0 MiB free"):
-        fetch("cub", str(path), tmp_path)
-    assert list((tmp_path / "datasets").iterdir()) == []
 
 
 def test_a_full_disk_keeps_the_download(tmp_path, monkeypatch):

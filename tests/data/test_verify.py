@@ -7,7 +7,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import manifest
 import numpy as np
 import pytest
 import verify
@@ -15,7 +14,8 @@ from PIL import Image
 
 from dataloader import checks, published, readers
 from dataloader.images import read_image
-from utils import InputError
+from engine import loading
+from utils import InputError, file_hash
 
 CLASSES = {"train": ("ant", "bee", "cat"), "val": ("dog", "elk"), "test": ("fox", "gnu")}
 EACH = 6  # images of a class; what is published of the small sets below
@@ -134,11 +134,12 @@ def test_folder(copy, tmp_path, capsys):
 def test_worker_processes_find_the_same(copy, tmp_path, capsys, monkeypatch):
     root = copy("fc100")
     (root / "val" / "dog" / "3.png").write_bytes(b"no image")
-    (root / manifest.NAME).write_text("{}")
+    (root / verify.MANIFEST).write_text("{}")
     (root / "notes.txt").write_text("hashed, not decoded")
     alone = verify.verify("fc100", tmp_path)
     monkeypatch.setattr(verify, "IN_PROCESS", 0)
     monkeypatch.setattr(verify, "available_cores", lambda: 2)
+    monkeypatch.setattr(loading, "SECONDS_BETWEEN_LINES", 0)
     assert verify.verify("fc100", tmp_path) == alone
     assert len(alone["faults"]) == 2
     assert "reading fc100" in capsys.readouterr().err
@@ -270,9 +271,9 @@ def write_manifest(root: Path, **changes: object) -> None:
         split: {"classes": len(names), "images": EACH * len(names), "per_class": dict.fromkeys(names, EACH)}
         for split, names in CLASSES.items()
     }
-    digests = {path.relative_to(root).as_posix(): verify.file_hash(path) for path in root.rglob("*") if path.is_file()}
-    content = {"dataset": "fc100", "recipe": 1, "sha256": manifest.tree_hash(digests), "splits": counts, **changes}
-    (root / manifest.NAME).write_text(json.dumps(content))
+    digests = {path.relative_to(root).as_posix(): file_hash(path) for path in root.rglob("*") if path.is_file()}
+    content = {"dataset": "fc100", "recipe": 1, "sha256": verify.tree_hash(digests), "splits": counts, **changes}
+    (root / verify.MANIFEST).write_text(json.dumps(content))
 
 
 def with_manifest(damage):
@@ -463,12 +464,12 @@ DAMAGE = {
     ),
     "manifest broken": (
         "fc100",
-        lambda root: (root / manifest.NAME).write_text("[1"),
+        lambda root: (root / verify.MANIFEST).write_text("[1"),
         ["is no manifest .*JSONDecodeError"],
     ),
     "manifest of something else": (
         "fc100",
-        lambda root: (root / manifest.NAME).write_text("[]"),
+        lambda root: (root / verify.MANIFEST).write_text("[]"),
         ["is no manifest of prepare"],
     ),
 }
@@ -526,7 +527,7 @@ def test_no_permission(what, copy, tmp_path, capsys, monkeypatch):
     name = "cub" if what.endswith("csv") else "fc100"
     root = copy(name)
     (root / "manifest.json").write_text("{}")
-    real = Path.read_bytes, Path.read_text, os.scandir
+    real = Path.read_bytes, Path.read_text, Path.iterdir
 
     def refusing(function):
         def call(path, *args, **settings):
@@ -538,7 +539,7 @@ def test_no_permission(what, copy, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(Path, "read_bytes", refusing(real[0]))
     monkeypatch.setattr(Path, "read_text", refusing(real[1]))
-    monkeypatch.setattr(os, "scandir", refusing(real[2]))
+    monkeypatch.setattr(Path, "iterdir", refusing(real[2]))
     faults = check(capsys, name, tmp_path)[1]["faults"]
     assert any(re.search(f"{what}.*Permission denied", fault) for fault in faults), faults
 

@@ -7,7 +7,7 @@ from functools import cache
 from typing import IO, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from utils import InputError, printable, warn
 
@@ -21,24 +21,11 @@ _NO_PICTURES = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "IPTC", "MPEG", "FLI"}
 _ADVICE = "Replace it, or skip unreadable files with -verify_images"
 _CONVERT = "Convert it to 8 bits per channel"
 _ORIENTATION, _PHOTOMETRIC = 0x0112, 262  # tags of EXIF and of TIFF
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNED = range(2, 9)  # orientations that ask for a turn or a flip
 
-
-def _readable_suffixes() -> frozenset[str]:
-    Image.init()
-    formats = (Image.OPEN.keys() | {"MPO"}) - _NO_PICTURES  # MPO is opened as the JPEG that it begins with
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
-
-
-IMAGE_SUFFIXES = _readable_suffixes()
+Image.init()
+_formats = (Image.OPEN.keys() | {"MPO"}) - _NO_PICTURES  # MPO is opened as the JPEG that it begins with
+IMAGE_SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _formats)
 
 
 class ImageFacts(NamedTuple):
@@ -95,10 +82,12 @@ def decode_image(file: IO[bytes], *, upright: bool = True) -> tuple[Image.Image,
         stored_orientation = _orientation(image)
         image.load()
         pixels = _in_8_bits(image, tiles, file)
-        turn = _TURNS.get(_orientation(image)) if upright else None  # Pillow has turned TIFF files by now
+        orientation = _orientation(image)  # Pillow has turned TIFF files by now
     pixels, is_transparent = _on_white(pixels)
-    facts = ImageFacts(shape, is_transparent, stored_orientation in _TURNS)
-    return (pixels if turn is None else pixels.transpose(turn)), facts
+    if upright and orientation in _TURNED:
+        pixels.getexif()[_ORIENTATION] = orientation
+        pixels = ImageOps.exif_transpose(pixels)
+    return pixels, ImageFacts(shape, is_transparent, stored_orientation in _TURNED)
 
 
 def _orientation(image: Image.Image) -> object:

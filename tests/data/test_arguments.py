@@ -3,7 +3,8 @@
 import pytest
 from data_helpers import open_split
 
-from dataloader import add_data_arguments, add_episode_arguments, draw_episodes, make_view
+from dataloader import make_view
+from dataloader.arguments import add_data_arguments, add_episode_arguments, draw_episodes
 from utils import InputError, make_parser
 
 

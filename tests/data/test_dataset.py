@@ -53,7 +53,8 @@ def test_huge_images_are_named_once(tmp_path):
     write_images(tmp_path / "test" / "a", 2)  # 400 pixels each
     code = """if True:
         import sys
-                from dataloader import ImageDataset, make_view
+        from PIL import Image
+        from dataloader import ImageDataset, make_view
         Image.MAX_IMAGE_PIXELS = 399
         view = make_view("fcn", train=False, image_size=16)
         data = ImageDataset("folder", "test", data_dir=sys.argv[1], view=view)

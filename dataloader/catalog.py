@@ -23,38 +23,34 @@ class DatasetSpec:
 
 CATALOG: dict[str, DatasetSpec] = {
     "miniimagenet": DatasetSpec(
-        layout="csv",
-        folders=("miniimagenet",),
+        "csv",
+        ("miniimagenet",),
         image_folders=("images",),
         is_published=True,
         large_images=True,
         obtain="python datasets/prepare.py miniimagenet",
     ),
     "cub": DatasetSpec(
-        layout="csv_by_class",
-        folders=("cub",),
+        "csv_by_class",
+        ("cub",),
         image_folders=(".", "images"),
         is_published=True,
         large_images=True,
         obtain="python datasets/prepare.py cub",
     ),
     "tieredimagenet": DatasetSpec(
-        layout="folders",
-        folders=("tiered_imagenet", "tieredimagenet"),
+        "folders",
+        ("tiered_imagenet", "tieredimagenet"),
         is_published=True,
         large_images=True,
         obtain="python datasets/prepare.py tieredimagenet -source ILSVRC2012_img_train.tar",
     ),
     "fc100": DatasetSpec(
-        layout="folders",
-        folders=("FC100", "fc100"),
-        is_published=True,
-        pixels=32,
-        obtain="python datasets/prepare.py fc100",
+        "folders", ("FC100", "fc100"), is_published=True, pixels=32, obtain="python datasets/prepare.py fc100"
     ),
     "cifar_fs": DatasetSpec(
-        layout="folders",
-        folders=("cifar_fs",),
+        "folders",
+        ("cifar_fs",),
         split_folders={"train": "meta-train", "val": "meta-val", "test": "meta-test"},
         is_published=True,
         mean=(0.5071, 0.4866, 0.4409),
@@ -62,8 +58,6 @@ CATALOG: dict[str, DatasetSpec] = {
         pixels=32,
         obtain="python datasets/prepare.py cifar_fs",
     ),
-    "folder": DatasetSpec(
-        layout="folders", folders=(".",), obtain="put your images in <data_dir>/{train,val,test}/<class>/"
-    ),
-    "glyphs": DatasetSpec(layout="folders", folders=("glyphs",), obtain="python datasets/make_glyphs.py"),
+    "folder": DatasetSpec("folders", (".",), obtain="put your images in <data_dir>/{train,val,test}/<class>/"),
+    "glyphs": DatasetSpec("folders", ("glyphs",), obtain="python datasets/make_glyphs.py"),
 }

@@ -1,6 +1,6 @@
 """Whether a data set is the published one: the rules that opening a data set and ``datasets/verify.py`` share.
 
-Opening one applies them to what costs next to nothing: names, counts, and the headers of a few images.
+Opening one applies them to what costs next to nothing: names, counts, and the sizes of a few images.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

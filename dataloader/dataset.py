@@ -7,13 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataloader import checks
 from dataloader.catalog import CATALOG
-from dataloader.images import read_image, unreadable
+from dataloader.images import read_image
 from dataloader.readers import read_split
 from dataloader.views import View
 from utils import InputError, available_cores, printable, warn
@@ -26,7 +25,6 @@ class ImageDataset(Dataset):
         name: a key of :data:`dataloader.catalog.CATALOG`.
         split: ``train``, ``val`` or ``test``.
         data_dir: the folder that holds the data sets.
-        view: what an image is turned into; see :mod:`dataloader.views`.
         verify: decode every image now, and skip those that cannot be read, with a warning that names them.
 
     Attributes:
@@ -50,7 +48,8 @@ class ImageDataset(Dataset):
         if verify:
             self._leave_out_unreadable()
         counts = Counter(self.class_names[label] for label in self.labels)
-        sizes = {path: _size(path) for path in checks.sample(self.paths) if spec.is_published}
+        sample = checks.sample(self.paths) if spec.is_published else []
+        sizes = {path: read_image(path, upright=False).size for path in sample}
         for message in checks.opening_warnings(name, spec, split, counts, sizes):
             warn(message)
 
@@ -96,11 +95,3 @@ class ImageDataset(Dataset):
         if emptied:
             raise InputError(f"no image of class {printable(self.class_names[min(emptied)])} can be read")
         self.paths, self.labels = [self.paths[i] for i in kept], [self.labels[i] for i in kept]
-
-
-def _size(path: str) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except Exception as error:  # whatever a broken file makes Pillow raise
-        raise unreadable(path, error) from error

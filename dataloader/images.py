@@ -50,7 +50,8 @@ def read_image(path: str, *, upright: bool = True, advice: str = _ADVICE) -> Ima
         with open(path, "rb") as file:
             image, facts = decode_image(file, upright=upright)
     except Exception as error:  # whatever a broken file makes Pillow raise
-        raise unreadable(path, error, advice) from error
+        message = f"expected an image in {printable(path)}; it cannot be read ({reason(error)})"
+        raise InputError(f"{message}. {advice}" if advice else message) from error
     pixels = facts.shape[0] * facts.shape[1]
     if Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:
         _warn_of_huge(path, pixels)
@@ -60,12 +61,6 @@ def read_image(path: str, *, upright: bool = True, advice: str = _ADVICE) -> Ima
 @cache  # once per process
 def _warn_of_huge(path: str, pixels: int) -> None:
     warn(f"{printable(path)} has {pixels / 1e6:.0f} million pixels, and every use decodes all of them. Shrink it")
-
-
-def unreadable(path: str, error: Exception, advice: str = _ADVICE) -> InputError:
-    """The error of an image that cannot be read, in one line."""
-    message = f"expected an image in {printable(path)}; it cannot be read ({reason(error)})"
-    return InputError(f"{message}. {advice}" if advice else message)
 
 
 def reason(error: Exception) -> str:

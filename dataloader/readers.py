@@ -179,7 +179,6 @@ def _read_csv(spec: DatasetSpec, root: Path, split: str, advice: str, report: Re
         return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
 
     class_of: dict[Path, str] = {}
-    repeated = 0
     for place, file, name in _table_rows(table):
         by_class = [Path(name, file)] if spec.layout == "csv_by_class" else []
         relative = [Path(folder) / path for folder in spec.image_folders for path in (*by_class, Path(file))]
@@ -192,18 +191,11 @@ def _read_csv(spec: DatasetSpec, root: Path, split: str, advice: str, report: Re
         if path is None:
             text = f"{place}: there is no file {_quoted(str(candidates[0]))}"
             report(Problem("rows without a file", text, "Get the images again, or remove the row"))
-        elif path not in class_of:
-            class_of[path] = name
-        elif class_of[path] == name:
-            repeated += 1
-        else:
+        elif class_of.setdefault(path, name) != name:
             text = f"{place}: {_quoted(file)} is in two classes, {_quoted(class_of[path])} and {_quoted(name)}"
             report(Problem("images in two rows", text, "Remove the wrong row"))
     if not class_of:
         report(Problem("tables without a row", f"{printable(str(table))} has no rows file,class", advice))
-    if repeated:
-        text = f"{printable(str(table))}: rows that repeat an earlier one, ignored: {repeated}"
-        report(Problem("repeated rows", text, "", is_fault=False))
     return sorted(class_of.items(), key=lambda pair: pair[1])  # stable: within a class the order of the table
 
 

@@ -64,15 +64,9 @@ class View(ABC):
 
 
 def grid_boxes(size: int, num_grid: int, ratio: float) -> list[tuple[int, int]]:
-    """The cells of a grid along one axis (section 3.1, image pyramid).
+    """The ``num_grid`` cells along an axis of ``size`` pixels (section 3.1, image pyramid): (start, end) in ``0..size``.
 
-    Args:
-        size: pixels of the axis.
-        num_grid: cells along it.
-        ratio: how much larger than its share each cell is, about the same centre; at least 1 in use.
-
-    Returns:
-        ``num_grid`` pairs (start, end), inside ``0..size``.
+    Each cell is ``ratio`` times its share of the axis, about the same centre.
     """
     cell = size // num_grid
     half = int(size / num_grid * ratio) // 2
@@ -173,11 +167,7 @@ VIEWS: dict[str, tuple[type[View], tuple[str, ...]]] = {
 
 
 def make_view(deepemd: str, *, train: bool, **settings: Any) -> View:
-    """The view of a variant of DeepEMD, a key of :data:`VIEWS`.
-
-    Args:
-        settings: ``image_size`` (84), ``patch_list`` (2, 3), ``patch_ratio`` (2.0) and ``num_patch`` (9), with these defaults;
-            those that the variant has no use for are ignored.
+    """The view of a variant of DeepEMD, a key of :data:`VIEWS`; ``settings`` are the other fields of :class:`View`.
 
     Raises:
         ValueError: no such variant.

@@ -219,11 +219,10 @@ def test_csv_with_and_without_header(tmp_path, header):
     assert data.class_names == ["n01", "n02"]
 
 
-def test_repeated_rows_count_once(tmp_path, capsys):
-    table = write_table(tmp_path, "0001.jpg,n01\n0000.jpg,n01\n./0001.jpg,n01\n0000.jpg,n01\n0002.jpg,n02\n")
+def test_repeated_rows_count_once(tmp_path):
+    write_table(tmp_path, "0001.jpg,n01\n0000.jpg,n01\n./0001.jpg,n01\n0000.jpg,n01\n0002.jpg,n02\n")
     data = open_split("miniimagenet", tmp_path)
     assert [Path(path).name for path in data.paths] == ["0001.jpg", "0000.jpg", "0002.jpg"]
-    assert f"warning: {table}: rows that repeat an earlier one, ignored: 2\n" in capsys.readouterr().err
 
 
 def test_cub_rows_stay_below_the_folder(tmp_path):

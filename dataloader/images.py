@@ -120,7 +120,7 @@ def _in_8_bits(image: Image.Image, tiles: list, file: IO[bytes]) -> Image.Image:
         _refuse_hidden_depth(image, codec, args[-1], file)
         return image
     colours = 3 if image.mode == "RGBA" else values.shape[2]
-    channels = [_scale(values[..., :colours])]
+    channels = [_scale(values[..., :colours], codec in ("ppm", "ppm_plain"))]  # Pillow has scaled these to 16 bits
     if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0 and colours == 1:  # white is 0
         channels[0] = 255 - channels[0]
     if clear is not None:
@@ -158,8 +158,8 @@ def _refuse_hidden_depth(image: Image.Image, codec: str, depth: object, file: IO
         raise InputError(f"it uses so little of 16 bits per channel that they may mean fewer bits. {_CONVERT}")
 
 
-def _scale(values: np.ndarray) -> np.ndarray:
-    """Values as 8-bit ones, rounded: those of at most 255 have 8 bits, and those that reach 2**14 have 16.
+def _scale(values: np.ndarray, has_16_bits: bool = False) -> np.ndarray:
+    """Values as 8-bit ones, rounded: unless known, those of at most 255 have 8 bits, and those that reach 2**14 have 16.
 
     Raises:
         InputError: they may have another number of bits.
@@ -168,6 +168,8 @@ def _scale(values: np.ndarray) -> np.ndarray:
     if values.dtype.kind == "f" or low < 0 or high > 65535:
         found = "floats" if values.dtype.kind == "f" else f"{low} to {high}"
         raise InputError(f"expected pixels of 8 or 16 bits; got {found}. {_CONVERT}")
-    if 255 < high < 2**14:
+    if high <= 255 and not has_16_bits:
+        return values.astype(np.uint8)
+    if high < 2**14 and not has_16_bits:
         raise InputError(f"its values of 16 bits reach {high} only, so that they may have 10 to 16 bits. {_CONVERT}")
-    return values.astype(np.uint8) if high <= 255 else ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)

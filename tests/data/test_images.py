@@ -275,6 +275,12 @@ def test_fewer_bits_in_16_need_a_word_from_the_file(bits, tmp_path):
             read_image(str(path))
 
 
+def test_a_dark_image_of_a_stated_depth_stays_dark():
+    grey = LOW[..., 0]
+    header = f"P5 {SIDE} {SIDE} 4095\n".encode()
+    assert same(pixels(io.BytesIO(header + grey.astype(">u2").tobytes())), grey * (255 / 4095))
+
+
 def test_jpeg_2000_colours_of_16_bits_are_refused():
     """Pillow makes black of their white; it cannot write them, so this is an 8-bit file whose header says 16."""
     content = bytearray(encode(Image.fromarray(COLOURS), "JPEG2000").getvalue())

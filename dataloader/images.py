@@ -138,9 +138,8 @@ def _lower_bytes(file: IO[bytes], raw_mode: str) -> np.ndarray:
     other_byte = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
     other = "RGBA" if raw_mode.startswith("LA") else raw_mode[:-1] + other_byte[raw_mode[-1]]
     with Image.open(file) as image:
-        image.tile = [
-            tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:])) for tile in image.tile
-        ]
+        for number, tile in enumerate(image.tile):
+            image.tile[number] = tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:]))
         image.load()
         pixels = np.array(image)
     return pixels[..., [1, 1, 1, 3]] if raw_mode.startswith("LA") else pixels

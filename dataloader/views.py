@@ -43,6 +43,11 @@ class View(ABC):
     num_patch: int = 9
 
     @property
+    def is_random(self) -> bool:
+        """Whether two calls on one image may differ."""
+        return self.train
+
+    @property
     @abstractmethod
     def patches(self) -> int:
         """Patches per image; 1 for a whole image."""
@@ -127,6 +132,8 @@ class GridView(View):
 
 class SamplingView(View):
     """``num_patch`` random crops, flipped at random, in training and in evaluation: ``(P, 3, S, S)``."""
+
+    is_random = True
 
     @property
     def patches(self) -> int:

@@ -47,8 +47,7 @@ class EpisodeSampler(Sampler[list[int]]):
         if way < 1 or per_class < 1 or episodes < 0:
             raise InputError(f"no episodes of {way} classes with {per_class} images, {episodes} times: give 1 or more")
         if way > len(self.members):
-            found = len(self.members)
-            raise InputError(f"{way}-way episodes need at least {way} classes; the split has {found}. Lower -way")
+            raise InputError(f"{way}-way episodes need {way} classes; the split has {len(self.members)}. Lower -way")
         smallest = min(map(len, self.members))
         if smallest < per_class:
             raise InputError(

@@ -59,7 +59,7 @@ def test_draw_episodes(folder):
     assert [index for index, _ in validation[2]] == [index for index, _ in training[2]]
     assert len(validation.fixed_seeds) == len(data)
     assert training.fixed_seeds is None  # -fixed_patches is for evaluation
-    with pytest.raises(InputError, match="folder, val episodes: 7-way episodes need at least 7 classes"):
+    with pytest.raises(InputError, match="folder, val episodes: 7-way episodes need 7 classes"):
         draw_episodes(parse("-dataset", "folder", "-way", "7"), data, 4, seed=1, name="val")
 
 

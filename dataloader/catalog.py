@@ -4,90 +4,60 @@ from dataclasses import dataclass, field
 
 SPLITS = ("train", "val", "test")
 
-_CIFAR_MEAN = (0.5071, 0.4866, 0.4409)
-_CIFAR_STD = (0.2009, 0.1984, 0.2023)
-
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One data set.
+    """One data set."""
 
-    Attributes:
-        layout: a key of :data:`dataloader.readers.READERS`.
-        folders: the spellings of its folder under the data directory; the first that exists is read.
-        image_folders: where, under that folder, the images named by a csv file may be.
-        split_folders: the folder of a split, where its name is not that of the split.
-        classes: published number of classes per split; empty where any number is fine.
-        mean, std: of the three channels, for pixels in [0, 1]; None where the encoder's own are published.
-        large_images: the published images are larger than 84 pixels; smaller ones cost accuracy, so they bring a warning.
-        pixels: along either edge of every published image; None where they vary.
-        obtain: how to get it, for messages.
-    """
-
-    layout: str
-    folders: tuple[str, ...]
-    image_folders: tuple[str, ...] = (".",)
-    split_folders: dict[str, str] = field(default_factory=dict)
-    classes: dict[str, int] = field(default_factory=dict)
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    large_images: bool = False
-    pixels: int | None = None
-    obtain: str = ""
-
-    @property
-    def is_published(self) -> bool:
-        """Its images are used as others have used them: as stored, whatever their EXIF orientation says."""
-        return bool(self.classes)
-
-
-def _counts(train: int, val: int, test: int) -> dict[str, int]:
-    return dict(zip(SPLITS, (train, val, test), strict=True))
+    layout: str  # a key of dataloader.readers.READERS
+    folders: tuple[str, ...]  # the spellings of its folder under the data directory; the first that exists is read
+    image_folders: tuple[str, ...] = (".",)  # where, under that folder, the images named by a table may be
+    split_folders: dict[str, str] = field(default_factory=dict)  # of splits whose folder has another name
+    is_published: bool = False  # used as others have used it: images as stored, whatever their EXIF orientation says
+    mean: tuple[float, float, float] | None = None  # of the three channels, for pixels in [0, 1]
+    std: tuple[float, float, float] | None = None  # as the mean; both are None where the encoder's own are published
+    large_images: bool = False  # the published images are larger than 84 pixels, and smaller ones cost accuracy
+    pixels: int | None = None  # along either edge of every published image; None where they vary
+    obtain: str = ""  # how to get it, for messages
 
 
 CATALOG: dict[str, DatasetSpec] = {
     "miniimagenet": DatasetSpec(
-        layout="csv",
-        folders=("miniimagenet",),
+        "csv",
+        ("miniimagenet",),
         image_folders=("images",),
-        classes=_counts(64, 16, 20),
+        is_published=True,
         large_images=True,
         obtain="python datasets/prepare.py miniimagenet",
     ),
     "cub": DatasetSpec(
-        layout="csv_by_class",
-        folders=("cub",),
+        "csv_by_class",
+        ("cub",),
         image_folders=(".", "images"),
-        classes=_counts(100, 50, 50),
+        is_published=True,
         large_images=True,
         obtain="python datasets/prepare.py cub",
     ),
     "tieredimagenet": DatasetSpec(
-        layout="folders",
-        folders=("tiered_imagenet", "tieredimagenet"),
-        classes=_counts(351, 97, 160),
+        "folders",
+        ("tiered_imagenet", "tieredimagenet"),
+        is_published=True,
         large_images=True,
         obtain="python datasets/prepare.py tieredimagenet -source ILSVRC2012_img_train.tar",
     ),
     "fc100": DatasetSpec(
-        layout="folders",
-        folders=("FC100", "fc100"),
-        classes=_counts(60, 20, 20),
-        pixels=32,
-        obtain="python datasets/prepare.py fc100",
+        "folders", ("FC100", "fc100"), is_published=True, pixels=32, obtain="python datasets/prepare.py fc100"
     ),
     "cifar_fs": DatasetSpec(
-        layout="folders",
-        folders=("cifar_fs",),
+        "folders",
+        ("cifar_fs",),
         split_folders={"train": "meta-train", "val": "meta-val", "test": "meta-test"},
-        classes=_counts(64, 16, 20),
-        mean=_CIFAR_MEAN,
-        std=_CIFAR_STD,
+        is_published=True,
+        mean=(0.5071, 0.4866, 0.4409),
+        std=(0.2009, 0.1984, 0.2023),
         pixels=32,
         obtain="python datasets/prepare.py cifar_fs",
     ),
-    "folder": DatasetSpec(
-        layout="folders", folders=(".",), obtain="put your images in <data_dir>/{train,val,test}/<class>/"
-    ),
-    "glyphs": DatasetSpec(layout="folders", folders=("glyphs",), obtain="python datasets/make_glyphs.py"),
+    "folder": DatasetSpec("folders", (".",), obtain="put your images in <data_dir>/{train,val,test}/<class>/"),
+    "glyphs": DatasetSpec("folders", ("glyphs",), obtain="python datasets/make_glyphs.py"),
 }

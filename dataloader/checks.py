@@ -1,9 +1,9 @@
 """Whether a data set is the published one: the rules that opening a data set and ``datasets/verify.py`` share.
 
-Opening one applies them to what costs next to nothing: names, counts, and the headers of a few images.
+Opening one applies them to what costs next to nothing: names, counts, and the sizes of a few images.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from dataloader.catalog import DatasetSpec
@@ -25,10 +25,8 @@ class Difference(NamedTuple):
     unknown: list[str]
 
     def __str__(self) -> str:
-        parts = {"missing": self.missing, "unknown": self.unknown}
-        return "; ".join(
-            f"{what}: {first_few([printable(name) for name in names])}" for what, names in parts.items() if names
-        )
+        parts = {what: first_few(list(map(printable, names))) for what, names in self._asdict().items() if names}
+        return "; ".join(f"{what}: {names}" for what, names in parts.items())
 
 
 def compare_classes(name: str, split: str, found: Iterable[str]) -> Difference:
@@ -61,48 +59,34 @@ def opening_warnings(
     name: str, spec: DatasetSpec, split: str, counts: Mapping[str, int], sizes: Mapping[str, Size]
 ) -> list[str]:
     """What looks wrong about a split from the number of images of each class, and the sizes of a sample of images."""
-    found = [
-        *_about_classes(name, split, counts),
-        *_about_counts(name, split, counts),
-        *_about_sizes(name, spec, split, sizes),
-    ]
+    found = [*_about_counts(name, split, counts), *_about_sizes(f"{name} {split}", spec, sizes)]
     return [f"{message}. For a full check: python datasets/verify.py {name}" for message in found]
 
 
-def _about_classes(name: str, split: str, counts: Mapping[str, int]) -> list[str]:
-    difference = compare_classes(name, split, counts)
-    if not any(difference):
-        return []
-    published = len(published_classes(name)[split])
-    return [f"{name} {split} has {len(counts)} classes; the published split has {published} ({difference})"]
-
-
-def _about_counts(name: str, split: str, counts: Mapping[str, int]) -> list[str]:
-    wrong = compare_counts(name, split, counts)
-    if wrong:
-        label, (here, published) = next(iter(wrong.items()))
-        return [
-            f"{name} {split}: {len(wrong)} classes lack images or have too many, first {printable(label)}: {here} of {published}"
-        ]
+def _about_counts(name: str, split: str, counts: Mapping[str, int]) -> Iterator[str]:
+    difference, wrong = compare_classes(name, split, counts), compare_counts(name, split, counts)
     here, published = sum(counts.values()), published_images(name, split)
-    if published in (None, here) or any(compare_classes(name, split, counts)):
-        return []
-    return [f"{name} {split} has {here} images; the published split has {published}"]
-
-
-def _about_sizes(name: str, spec: DatasetSpec, split: str, sizes: Mapping[str, Size]) -> list[str]:
-    wrong = [path for path, size in sizes.items() if spec.pixels and size != (spec.pixels, spec.pixels)]
+    if any(difference):
+        classes = len(published_classes(name)[split])
+        yield f"{name} {split} has {len(counts)} classes; the published split has {classes} ({difference})"
     if wrong:
-        size = "{}x{}".format(*sizes[wrong[0]])
-        return [
-            f"{len(wrong)} of {len(sizes)} sampled images of {name} {split} are not {spec.pixels}x{spec.pixels} as "
-            f"published, first {printable(wrong[0])}: {size}"
-        ]
-    small = [path for path, size in sizes.items() if spec.large_images and is_shrunk(size)]
-    if len(small) <= MOST_SMALL_IN_SAMPLE * len(sizes):
-        return []
-    return [
-        f"{len(small)} of {len(sizes)} sampled images of {name} {split} are {SHRUNK_TO} pixels or less (first "
-        f"{printable(small[0])}); the published results need them at their original size, and shrunk ones cost 8-10 points of "
-        "accuracy"
-    ]
+        label, (few, all_of_it) = next(iter(wrong.items()))
+        what = f"first {printable(label)}: {few} of {all_of_it}"
+        yield f"{name} {split}: {len(wrong)} classes lack images or have too many, {what}"
+    elif published not in (None, here) and not any(difference):
+        yield f"{name} {split} has {here} images; the published split has {published}"
+
+
+def _about_sizes(where: str, spec: DatasetSpec, sizes: Mapping[str, Size]) -> Iterator[str]:
+    edge = spec.pixels
+    wrong = [f"{printable(path)}: {w}x{h}" for path, (w, h) in sizes.items() if edge and (w, h) != (edge, edge)]
+    small = [printable(path) for path, size in sizes.items() if spec.large_images and is_shrunk(size)]
+    if wrong:
+        yield (
+            f"{len(wrong)} of {len(sizes)} sampled images of {where} are not {edge}x{edge} as published, first {wrong[0]}"
+        )
+    if len(small) > MOST_SMALL_IN_SAMPLE * len(sizes):
+        yield (
+            f"{len(small)} of {len(sizes)} sampled images of {where} are {SHRUNK_TO} pixels or less (first {small[0]}); the "
+            "published results need them at their original size, and shrunk ones cost 8-10 points of accuracy"
+        )

@@ -7,15 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataloader import checks
-from dataloader.catalog import CATALOG, SPLITS
-from dataloader.images import read_image, unreadable
+from dataloader.catalog import CATALOG
+from dataloader.images import read_image
 from dataloader.readers import read_split
-from dataloader.views import Box, View
+from dataloader.views import View
 from utils import InputError, available_cores, printable, warn
 
 
@@ -26,7 +25,6 @@ class ImageDataset(Dataset):
         name: a key of :data:`dataloader.catalog.CATALOG`.
         split: ``train``, ``val`` or ``test``.
         data_dir: the folder that holds the data sets.
-        view: what an image is turned into; see :mod:`dataloader.views`.
         verify: decode every image now, and skip those that cannot be read, with a warning that names them.
 
     Attributes:
@@ -43,8 +41,6 @@ class ImageDataset(Dataset):
     def __init__(self, name: str, split: str, *, data_dir: str, view: View, verify: bool = False) -> None:
         if name not in CATALOG:
             raise InputError(f"no data set {name!r}; choose one of {', '.join(CATALOG)}")
-        if split not in SPLITS:
-            raise InputError(f"no split {split!r}; choose one of {', '.join(SPLITS)}")
         spec = CATALOG[name]
         self.view, self.upright = view, not spec.is_published
         advice = f"Set -data_dir to the folder that holds the data, or get it: {spec.obtain}"
@@ -52,8 +48,8 @@ class ImageDataset(Dataset):
         if verify:
             self._leave_out_unreadable()
         counts = Counter(self.class_names[label] for label in self.labels)
-        sample = checks.sample(self.paths) if spec.large_images or spec.pixels else []
-        sizes = {path: _size(path) for path in sample}
+        sample = checks.sample(self.paths) if spec.is_published else []
+        sizes = {path: read_image(path, upright=False).size for path in sample}
         for message in checks.opening_warnings(name, spec, split, counts, sizes):
             warn(message)
 
@@ -64,17 +60,13 @@ class ImageDataset(Dataset):
         index, seed = item if isinstance(item, tuple) else (item, None)
         image = read_image(self.paths[index], upright=self.upright)
         try:
-            boxes = self._boxes(image.size, seed)
+            with torch.random.fork_rng(devices=[], enabled=seed is not None):
+                if seed is not None:
+                    torch.default_generator.manual_seed(seed)
+                boxes = self.view.boxes(image.size)
         except InputError as error:
             raise InputError(f"{printable(self.paths[index])}: {error}") from None
         return self.view.render(image, boxes), self.labels[index]
-
-    def _boxes(self, size: tuple[int, int], seed: int | None) -> list[Box]:
-        if seed is None:
-            return self.view.boxes(size)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return self.view.boxes(size)
 
     def fingerprint(self) -> dict[str, Any]:
         """Counts, and a hash over the names and sizes of the images: the same for the same data, in any folder."""
@@ -82,9 +74,8 @@ class ImageDataset(Dataset):
             sizes = list(pool.map(os.path.getsize, self.paths))
         digest = hashlib.sha256()
         for path, label, size in zip(self.paths, self.labels, sizes, strict=True):
-            digest.update(
-                f"{self.class_names[label]}/{os.path.basename(path)} {size}\n".encode(errors="surrogateescape")
-            )
+            line = f"{self.class_names[label]}/{os.path.basename(path)} {size}\n"
+            digest.update(line.encode(errors="surrogateescape"))
         return {"classes": len(self.class_names), "images": len(self), "sha256": digest.hexdigest()}
 
     def _leave_out_unreadable(self) -> None:
@@ -104,11 +95,3 @@ class ImageDataset(Dataset):
         if emptied:
             raise InputError(f"no image of class {printable(self.class_names[min(emptied)])} can be read")
         self.paths, self.labels = [self.paths[i] for i in kept], [self.labels[i] for i in kept]
-
-
-def _size(path: str) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except Exception as error:  # whatever a broken file makes Pillow raise
-        raise unreadable(path, error) from error

@@ -10,35 +10,18 @@ every draw a function of (seed, name, epoch, index), so any part of a run can be
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils.data import Sampler
 
 from utils import InputError, named_generator
 
-# View seeds are drawn below this bound.
-_SEEDS = 2**62
-
-
-class Task(NamedTuple):
-    """What an episode asks: to tell ``way`` classes apart by ``shot`` images of each, for ``query`` images of each."""
-
-    way: int
-    shot: int
-    query: int
-
-    @property
-    def per_class(self) -> int:
-        """Images of a class in an episode."""
-        return self.shot + self.query
+_SEEDS = 2**62  # view seeds are drawn below this bound
 
 
 class EpisodeSampler(Sampler[list[int]]):
-    """Draws episodes, one after the other.
-
-    Per episode one permutation of the classes, then one of the images of each class chosen.
+    """Draws episodes, one after the other: a permutation of the classes, then one of the images of each class chosen.
 
     Args:
         labels: ``(B,)`` class numbers of the images.
@@ -52,12 +35,7 @@ class EpisodeSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self,
-        labels: Sequence[int] | Tensor,
-        episodes: int,
-        way: int,
-        per_class: int,
-        generator: torch.Generator | None = None,
+        self, labels: Sequence | Tensor, episodes: int, way: int, per_class: int, generator: Generator | None = None
     ) -> None:
         labels = torch.as_tensor(labels)
         if labels.dim() != 1:
@@ -66,15 +44,11 @@ class EpisodeSampler(Sampler[list[int]]):
             )
         self.members = [(labels == label).nonzero().flatten() for label in labels.unique()]
         self.episodes, self.way, self.per_class, self.generator = episodes, way, per_class, generator
-        if way < 1 or per_class < 1:
-            raise InputError(f"way and images per class must be 1 or more, not {way} and {per_class}")
-        if episodes < 0:
-            raise InputError(f"the number of episodes must be 0 or more, not {episodes}")
+        if way < 1 or per_class < 1 or episodes < 0:
+            raise InputError(f"no episodes of {way} classes with {per_class} images, {episodes} times: give 1 or more")
         if way > len(self.members):
-            raise InputError(
-                f"{way}-way episodes need at least {way} classes; the split has {len(self.members)}. Lower -way"
-            )
-        smallest = min(len(members) for members in self.members)
+            raise InputError(f"{way}-way episodes need {way} classes; the split has {len(self.members)}. Lower -way")
+        smallest = min(map(len, self.members))
         if smallest < per_class:
             raise InputError(
                 f"episodes need at least {per_class} images in every class (shot + query); the smallest class has {smallest}. "
@@ -85,22 +59,24 @@ class EpisodeSampler(Sampler[list[int]]):
         return self.episodes
 
     def __iter__(self) -> Iterator[list[int]]:
-        for _ in range(self.episodes):
-            yield self.draw(self.generator)
+        return (self.draw(self.generator) for _ in range(self.episodes))
 
-    def draw(self, generator: torch.Generator | None = None) -> list[int]:
+    def draw(self, generator: Generator | None = None) -> list[int]:
         """The next episode of a generator: ``W*P`` indices, class-interleaved."""
-        classes = torch.randperm(len(self.members), generator=generator)[: self.way]
-        rows = [_choose(self.members[number], self.per_class, generator) for number in classes.tolist()]
+
+        def choose(members: Tensor, count: int) -> Tensor:
+            return members[torch.randperm(len(members), generator=generator)[:count]]
+
+        classes = choose(torch.arange(len(self.members)), self.way).tolist()
+        rows = [choose(self.members[number], self.per_class) for number in classes]
         return torch.stack(rows).t().flatten().tolist()  # (way, per_class) -> class-interleaved
 
 
-def _choose(members: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    return members[torch.randperm(len(members), generator=generator)[:count]]
-
-
 class _Seeded(Sampler[list[tuple[int, int]]], ABC):
-    """Lists of (index, view seed), as :class:`ImageDataset` takes them; list k is a function of (seed, name, epoch, k)."""
+    """``drawn[k]`` is a list of pairs (index, view seed), a function of (seed, name, epoch, k); k from 0 to ``len - 1``.
+
+    The attribute ``epoch``, 0 at first, chooses among independent draws; ``name`` keeps those of several uses apart.
+    """
 
     def __init__(self, seed: int, name: str) -> None:
         self.seed, self.name = seed, name
@@ -114,29 +90,26 @@ class _Seeded(Sampler[list[tuple[int, int]]], ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def _draw(self, k: int) -> list[tuple[int, int]]: ...
+    def _draw(self, k: int) -> tuple[list[int], Tensor]:
+        """The indices and the view seeds of list k."""
 
     def __getitem__(self, k: int) -> list[tuple[int, int]]:
         if not 0 <= k < len(self):
             raise IndexError(f"no batch {k}; there are {len(self)}")
-        return self._draw(k)
+        indices, seeds = self._draw(k)
+        return list(zip(indices, seeds.tolist(), strict=True))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return (self._draw(k) for k in range(len(self)))
+        return map(self.__getitem__, range(len(self)))
 
 
 class SeededEpisodes(_Seeded):
-    """Episodes that can be drawn one by one, in any order.
+    """Episodes that can be drawn one by one, in any order: lists of ``W*P`` pairs (index, view seed).
 
     Args:
         sampler: draws an episode; its own generator is not used.
-        seed: of the run.
-        name: keeps the draws of several uses apart.
         fixed_views: the number of images of the data set, to give each image one view seed, whichever episode and epoch it
             comes in; a seed per use when not given.
-
-    ``episodes[k]`` is a list of ``W*P`` pairs (index, view seed); IndexError outside ``0 .. len - 1``. The attribute
-    ``epoch`` (0 at first) chooses among independent sets of episodes.
     """
 
     def __init__(self, sampler: EpisodeSampler, *, seed: int, name: str, fixed_views: int | None = None) -> None:
@@ -149,45 +122,32 @@ class SeededEpisodes(_Seeded):
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def _draw(self, k: int) -> list[tuple[int, int]]:
+    def _draw(self, k: int) -> tuple[list[int], Tensor]:
         generator = named_generator(self.seed, self.name, self.epoch, "episode", k)
         indices = self.sampler.draw(generator)
-        if self.fixed_seeds is None:
-            seeds = torch.randint(_SEEDS, (len(indices),), generator=generator)
-        else:
-            seeds = self.fixed_seeds[indices]
-        return list(zip(indices, seeds.tolist(), strict=True))
+        if self.fixed_seeds is not None:
+            return indices, self.fixed_seeds[indices]
+        return indices, torch.randint(_SEEDS, (len(indices),), generator=generator)
 
 
 class SeededBatches(_Seeded):
-    """Every image once per epoch, shuffled, in batches.
-
-    Args:
-        count: images of the data set.
-        batch_size: images per batch; the last batch may be smaller.
-        seed: of the run.
-        name: keeps the draws of several uses apart.
-
-    ``batches[k]`` is a list of pairs (index, view seed); IndexError outside ``0 .. len - 1``. The attribute ``epoch`` (0 at
-    first) chooses the order and the views.
-    """
+    """Every one of ``count`` images once per epoch, shuffled, in batches, of which the last may be smaller."""
 
     def __init__(self, count: int, batch_size: int, *, seed: int, name: str) -> None:
         super().__init__(seed, name)
         self.count, self.batch_size = count, batch_size
-        self._order: tuple[int, Tensor] | None = None  # the epoch, and its permutation of the images
+        self._order: tuple[int, list[int]] | None = None  # the epoch, and its permutation of the images
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
 
-    def _draw(self, k: int) -> list[tuple[int, int]]:
+    def _draw(self, k: int) -> tuple[list[int], Tensor]:
         if self._order is None or self._order[0] != self.epoch:
             generator = named_generator(self.seed, self.name, self.epoch, "order")
-            self._order = self.epoch, torch.randperm(self.count, generator=generator)
+            self._order = self.epoch, torch.randperm(self.count, generator=generator).tolist()
         indices = self._order[1][k * self.batch_size : (k + 1) * self.batch_size]
         generator = named_generator(self.seed, self.name, self.epoch, "views", k)
-        seeds = torch.randint(_SEEDS, (len(indices),), generator=generator)
-        return list(zip(indices.tolist(), seeds.tolist(), strict=True))
+        return indices, torch.randint(_SEEDS, (len(indices),), generator=generator)
 
 
 def episode_labels(way: int, query: int) -> Tensor:

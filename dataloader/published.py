@@ -8,13 +8,8 @@ from functools import cache
 from pathlib import Path
 
 _FACTS = Path(__file__).parent / "facts"
-_TABLES = {
-    "miniimagenet": "miniimagenet_classes.tsv",
-    "tieredimagenet": "tieredimagenet_classes.tsv",
-    "cub": "cub_feat_classes.tsv",
-    "fc100": "fc100_classes.tsv",
-    "cifar_fs": "cifar_fs_classes.tsv",
-}
+_TABLES = {name: f"{name}_classes.tsv" for name in ("miniimagenet", "tieredimagenet", "fc100", "cifar_fs")}
+_TABLES["cub"] = "cub_feat_classes.tsv"
 # Images per split where the number per class is not published.
 _IMAGES = {"tieredimagenet": {"train": 448_695, "val": 124_261, "test": 206_209}}
 

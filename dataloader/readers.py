@@ -4,11 +4,12 @@ Classes are sorted by name and numbered in that order, so that labels do not dep
 here.
 """
 
-import codecs
 import csv
 import io
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,26 +17,18 @@ from dataloader.catalog import DatasetSpec
 from dataloader.images import IMAGE_SUFFIXES
 from utils import InputError, first_few, printable, warn
 
-Listing = tuple[list[str], list[int], list[str]]
 Pairs = list[tuple[Path, str]]  # image, class
 
 MISSING_SPLIT = "missing splits"
 
 
 class Problem(NamedTuple):
-    """Something about the files of a split.
+    """Something about the files of a split."""
 
-    Attributes:
-        kind: a heading for several of them.
-        text: what was found where.
-        cure: what to do about it.
-        is_fault: the split cannot be used as it is; otherwise it is worth knowing.
-    """
-
-    kind: str
-    text: str
-    cure: str
-    is_fault: bool = True
+    kind: str  # a heading for several of them
+    text: str  # what was found where
+    cure: str  # what to do about it
+    is_fault: bool = True  # the split cannot be used as it is; otherwise it is worth knowing
 
     def __str__(self) -> str:
         return f"{self.text}. {self.cure}" if self.cure else self.text
@@ -53,7 +46,7 @@ def refuse(problem: Problem) -> None:
 
 def read_split(
     spec: DatasetSpec, data_dir: str, split: str, *, advice: str | None = None, report: Report = refuse
-) -> Listing:
+) -> tuple[list[str], list[int], list[str]]:
     """List one split of a data set.
 
     Args:
@@ -104,7 +97,7 @@ def image_files(paths: Sequence[str]) -> Iterator[str]:
             yield str(path)  # a file that is missing is reported when it is read
             continue
         files, others = [], []
-        for file in _walk(path, ()):
+        for file in _walk(path):
             (files if names_image(file) and file.is_file() else others).append(file)
         if others:
             warn(_describe_left_out(path, others))
@@ -113,20 +106,16 @@ def image_files(paths: Sequence[str]) -> Iterator[str]:
         yield from map(str, sorted(files))
 
 
-def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """All but the hidden files below a folder; a link to a folder that it is in is given as a file."""
-    try:
-        status, entries = folder.stat(), list(folder.iterdir())
-    except OSError:
-        yield folder
-        return
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        yield folder
-        return
-    for entry in entries:
-        if not is_hidden(entry):
-            yield from _walk(entry, (*above, here)) if entry.is_dir() else (entry,)
+def _walk(top: Path) -> Iterator[Path]:
+    """The files below a folder but for hidden ones, and the folders that cannot be listed."""
+    closed: list[OSError] = []
+    seen = set()  # so that a link to a folder that it is in ends there
+    for folder, folders, files in os.walk(top, followlinks=True, onerror=closed.append):
+        seen.add(os.path.realpath(folder))
+        yield from (Path(folder, name) for name in files if not is_hidden(Path(name)))
+        shown = [name for name in folders if not is_hidden(Path(name))]
+        folders[:] = [name for name in shown if os.path.realpath(os.path.join(folder, name)) not in seen]
+    yield from (Path(error.filename) for error in closed)
 
 
 def _describe_left_out(folder: Path, files: Sequence[Path]) -> str:
@@ -145,29 +134,31 @@ def _read_folders(spec: DatasetSpec, root: Path, split: str, advice: str, report
     if not folder.is_dir():
         report(Problem(MISSING_SPLIT, f"no {split} classes: there is no folder {printable(str(folder))}", advice))
         return []
-    entries = sorted(path for path in folder.iterdir() if not is_hidden(path))
-    class_folders = [path for path in entries if path.is_dir()]
-    if not class_folders:
+    entries = _entries(folder)
+    if not any(path.is_dir() for path in entries):
         report(Problem("splits without a class", f"no class folders in {printable(str(folder))}", advice))
-    pairs, others = [], [path for path in entries if names_image(path) and path.is_file()]
-    if others:
-        text = (
-            f"{len(others)} images in {printable(str(folder))} itself are left out, first {printable(others[0].name)}"
-        )
-        report(Problem("images outside of class folders", text, "Move them into class folders", is_fault=False))
-    others = []
-    for class_folder in class_folders:
-        entries = sorted(path for path in class_folder.iterdir() if not is_hidden(path))
-        images = [path for path in entries if names_image(path)]
-        others += [path for path in entries if not names_image(path)]
+    if beside := [path for path in entries if names_image(path) and path.is_file()]:
+        where = f"{printable(str(folder))} itself are left out, first {printable(beside[0].name)}"
+        text, cure = f"{len(beside)} images in {where}", "Move them into class folders"
+        report(Problem("images outside of class folders", text, cure, is_fault=False))
+    pairs, others = [], []
+    for class_folder in filter(Path.is_dir, entries):
+        inside = _entries(class_folder)
+        images = [path for path in inside if names_image(path)]
+        others += [path for path in inside if not names_image(path)]
         if not images:
-            found = f", but {_describe_left_out(class_folder, entries)}" if entries else ""
+            found = f", but {_describe_left_out(class_folder, inside)}" if inside else ""
             text = f"no images in {printable(str(class_folder))}{found}"
             report(Problem("class folders without an image", text, "Remove the folder or fill it"))
         pairs += [(path, class_folder.name) for path in images]
     if others:
-        report(Problem("files in class folders that are no images", _describe_left_out(folder, others), "", False))
+        text = _describe_left_out(folder, others)
+        report(Problem("files in class folders that are no images", text, "", is_fault=False))
     return pairs
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not is_hidden(path))
 
 
 # --- A table of files -------------------------------------------------------------------------------------------------
@@ -182,15 +173,12 @@ def _read_csv(spec: DatasetSpec, root: Path, split: str, advice: str, report: Re
     if not table.is_file():
         report(Problem(MISSING_SPLIT, f"no list of {split} images: there is no file {printable(str(table))}", advice))
         return []
-    listings: dict[Path, set[str]] = {}  # one directory listing each, instead of a look-up per file
 
-    def exists(path: Path) -> bool:
-        if path.parent not in listings:
-            listings[path.parent] = {entry.name for entry in path.parent.iterdir()} if path.parent.is_dir() else set()
-        return path.name in listings[path.parent]
+    @cache  # one listing of a folder, instead of a look-up per file
+    def names_in(folder: Path) -> set[str]:
+        return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
 
     class_of: dict[Path, str] = {}
-    repeated = 0
     for place, file, name in _table_rows(table):
         by_class = [Path(name, file)] if spec.layout == "csv_by_class" else []
         relative = [Path(folder) / path for folder in spec.image_folders for path in (*by_class, Path(file))]
@@ -199,59 +187,42 @@ def _read_csv(spec: DatasetSpec, root: Path, split: str, advice: str, report: Re
             report(Problem("rows that leave the data set", text, "Correct the row"))
             continue
         candidates = [root / path for path in relative]
-        path = next((path for path in candidates if exists(path)), None)
+        path = next((path for path in candidates if path.name in names_in(path.parent)), None)
         if path is None:
             text = f"{place}: there is no file {_quoted(str(candidates[0]))}"
             report(Problem("rows without a file", text, "Get the images again, or remove the row"))
-        elif path not in class_of:
-            class_of[path] = name
-        elif class_of[path] == name:
-            repeated += 1
-        else:
+        elif class_of.setdefault(path, name) != name:
             text = f"{place}: {_quoted(file)} is in two classes, {_quoted(class_of[path])} and {_quoted(name)}"
             report(Problem("images in two rows", text, "Remove the wrong row"))
     if not class_of:
         report(Problem("tables without a row", f"{printable(str(table))} has no rows file,class", advice))
-    if repeated:
-        text = f"{printable(str(table))}: rows that repeat an earlier one, ignored: {repeated}"
-        report(Problem("repeated rows", text, "", is_fault=False))
     return sorted(class_of.items(), key=lambda pair: pair[1])  # stable: within a class the order of the table
 
 
 def _table_rows(table: Path) -> Iterator[tuple[str, str, str]]:
     """The rows of a table as (its line, file, class), without the header, blank lines and hidden files."""
-    rows = csv.reader(io.StringIO(_text(table), newline=""))
-    is_first = True
+    where = printable(str(table))
     try:
-        for row in rows:
-            place = f"{printable(str(table))}, line {rows.line_num}"
-            file, name = [field.strip() for field in (*row, "", "")[:2]]
-            is_header = is_first and not names_image(Path(file))
-            is_first = is_first and not row
-            if not row or is_header or is_hidden(Path(file)):
-                continue
-            if not file or not name:
-                raise InputError(f"{place}: a row is file,class; this one is {_quoted(','.join(row))}")
-            if not names_image(Path(file)):
-                raise InputError(
-                    f"{place}: a row begins with the name of an image; {_quoted(file)} does not end as one, as in .jpg"
-                )
-            yield place, file, name
-    except csv.Error as error:
-        raise InputError(f"{printable(str(table))}, line {rows.line_num}: cannot be read ({error})") from error
-
-
-def _text(table: Path) -> str:
-    content = table.read_bytes().removeprefix(codecs.BOM_UTF8)
-    fault, what = content.find(b"\0"), "a NUL byte"
-    try:
-        text = content.decode()
+        text = table.read_bytes().decode("utf-8-sig")
+        reader = csv.reader(io.StringIO(text, newline=""))
+        rows = [(f"{where}, line {reader.line_num}", row) for row in reader if row]
     except UnicodeDecodeError as error:
-        fault, what = error.start, f"the byte 0x{content[error.start]:02x}"
-    if fault < 0:
-        return text
-    line = len(content[: fault + 1].splitlines())
-    raise InputError(f"{printable(str(table))}, line {line}: {what} is not text in UTF-8. Save the table as UTF-8")
+        line, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
+        text = f"{where}, line {line}: the byte 0x{byte:02x} is not text in UTF-8. Save the table as UTF-8"
+        raise InputError(text) from error
+    except csv.Error as error:
+        raise InputError(f"{where}, line {reader.line_num}: cannot be read ({error})") from error
+    for number, (place, row) in enumerate(rows):
+        file, name = [field.strip() for field in (*row, "")[:2]]
+        is_header = number == 0 and not names_image(Path(file))
+        if is_header or is_hidden(Path(file)):
+            continue
+        if not file or not name:
+            raise InputError(f"{place}: a row is file,class; this one is {_quoted(','.join(row))}")
+        if not names_image(Path(file)):
+            text = f"a row begins with the name of an image; {_quoted(file)} does not end as one, as in .jpg"
+            raise InputError(f"{place}: {text}")
+        yield place, file, name
 
 
 def _quoted(text: str) -> str:
@@ -259,8 +230,4 @@ def _quoted(text: str) -> str:
     return repr(text if len(text) <= 200 else text[:200] + "...")
 
 
-READERS: dict[str, Callable[[DatasetSpec, Path, str, str, Report], Pairs]] = {
-    "folders": _read_folders,
-    "csv": _read_csv,
-    "csv_by_class": _read_csv,
-}
+READERS: dict[str, Callable[..., Pairs]] = {"folders": _read_folders, "csv": _read_csv, "csv_by_class": _read_csv}

@@ -8,7 +8,8 @@ The published system has S = 84; other sizes scale in proportion.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,40 +32,46 @@ class Box(NamedTuple):
     flip: bool = False
 
 
-class View(Protocol):
-    """What every view has.
+@dataclass(frozen=True, kw_only=True)
+class View(ABC):
+    """What every view has: the settings of all of them, of which each reads its own."""
 
-    Attributes:
-        is_random: whether two calls on one image may differ.
-        patches: patches per image; 1 for a whole image.
-    """
+    train: bool
+    image_size: int = CROP_TO
+    patch_list: Sequence[int] = (2, 3)
+    patch_ratio: float = 2.0
+    num_patch: int = 9
 
-    is_random: bool
-    patches: int
+    @property
+    def is_random(self) -> bool:
+        """Whether two calls on one image may differ."""
+        return self.train
 
+    @property
+    @abstractmethod
+    def patches(self) -> int:
+        """Patches per image; 1 for a whole image."""
+
+    @abstractmethod
     def boxes(self, size: tuple[int, int]) -> list[Box]:
         """The boxes to cut from an image of ``size`` (width, height) pixels; all random draws happen here."""
-        ...
 
     def render(self, image: Image.Image, boxes: Sequence[Box]) -> Tensor:
         """The pixels in the boxes of an RGB image, uint8: ``(3, S, S)`` or ``(P, 3, S, S)``."""
-        ...
+        pixels = np.empty((len(boxes), 3, self.image_size, self.image_size), dtype=np.uint8)
+        for patch, box in zip(pixels, boxes, strict=True):
+            patch[:] = _cut(image, box, self.image_size)
+        return torch.from_numpy(pixels)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Both steps: an RGB image to 8-bit pixels."""
-        ...
+        return self.render(image, self.boxes(image.size))
 
 
 def grid_boxes(size: int, num_grid: int, ratio: float) -> list[tuple[int, int]]:
-    """The cells of a grid along one axis (section 3.1, image pyramid).
+    """The ``num_grid`` cells along an axis of ``size`` pixels (section 3.1, image pyramid): (start, end) in ``0..size``.
 
-    Args:
-        size: pixels of the axis.
-        num_grid: cells along it.
-        ratio: how much larger than its share each cell is, about the same centre; at least 1 in use.
-
-    Returns:
-        ``num_grid`` pairs (start, end), inside ``0..size``.
+    Each cell is ``ratio`` times its share of the axis, about the same centre.
     """
     cell = size // num_grid
     half = int(size / num_grid * ratio) // 2
@@ -72,44 +79,16 @@ def grid_boxes(size: int, num_grid: int, ratio: float) -> list[tuple[int, int]]:
     return [(max(0, centre - half), min(size, centre + half)) for centre in centres]
 
 
-class _Patches(ABC):
-    """What the views share: each box is one patch, resized to the image size."""
-
-    is_random: bool
-    patches: int
-
-    def __init__(self, *, image_size: int) -> None:
-        self.image_size = image_size
-
-    @abstractmethod
-    def boxes(self, size: tuple[int, int]) -> list[Box]: ...
-
-    def render(self, image: Image.Image, boxes: Sequence[Box]) -> Tensor:
-        pixels = np.empty((len(boxes), 3, self.image_size, self.image_size), dtype=np.uint8)
-        for patch, box in zip(pixels, boxes, strict=True):
-            patch[:] = _cut(image, box, self.image_size)
-        return torch.from_numpy(pixels)
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self.render(image, self.boxes(image.size))
-
-
-class FcnView(_Patches):
+class FcnView(View):
     """The whole image: ``(3, S, S)``. In training a random crop and flip, otherwise the middle."""
 
     patches = 1
 
-    def __init__(self, *, train: bool, image_size: int) -> None:
-        super().__init__(image_size=image_size)
-        self.is_random = train
-        if train:
-            _import_torchvision()
-
     def boxes(self, size: tuple[int, int]) -> list[Box]:
-        return [_draw_crop(size) if self.is_random else Box(0, 0, *size)]
+        return [_draw_crop(size) if self.train else Box(0, 0, *size)]
 
     def render(self, image: Image.Image, boxes: Sequence[Box]) -> Tensor:
-        if self.is_random:
+        if self.train:
             return super().render(image, boxes)[0]
         resized = round(self.image_size * RESIZE_TO / CROP_TO)
         margin = round((resized - self.image_size) / 2)
@@ -117,7 +96,7 @@ class FcnView(_Patches):
         return torch.from_numpy(_cut(image, boxes[0], resized)[:, middle, middle].copy())
 
 
-class GridView(_Patches):
+class GridView(View):
     """The cells of an image pyramid, level by level and row by row: ``(P, 3, S, S)``.
 
     ``patch_list`` names the cells along an edge per level. A cell is enlarged by ``patch_ratio``; in training by
@@ -126,50 +105,42 @@ class GridView(_Patches):
     ``boxes`` raises :class:`InputError` when the image is too small for a level, so that a cell could have no pixel.
     """
 
-    def __init__(self, *, train: bool, image_size: int, patch_list: Sequence[int], patch_ratio: float) -> None:
-        super().__init__(image_size=image_size)
-        self.is_random = train
-        self.patch_list, self.patch_ratio = tuple(patch_list), patch_ratio
-        self.patches = sum(num_grid**2 for num_grid in self.patch_list)
+    @property
+    def patches(self) -> int:
+        return sum(num_grid**2 for num_grid in self.patch_list)
 
     def boxes(self, size: tuple[int, int]) -> list[Box]:
         self._check(size)
         found = []
         for num_grid in self.patch_list:
-            ratio = 1 + 2 * torch.rand(()).item() if self.is_random else self.patch_ratio
+            ratio = 1 + 2 * torch.rand(()).item() if self.train else self.patch_ratio
             columns, rows = (grid_boxes(pixels, num_grid, ratio) for pixels in size)
             found += [Box(left, upper, right, lower) for upper, lower in rows for left, right in columns]
-        return [box._replace(flip=_draw_flip()) for box in found] if self.is_random else found
+        return [box._replace(flip=_draw_flip()) for box in found] if self.train else found
 
     def _check(self, size: tuple[int, int]) -> None:
         # Against the smallest ratio that can be drawn, so that chance does not decide which image is refused.
-        ratio = 1.0 if self.is_random else self.patch_ratio
+        ratio = 1.0 if self.train else self.patch_ratio
         for num_grid in self.patch_list:
-            for pixels in size:
-                if pixels < num_grid or any(start >= end for start, end in grid_boxes(pixels, num_grid, ratio)):
-                    raise InputError(
-                        f"the image is too small for {num_grid} cells along each edge (-patch_list): {size[0]}x{size[1]} pixels "
-                        "leave cells without a pixel. Lower -patch_list or use larger images"
-                    )
+            cells = [cell for pixels in size for cell in grid_boxes(pixels, num_grid, ratio)]
+            if min(size) < num_grid or any(start >= end for start, end in cells):
+                raise InputError(
+                    f"the image is too small for {num_grid} cells along each edge (-patch_list): {size[0]}x{size[1]} pixels "
+                    "leave cells without a pixel. Lower -patch_list or use larger images"
+                )
 
 
-class SamplingView(_Patches):
+class SamplingView(View):
     """``num_patch`` random crops, flipped at random, in training and in evaluation: ``(P, 3, S, S)``."""
 
-    def __init__(self, *, image_size: int, num_patch: int) -> None:
-        super().__init__(image_size=image_size)
-        self.is_random = True
-        self.patches = num_patch
-        _import_torchvision()
+    is_random = True
+
+    @property
+    def patches(self) -> int:
+        return self.num_patch
 
     def boxes(self, size: tuple[int, int]) -> list[Box]:
         return [_draw_crop(size) for _ in range(self.patches)]
-
-
-def _import_torchvision() -> None:
-    # It takes seconds: so not with this module, but where a view that needs it is made, before loader processes are
-    # forked. Otherwise each of them would import it again.
-    import torchvision.transforms  # noqa: F401
 
 
 def _draw_crop(size: tuple[int, int]) -> Box:
@@ -194,30 +165,23 @@ def _cut(image: Image.Image, box: Box, size: int) -> np.ndarray:
     return pixels[:, :, ::-1] if box.flip else pixels
 
 
-# What each variant of DeepEMD sees: the class, and which settings of make_view it takes beside the common ones.
-VIEWS: dict[str, tuple[type, tuple[str, ...]]] = {
-    "fcn": (FcnView, ("train",)),
-    "grid": (GridView, ("train", "patch_list", "patch_ratio")),
+# What each variant of DeepEMD sees: the class, and the settings that are its own.
+VIEWS: dict[str, tuple[type[View], tuple[str, ...]]] = {
+    "fcn": (FcnView, ()),
+    "grid": (GridView, ("patch_list", "patch_ratio")),
     "sampling": (SamplingView, ("num_patch",)),
 }
 
 
-def make_view(
-    deepemd: str,
-    *,
-    train: bool,
-    image_size: int = CROP_TO,
-    patch_list: Sequence[int] = (2, 3),
-    patch_ratio: float = 2.0,
-    num_patch: int = 9,
-) -> View:
-    """The view of one variant, a key of :data:`VIEWS`; settings that it has no use for are ignored.
+def make_view(deepemd: str, *, train: bool, **settings: Any) -> View:
+    """The view of a variant of DeepEMD, a key of :data:`VIEWS`; ``settings`` are the other fields of :class:`View`.
 
     Raises:
         ValueError: no such variant.
     """
     if deepemd not in VIEWS:
         raise ValueError(f"no variant {deepemd!r} of DeepEMD; choose one of {', '.join(VIEWS)}")
-    view, takes = VIEWS[deepemd]
-    settings = {"train": train, "patch_list": patch_list, "patch_ratio": patch_ratio, "num_patch": num_patch}
-    return view(image_size=image_size, **{name: settings[name] for name in takes})
+    if deepemd == "sampling" or (deepemd == "fcn" and train):
+        # Importing it takes seconds: here, before loader processes are forked, each of which would import it otherwise.
+        import torchvision.transforms  # noqa: F401
+    return VIEWS[deepemd][0](train=train, **settings)

@@ -3,7 +3,8 @@
 import pytest
 from data_helpers import open_split
 
-from dataloader import add_data_arguments, add_episode_arguments, draw_episodes, make_view
+from dataloader import make_view
+from dataloader.arguments import add_data_arguments, add_episode_arguments, draw_episodes
 from utils import InputError, make_parser
 
 
@@ -58,7 +59,7 @@ def test_draw_episodes(folder):
     assert [index for index, _ in validation[2]] == [index for index, _ in training[2]]
     assert len(validation.fixed_seeds) == len(data)
     assert training.fixed_seeds is None  # -fixed_patches is for evaluation
-    with pytest.raises(InputError, match="folder, val episodes: 7-way episodes need at least 7 classes"):
+    with pytest.raises(InputError, match="folder, val episodes: 7-way episodes need 7 classes"):
         draw_episodes(parse("-dataset", "folder", "-way", "7"), data, 4, seed=1, name="val")
 
 

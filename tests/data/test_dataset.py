@@ -1,10 +1,11 @@
 """Opening a data set, and its items."""
 
+import builtins
+
 import pytest
 import torch
 from data_helpers import open_split, refuse, run_python, write_table
 from helpers import write_images
-from PIL import Image
 
 from dataloader import dataset as dataset_module
 from dataloader import make_view
@@ -36,7 +37,7 @@ def test_unreadable_image(tmp_path, capsys):
 def test_no_permission_to_read_an_image(tmp_path, monkeypatch):
     write_images(tmp_path / "test" / "a", 2)
     data = open_split("folder", tmp_path)
-    refuse(monkeypatch, Image, "open", "0001.png")
+    refuse(monkeypatch, builtins, "open", "0001.png")
     with pytest.raises(InputError, match=r"a/0001.png; it cannot be read .*Permission denied"):
         data[1]
 

@@ -32,9 +32,9 @@ def test_episode_layout():
 @pytest.mark.parametrize(
     ("way", "per_class", "message"),
     [
-        (7, 2, "at least 7 classes; .* has 6"),
+        (7, 2, "7-way episodes need 7 classes; .* has 6"),
         (5, 5, "at least 5 images in every class .* has 4"),
-        (0, 1, "1 or more, not 0"),
+        (0, 1, "no episodes of 0 classes with 1 images"),
     ],
 )
 def test_impossible_episodes(way, per_class, message):

@@ -169,7 +169,9 @@ def test_what_is_random(folder):
     def is_random(deepemd, train):
         data = open_split("folder", folder, view=make_view(deepemd, train=train, image_size=16))
         assert torch.equal(data[0, 5][0], data[0, 5][0])  # the same seed gives the same view
-        return not torch.equal(data[0, 5][0], data[0, 6][0])
+        differs = not torch.equal(data[0, 5][0], data[0, 6][0])
+        assert data.view.is_random == differs  # what evaluation caches by
+        return differs
 
     assert [is_random(name, True) for name in ("fcn", "grid", "sampling")] == [True, True, True]
     assert [is_random(name, False) for name in ("fcn", "grid", "sampling")] == [False, False, True]

@@ -22,7 +22,9 @@ def test_boxes_are_those_of_the_view(glyphs, deepemd):
     (viewed,) = matches.view_items(dataset, [(3, 77)])
     pixels, _ = dataset[3, 77]
     assert torch.equal(viewed.pixels, pixels)
-    boxes = dataset._boxes((viewed.image.shape[1], viewed.image.shape[0]), 77)
+    with torch.random.fork_rng():
+        torch.manual_seed(77)
+        boxes = dataset.view.boxes((viewed.image.shape[1], viewed.image.shape[0]))
     overview, *mosaics = matches.panels_of(viewed, dataset.view, len(boxes))
     assert overview.boxes == [tuple(map(float, box[:4])) for box in boxes]
     assert np.array_equal(overview.pixels, np.asarray(viewed.image))

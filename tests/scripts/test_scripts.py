@@ -357,7 +357,7 @@ GOOD = ["-dataset", "folder", "-data_dir", "good", "-model_dir", "none", *SMALL]
         (["-deepemd", "grid", "-feature_pyramid", "2,1"], 1, "-feature_pyramid requires -deepemd fcn"),
         (["-compile", "-checkpoint_activations"], 1, "-compile and -checkpoint_activations exclude each other"),
         (["-extra_dir", "../elsewhere"], 2, "expected the name of a folder below checkpoint/"),
-        (["-extra_dir", "n" * 300], 1, "cannot write to checkpoint/eval/nnn"),
+        (["-extra_dir", "n" * 300], 1, "cannot write checkpoint/eval/nnn"),
     ],
 )  # fmt: skip
 def test_bad_input(bad_place, flags, status, message):
@@ -378,7 +378,7 @@ def test_an_error_has_a_line_of_its_own(bad_place, monkeypatch):
     def fails(self, *args, **settings):
         raise engine.run.InputError("it broke")
 
-    monkeypatch.setattr(Evaluator, "_match", fails)
+    monkeypatch.setattr(Evaluator, "_score", fails)
     done = run("eval.py", *GOOD, cwd=bad_place)
     assert "test:   0%" in done.err
     assert done.err.replace("\r", "\n").splitlines()[-1] == "error: it broke"

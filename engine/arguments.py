@@ -45,7 +45,7 @@ def add_training_arguments(
         "the run in FOLDER with its own flags",
     )
     group = parser.add_argument_group("validation")
-    add_set_argument(group, ("val", "test"), default="val", help="split to validate on")
+    group.add_argument("-set", choices=("val", "test"), default="val", help="split to validate on")
     group.add_argument("-random_val_task", action="store_true", help="draw new validation episodes every epoch")
 
 
@@ -142,18 +142,11 @@ def folder_name(text: str) -> str:
     return text
 
 
-def add_set_argument(
-    group: Any,
-    choices: Sequence[str] = ("train", "val", "test"),
-    default: str = "test",
-    help: str = "split to draw from",
-) -> None:
-    group.add_argument("-set", choices=choices, default=default, help=help)
+def add_set_argument(group: Any) -> None:
+    group.add_argument("-set", choices=("train", "val", "test"), default="test", help="split to draw from")
 
 
-def add_test_episode_argument(
-    group: Any, help: str = "episodes; the paper takes 5000 for 1-shot, 600 for 5-shot"
-) -> None:
+def add_test_episode_argument(group: Any, help: str = "episodes; the paper: 5000 for 1-shot, 600 for 5-shot") -> None:
     group.add_argument("-test_episode", type=number_at_least(1, int), default=5000, help=help)
 
 
@@ -199,13 +192,10 @@ def next_command(
     leave_out: Iterable[str] = (),
     **changed: Any,
 ) -> str:
-    """The command line of the next stage, with the flags of this one that are not at their default.
+    """The command line of the next stage, with the flags of this one, whose parser it is, that are not at their default.
 
-    Args:
-        script: of the next stage.
-        parser: of this stage.
-        leave_out: flags that the next stage does not have or should not take over, beside :data:`STAGE_FLAGS`.
-        changed: flags that this stage does not have, or whose value is another one in the next stage.
+    Flags to ``leave_out`` are those that the next stage does not have or should not take over, beside :data:`STAGE_FLAGS`;
+    ``changed`` are those that this stage does not have, or that are others in the next stage.
     """
     left_out = {*STAGE_FLAGS, *leave_out}
     given = {name: value for name, value in vars(args).items() if name not in left_out} | changed

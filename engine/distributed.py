@@ -4,6 +4,7 @@ import atexit
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -17,13 +18,18 @@ from utils import InputError
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
+@dataclass(frozen=True)
 class Ranks:
     """The processes of a run, of which this one is number ``rank`` of ``size``. Only the first prints and writes."""
 
-    def __init__(self, rank: int = 0, size: int = 1, local_size: int = 1, device: torch.device | None = None) -> None:
-        self.rank, self.size, self.local_size = rank, size, local_size
-        self.device = device or torch.device("cpu")
-        self.is_first = rank == 0
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
 
     def gather(self, own: Any) -> list[Any]:
         """What every rank has, in the order of the ranks."""

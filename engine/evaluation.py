@@ -82,12 +82,12 @@ class Score(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Accuracies over episodes."""
+    """Accuracies over episodes, in percent."""
 
     loss: float  # mean cross entropy
-    accuracy: float  # mean, in percent; equal for equal numbers of hits
-    interval: float  # half width of its 95 % interval, in percent
-    accuracies: list[float]  # one per episode, in percent
+    accuracy: float  # mean; equal for equal numbers of hits
+    interval: float  # half width of its 95 % interval
+    accuracies: list[float]  # one per episode
 
     @classmethod
     def of(cls, scores: Sequence[Score]) -> "Evaluation":
@@ -121,14 +121,8 @@ class _RunningInterval:
 class Recorder:
     """Records the scores of an evaluation in a file from time to time, so that it can be resumed.
 
-    Args:
-        path: of the file.
-        resume: start from the scores in the file, if there are any.
-        episodes, queries: of the evaluation, and in each episode. A file that does not fit is set aside with a warning.
-        ranks: the first one reads and writes.
-
-    Attributes:
-        scores: of the first episodes.
+    With ``resume``, ``scores`` are those in the file at first. A file that does not fit an evaluation of so many ``episodes``,
+    with so many ``queries`` each, is set aside with a warning. The first of the ranks reads and writes.
     """
 
     def __init__(self, path: Path, *, resume: bool, episodes: int, queries: int, ranks: Ranks) -> None:
@@ -213,13 +207,9 @@ class Evaluator:
         title: str = "",
         recorder: Recorder | None = None,
     ) -> Evaluation:
-        """Evaluate a model as it is now.
+        """Evaluate a model as it is now, with its own solver or another. Episodes are drawn as they are needed.
 
-        Args:
-            episodes: drawn as they are needed.
-            solver: overrides the model's own.
-            title: of the progress bar.
-            recorder: the scores that it has are not computed again; new ones are added.
+        The scores that the recorder has are not computed again; new ones are added.
 
         Raises:
             DivergenceError: the model's nodes or logits are not finite, and no solver has an explanation.

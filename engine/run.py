@@ -39,14 +39,10 @@ class RunFolder:
     earlier run are moved to ``previous-<n>/``.
 
     Args:
-        path: created if it does not exist.
         flags: of the run.
-        resume: resume the run in the folder, if there is one.
+        resume: resume the run in the folder, if there is one; its ``state`` is then what :meth:`save_state` was last given.
         room: bytes that a new run needs there.
         writes: False on ranks that leave all files and lines to the first.
-
-    Attributes:
-        state: what :meth:`save_state` was last given, if the run is resumed; None for a new one.
 
     Raises:
         InputError: the folder cannot be written, has no room, or is in use; its state is damaged or of another version.
@@ -196,8 +192,7 @@ class RunFolder:
 def hold_lock(path: Path, advice: str) -> Any:
     """Lock a file for as long as the returned object lives; the system releases the lock however the process ends.
 
-    Raises:
-        InputError: another process holds it; the message ends with ``advice``.
+    If another process holds it, an InputError names that, and ends with ``advice``.
     """
     try:
         import fcntl
@@ -253,15 +248,12 @@ def open_run(
     data: dict[str, Any],
     started_from: dict[str, str | None] | None = None,
 ) -> RunFolder:
-    """The folder of the run, new or resumed; the first rank alone writes to it, and to ``run.json`` in it.
+    """The folder of the run, new or resumed, and ``run.json`` in it; the first rank alone writes.
 
     Args:
         weights: the module whose weights the run is going to save.
-        data: fingerprints of the data; a resumed run needs the same data as before.
+        data: fingerprints of the data; a resumed run needs the same data as before, or it is an InputError.
         started_from: path and hash of the weights that a new run starts from.
-
-    Raises:
-        InputError: see :class:`RunFolder`; or the data of a resumed run has changed.
     """
     ranks.gather(None)  # no rank is still reading what an earlier run left in the folder
     # The best weights, the state (as large again for the momentum), and the successor of either.

@@ -15,21 +15,15 @@ from utils import InputError, status
 def start(args: argparse.Namespace, *, one_process: bool = False) -> tuple[Ranks, torch.device, list[int]]:
     """Join the other processes of the run, if there are any, choose the device, and seed everything.
 
-    Args:
-        args: the flags of :func:`engine.arguments.add_run_arguments`. A ``seed`` of 0 is replaced by a drawn one, which is the
-            same on every rank.
-        one_process: for scripts that ignore a launcher.
+    A ``seed`` of 0 is replaced by a drawn one, the same on every rank. ``one_process`` is for scripts that ignore a launcher.
 
     Returns:
         The ranks, this process's device, and the CUDA ids that DataParallel spreads over (one process only).
 
     Raises:
-        InputError: a ``-gpu`` that this machine does not have, fewer GPUs than processes, or launcher variables that make no
-            sense.
+        InputError: a ``-gpu`` that this machine does not have, fewer GPUs than processes, or senseless launcher variables.
     """
-    launch = None if one_process else read_launch()
-    if launch is None or launch.size == 1:
-        launch = Launch(0, 1, 0, 1)
+    launch = (None if one_process else read_launch()) or Launch(0, 1, 0, 1)
     utils.process.rank, utils.process.size, utils.process.local_size = launch.rank, launch.size, launch.local_size
     if launch.size == 1:
         device, device_ids = choose_device(args.gpu)
@@ -76,11 +70,7 @@ def set_seed(seed: int, *, deterministic: bool = False) -> None:
 
 
 def gpu_numbers(gpu: str | None) -> list[int]:
-    """The CUDA ids that ``-gpu`` names, or all there are; none for the CPU.
-
-    Raises:
-        InputError: an id that this machine does not have.
-    """
+    """The CUDA ids that ``-gpu`` names, or all there are; none for the CPU. InputError for one that is not there."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu is None:
         return list(range(count))

@@ -70,11 +70,7 @@ class Progress:
 
 
 def from_state(run: RunFolder, parts: dict[str, Any]) -> Progress:
-    """Restore what has a ``load_state_dict`` from the state of a run, and return its progress.
-
-    Raises:
-        InputError: the state is that of another network, or is damaged.
-    """
+    """Restore what has a ``load_state_dict`` from the state of a run, and return its progress; InputError if it does not fit."""
     try:
         progress = Progress(**run.state["progress"])
         for name, default in vars(Progress()).items():
@@ -89,42 +85,30 @@ def from_state(run: RunFolder, parts: dict[str, Any]) -> Progress:
     return progress
 
 
+@dataclass(eq=False)
 class StepGuard:
     """Takes an optimiser step if the gradient is complete and finite; otherwise leaves the network as it was.
 
-    Args:
-        network: the module in training. A skipped step also takes back what its batches did to its buffers: one batch that
-            overflows would otherwise leave NaN in the running statistics for good.
-        optimizer: of the network's weights.
-        scaler: scales the loss, where half precision needs it.
-        progress: counts the skipped steps.
-        ranks: buffers are averaged over them.
+    A skipped step also takes back what its batches did to the network's buffers: one batch that overflows would otherwise
+    leave NaN in the running statistics for good.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler | None = None,
-        progress: Progress | None = None,
-        ranks: Ranks | None = None,
-    ) -> None:
-        self.optimizer = optimizer
-        self.scaler = scaler or torch.amp.GradScaler(enabled=False)
-        self.progress, self.ranks = progress or Progress(), ranks or Ranks()
-        self.buffers = list(network.buffers())
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))  # of the loss
+    progress: Progress = field(default_factory=Progress)  # counts the skipped steps
+    ranks: Ranks = field(default_factory=Ranks)  # buffers are averaged over them
+
+    def __post_init__(self) -> None:
+        self.buffers = list(self.network.buffers())
         self.before = [buffer.clone() for buffer in self.buffers]
 
     @torch.no_grad()
     def step(self, where: str, failure: str | None = None) -> bool:
         """Step or skip, and clear the gradients. Returns whether the step was taken.
 
-        Args:
-            where: names the step in messages.
-            failure: what went wrong on the way to it, if anything did.
-
-        Raises:
-            DivergenceError: after :data:`MAX_SKIPPED_IN_A_ROW` skipped steps in a row.
+        ``where`` names the step; ``failure`` is what went wrong on the way to it, if anything did. After
+        :data:`MAX_SKIPPED_IN_A_ROW` skipped steps in a row, DivergenceError is raised.
         """
         if failure is None:
             self.scaler.unscale_(self.optimizer)
@@ -146,11 +130,9 @@ class StepGuard:
         progress.in_a_row.append(where)
         if self.ranks.is_first:
             tqdm.write(f"{where}: step skipped ({progress.skipped} so far): {failure}")
-        if len(progress.in_a_row) >= MAX_SKIPPED_IN_A_ROW:
-            raise DivergenceError(
-                f"{len(progress.in_a_row)} steps in a row were skipped since {progress.in_a_row[0]}, the last because "
-                f"{failure}. Lower -lr, or try another -solver"
-            )
+        if (count := len(progress.in_a_row)) >= MAX_SKIPPED_IN_A_ROW:
+            skipped = f"{count} steps in a row were skipped since {progress.in_a_row[0]}, the last because {failure}"
+            raise DivergenceError(f"{skipped}. Lower -lr, or try another -solver")
         return False
 
 
@@ -178,7 +160,6 @@ def train_epoch(
     Args:
         network: what is trained; ``forward`` calls it.
         loader: of this rank's batches; its ``batch_sampler`` is a :class:`engine.distributed.Shard`.
-        stop: whether this process has been asked to stop.
         after_step: called with the signal by which any rank has been asked to stop, or 0.
     """
     progress, ranks, shard = guard.progress, guard.ranks, loader.batch_sampler
@@ -264,8 +245,7 @@ def fit(
     """Train epoch by epoch, from the state in the folder of a resumed run; validate, log, and keep the best weights.
 
     Args:
-        network: what is trained; in training mode during an epoch.
-        forward, loader, stop: as for :func:`train_epoch`.
+        network, forward, loader, stop: as for :func:`train_epoch`.
         validate: evaluates the network after an epoch. Of equal accuracies the later epoch wins.
         weights_of: the module whose state dict is the checkpoint.
 

@@ -18,12 +18,11 @@ TRAINED_FLAGS = (
 def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, ignore: Sequence[str] = ()) -> None:
     """Replace the defaults of :data:`TRAINED_FLAGS` by those in ``run.json`` beside the weights of ``-model_dir``.
 
-    Prints a line that lists the flags taken from there, and a warning that lists those on the command line that differ. Without
-    such a file, as beside the published weights, nothing changes. A damaged one is ignored with a warning.
+    A line lists the flags taken from there, and a warning those on the command line that differ. Without such a file, as
+    beside the published weights, nothing changes; a damaged one is ignored with a warning.
 
     Args:
-        parser, argv: what ``args`` was parsed from.
-        args: changed in place.
+        parser, argv: what ``args``, which is changed in place, was parsed from.
         ignore: flags that are left alone.
     """
     weights = Path(args.model_dir or "none")

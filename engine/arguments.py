@@ -57,11 +57,8 @@ def parse_run(
 ) -> tuple[argparse.Namespace, Path, bool]:
     """The flags of a training script, the folder of its run, and whether this resumes the run that is there.
 
-    With ``-resume FOLDER``, flags that are not given are those of the run in there. ``folder_of`` gives the folder that the
-    flags name otherwise.
-
-    Raises:
-        InputError: there is nothing to resume, or flags that decide the result differ from those of the run.
+    With ``-resume FOLDER``, flags that are not given are those of the run in there; else ``folder_of`` gives the folder that
+    the flags name. InputError if there is nothing to resume, or flags that decide the result differ from those of the run.
     """
     args = parser.parse_args(argv)
     folder = Path(args.resume) if args.resume else folder_of(args)

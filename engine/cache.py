@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,19 +42,16 @@ class Queue:
         return iter(self.batches)
 
 
+@dataclass(eq=False)
 class NodeTable:
-    """The nodes of images: a row each, on the device, or in pinned host memory where that has more room.
+    """The nodes of images: a row each, on the device, or in pinned host memory where that has more room."""
 
-    Args:
-        most: images worth keeping; 0 keeps none beyond its group.
-        share: the part of free memory that it may take.
-    """
-
-    def __init__(self, device: torch.device, *, most: int, share: float = CACHE_SHARE) -> None:
-        self.device, self.most, self.share = device, most, share
-        self.capacity = math.inf  # known with the first nodes
-        self.place: dict[Item, int] = {}
-        self.nodes: Tensor | None = None  # (capacity, C, N)
+    device: torch.device
+    most: int  # images worth keeping; 0 keeps none beyond its group
+    share: float = CACHE_SHARE  # the part of free memory that it may take
+    capacity: float = math.inf  # known with the first nodes
+    place: dict[Item, int] = field(default_factory=dict)
+    nodes: Tensor | None = None  # (capacity, C, N)
 
     def reserve_rows(self, wanted: list[Item]) -> tuple[int, list[Item]]:
         """Give a row to each image that has none, emptying a full table; return the first of those rows, and the images."""

@@ -78,13 +78,10 @@ class Launch(NamedTuple):
 
 
 def read_launch() -> Launch | None:
-    """How this process was launched; None if it was started by itself.
+    """How this process was launched; None if it was started by itself. InputError if the variables make no sense.
 
     WORLD_SIZE tells of torchrun, a step of several tasks of srun. Without either, the other variables are left over from
     something else and are ignored, as empty ones are.
-
-    Raises:
-        InputError: variables are missing, are not numbers, or contradict each other.
     """
     environ = {name: value for name, value in os.environ.items() if value.strip()}
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -110,11 +107,7 @@ def read_launch() -> Launch | None:
 
 
 def join(launch: Launch, device: torch.device) -> Ranks:
-    """Connect to the other processes of the run.
-
-    Raises:
-        InputError: the environment does not say where the first process is.
-    """
+    """Connect to the other processes of the run. InputError if the environment does not say where the first one is."""
     environ = os.environ
     if launch.by_slurm:
         environ.setdefault("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000))
@@ -134,9 +127,8 @@ def join(launch: Launch, device: torch.device) -> Ranks:
 class Shard(Sampler[list[Any]]):
     """This rank's part of the batches of an epoch, from the batch on that comes next.
 
-    Args:
-        batches: has ``len()``, ``[k]`` and ``set_epoch(epoch)``.
-        by_image: a batch is divided among the ranks; otherwise each rank takes whole batches in turn.
+    ``batches`` have ``len()``, ``[k]`` and ``set_epoch(epoch)``. With ``by_image``, a batch is divided among the ranks;
+    otherwise each rank takes whole batches in turn.
     """
 
     def __init__(self, batches: Any, ranks: Ranks, *, by_image: bool) -> None:

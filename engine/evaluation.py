@@ -37,23 +37,17 @@ class DivergenceError(RuntimeError):
 
 
 class Model(Protocol):
-    """What an :class:`Evaluator` needs of a model; see the methods of :class:`Models.deepemd.DeepEMD`."""
+    """What an :class:`Evaluator` needs of a model; see :class:`Models.deepemd.DeepEMD`, whose ``match`` has the settings."""
 
     device_ids: Sequence[int]  # the GPUs that batches are spread over, if there are several
 
     def folded(self) -> "Model": ...
 
-    def encode(self, images: Tensor) -> Tensor:
-        """8-bit images to nodes ``(B, C, N)``."""
+    def encode(self, images: Tensor) -> Tensor: ...
 
-    def match(self, support: Tensor, query: Tensor, **settings: Any) -> Tensor:
-        """Nodes ``(E, K*W, C, N)`` and ``(E, W*Q, C, N)`` to logits ``(E, W*Q, W)``.
+    def match(self, support: Tensor, query: Tensor, **settings: Any) -> Tensor: ...
 
-        The settings are ``way``, ``shot``, ``solver`` (None for its own) and ``generator``: one for each episode.
-        """
-
-    def settle(self) -> None:
-        """Raise what a solver on the device has met and not reported yet."""
+    def settle(self) -> None: ...
 
 
 class Episodes(Protocol):
@@ -279,8 +273,7 @@ class Evaluator:
 def encode_images(model: Model, images: Tensor, *, device: torch.device) -> Tensor:
     """8-bit images ``(B, 3, S, S)``, or patches ``(B, P, 3, S, S)``, to nodes ``(B, C, N)`` on the device, in batches.
 
-    Raises:
-        DivergenceError: the nodes are not finite.
+    Raises DivergenceError if the nodes are not finite.
     """
     most = _encode_batch(model, device, images.shape[1] if images.dim() == 5 else 1)
     step = -(-most // ENCODE_SIZES) if device.type == "cuda" else 1

@@ -34,20 +34,15 @@ def make_loader(dataset: Dataset, batches: Iterable, *, num_workers: int, device
 
 
 def stream(loader: DataLoader) -> Iterator[Any]:
-    """One pass over a loader.
-
-    Raises:
-        LoaderError: a worker was killed, or ran out of shared memory.
-    """
+    """One pass over a loader. Raises LoaderError if a worker was killed, or ran out of shared memory."""
     try:
         yield from loader
     except RuntimeError as error:
         if "DataLoader worker" not in str(error) or "Traceback" in str(error):
             raise  # an error in a worker
-        raise LoaderError(
-            f"a process that loads images was lost ({str(error).splitlines()[0].rstrip('. ')}). If shared memory is short, "
-            "give the container more (--shm-size 8g) or lower -num_workers; with 0, the main process loads them"
-        ) from error
+        lost = f"a process that loads images was lost ({str(error).splitlines()[0].rstrip('. ')})"
+        advice = "If shared memory is short, give the container more (--shm-size 8g) or lower -num_workers"
+        raise LoaderError(f"{lost}. {advice}; with 0, the main process loads them") from error
 
 
 class _Lines(tqdm):

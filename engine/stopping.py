@@ -43,8 +43,7 @@ class StopRequest:
 def stop_request(resume_command: str | None = None) -> Iterator[StopRequest]:
     """Turn signals into a request to stop; those that are ignored stay so, as under nohup or in a background job.
 
-    Args:
-        resume_command: the command line that resumes the run, printed when it is stopped.
+    ``resume_command``, the command line that resumes the run, is printed when it is stopped.
     """
     request = StopRequest(is_launched=read_launch() is not None)
     before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}

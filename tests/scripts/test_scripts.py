@@ -5,6 +5,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -467,6 +468,20 @@ def test_ctrl_c_while_importing_is_quiet(bad_place):
     assert "Traceback" not in rest
     assert "interrupted" not in rest  # that is said once the script runs
     assert process.wait(60) == -signal.SIGINT
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])
+@pytest.mark.parametrize("script", ["train_pretrain.py", "train_meta.py", "eval.py", "predict.py", "visualize.py"])
+def test_an_ignored_interrupt_stays_ignored(monkeypatch, capsys, script, handler):
+    """As in a background job, whose terminal sends Ctrl-C to what runs in front."""
+    monkeypatch.setattr(sys, "argv", [script, "-h"])
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_full_disk_is_one_line_and_costs_nothing(data, tmp_path, monkeypatch):

@@ -1,12 +1,12 @@
 """The flags that scripts share beside those of the data and the model, and the commands that they print."""
 
-import argparse
 import contextlib
 import io
 import json
 import re
 import shlex
 import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ STAGE_FLAGS = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_ev
 
 
 def add_training_arguments(
-    parser: argparse.ArgumentParser, *, max_epoch: int, bs: int, bs_help: str, lr: float, step_size: int, gamma: float
+    parser: ArgumentParser, *, max_epoch: int, bs: int, bs_help: str, lr: float, step_size: int, gamma: float
 ) -> None:
     """The flags that :func:`fit_settings` and a script's validation read, with the script's defaults."""
     count, steps, rate = number_at_least(1, int), number_at_least(0, int), number_at_least(1e-12, float)
@@ -50,11 +50,8 @@ def add_training_arguments(
 
 
 def parse_run(
-    script: str,
-    parser: argparse.ArgumentParser,
-    argv: Sequence[str] | None,
-    folder_of: Callable[[argparse.Namespace], Path],
-) -> tuple[argparse.Namespace, Path, bool]:
+    script: str, parser: ArgumentParser, argv: Sequence[str] | None, folder_of: Callable[[Namespace], Path]
+) -> tuple[Namespace, Path, bool]:
     """The flags of a training script, the folder of its run, and whether this resumes the run that is there.
 
     With ``-resume FOLDER``, flags that are not given are those of the run in there; else ``folder_of`` gives the folder that
@@ -85,9 +82,7 @@ def parse_run(
     return args, folder, True
 
 
-def _parse_over(
-    recorded: dict[str, Any], parser: argparse.ArgumentParser, argv: Sequence[str], path: Path
-) -> argparse.Namespace:
+def _parse_over(recorded: dict[str, Any], parser: ArgumentParser, argv: Sequence[str], path: Path) -> Namespace:
     """Parse a command line whose defaults are the flags recorded in a file, which are checked as those of a user are."""
     known = {name: value for name, value in recorded.items() if name in vars(parser.parse_args([]))}
     message = io.StringIO()
@@ -98,14 +93,14 @@ def _parse_over(
         raise InputError(f"{path} has flags that cannot be used ({message.getvalue().strip()})") from None
 
 
-def fit_settings(args: argparse.Namespace, **more: Any) -> FitSettings:
+def fit_settings(args: Namespace, **more: Any) -> FitSettings:
     """The settings of :func:`engine.training.fit` that the flags give; ``more`` are the script's own."""
     names = ("max_epoch", "lr", "step_size", "gamma", "save_all", "save_every")
     flags = {name: getattr(args, name) for name in names}
     return FitSettings(**flags, half_precision=args.amp == "float16", **more)
 
 
-def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+def add_evaluation_arguments(parser: ArgumentParser) -> None:
     """The flags that :func:`make_evaluator` reads beside those of the data; they decide speed and memory, not results."""
     group = parser.add_argument_group("speed of evaluation")
     auto = "auto: encode each image once per set of weights, where its view is not random"
@@ -113,7 +108,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-episode_batch", type=number_at_least(1, int), default=8, help="episodes matched together")
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, *, has_folder: bool = True) -> None:
+def add_run_arguments(parser: ArgumentParser, *, has_folder: bool = True) -> None:
     """The flags that :func:`engine.start.start` reads, and ``-extra_dir`` where the script writes to a folder."""
     group, seed = parser.add_argument_group("run"), number_between(0, 2**63 - 1, int)
     group.add_argument("-gpu", help='GPUs to use, as in 0 or 0,1,2,3, or "cpu" (default: one GPU, else the CPU)')
@@ -135,7 +130,7 @@ def folder_name(text: str) -> str:
     path = Path(text)
     if path.is_absolute() or ".." in path.parts or "\0" in text:
         wanted = "expected the name of a folder below checkpoint/, as in trial-2"
-        raise argparse.ArgumentTypeError(f"{wanted}; got {text!r}")
+        raise ArgumentTypeError(f"{wanted}; got {text!r}")
     return text
 
 
@@ -151,12 +146,12 @@ def add_json_argument(group: Any, what: str = "the results") -> None:
     group.add_argument("-json", metavar="FILE", help=f'also write {what} to FILE; "-" prints them and nothing else')
 
 
-def loader_processes(args: argparse.Namespace) -> int:
+def loader_processes(args: Namespace) -> int:
     """Processes that load images for this one."""
     return min(8, available_cores()) if args.num_workers is None else args.num_workers
 
 
-def make_evaluator(args: argparse.Namespace, dataset: Dataset, **more: Any) -> Evaluator:
+def make_evaluator(args: Namespace, dataset: Dataset, **more: Any) -> Evaluator:
     """An evaluator of episodes of the shape that the flags ask for; ``more`` are its other arguments."""
     names = ("way", "shot", "seed", "feature_cache", "episode_batch")
     flags = {name: getattr(args, name) for name in names}
@@ -169,25 +164,20 @@ def folder_number(value: float, digits: int) -> str:
     return rounded if float(rounded) == value else repr(value)
 
 
-def encoder_suffix(args: argparse.Namespace) -> str:
+def encoder_suffix(args: Namespace) -> str:
     """What the encoder adds to the name of a run folder: nothing for the published one."""
     name = getattr(args, "backbone", "resnet12")
     return "" if name == "resnet12" else "-" + re.sub(r"[^\w.-]+", "-", name)
 
 
-def resume_command(script: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+def resume_command(script: str, parser: ArgumentParser, args: Namespace) -> str:
     """The command line that resumes a run that was stopped."""
     given = vars(args) | {"resume": args.resume or True}  # without a value if it has none
     return shlex.join(["python", script, *_words(parser, given)])
 
 
 def next_command(
-    script: str,
-    parser: argparse.ArgumentParser,
-    args: argparse.Namespace,
-    *,
-    leave_out: Iterable[str] = (),
-    **changed: Any,
+    script: str, parser: ArgumentParser, args: Namespace, *, leave_out: Iterable[str] = (), **changed: Any
 ) -> str:
     """The command line of the next stage, with the flags of this one, whose parser it is, that are not at their default.
 
@@ -199,7 +189,7 @@ def next_command(
     return shlex.join(["python", script, *_words(parser, given)])
 
 
-def _words(parser: argparse.ArgumentParser, flags: dict[str, Any]) -> list[str]:
+def _words(parser: ArgumentParser, flags: dict[str, Any]) -> list[str]:
     """Flags as words of a command line, without those at their default, in the order of the parser."""
     defaults = vars(parser.parse_args([]))
     words = []

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import SGD
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -48,12 +50,10 @@ class FitSettings:
     ] = ()  # errors in a batch, forward or backward, that cost its step and not the run
 
 
-def make_optimizer(
-    network: nn.Module, settings: FitSettings
-) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.StepLR]:
+def make_optimizer(network: nn.Module, settings: FitSettings) -> tuple[SGD, StepLR]:
     """The published optimiser: SGD with Nesterov momentum, and a learning rate that drops in steps."""
-    optimizer = torch.optim.SGD(network.parameters(), lr=settings.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, settings.step_size, settings.gamma)
+    optimizer = SGD(network.parameters(), lr=settings.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    return optimizer, StepLR(optimizer, settings.step_size, settings.gamma)
 
 
 @dataclass
@@ -199,11 +199,7 @@ def train_epoch(
 
 
 def _differentiate(
-    forward: Forward,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    places: list[tuple[int, int]],
-    guard: StepGuard,
-    settings: FitSettings,
+    forward: Forward, batches: Iterator[Any], places: list[tuple[int, int]], guard: StepGuard, settings: FitSettings
 ) -> tuple[list[Score], str | None]:
     """Add up the gradients of this rank's batches of a step. Returns their scores, and what went wrong if anything did."""
     scores: list[Score] = []

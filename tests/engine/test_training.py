@@ -74,7 +74,7 @@ def settings(**changed):
 
 
 def guard_of(network, ranks=None):
-    return StepGuard(network, make_optimizer(network, settings())[0], ranks=ranks)
+    return StepGuard(network, make_optimizer(network, settings())[0], ranks=ranks or Ranks())
 
 
 def classify(network):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the script without a traceback
 
 import json
@@ -13,21 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dataloader.arguments import (
-    add_data_arguments,
-    add_episode_arguments,
-    draw_episodes,
-    open_dataset,
-    pixel_statistics,
-)
+from dataloader import arguments as data
 from engine import arguments
-from engine.arguments import (
-    add_evaluation_arguments,
-    add_json_argument,
-    add_run_arguments,
-    add_set_argument,
-    add_test_episode_argument,
-)
 from engine.results import final_test
 from engine.run import result_flags
 from engine.start import start
@@ -40,18 +27,17 @@ from utils import append_line, check_writable, make_parser, run_script, write_ou
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     group = parser.add_argument_group("test protocol")
-    add_set_argument(group)
-    add_test_episode_argument(group)
-    group.add_argument(
-        "-resume", action="store_true", help="continue an interrupted evaluation with the same flags, if there is one"
-    )
-    add_json_argument(group)
-    add_data_arguments(parser)
-    add_episode_arguments(parser)
+    arguments.add_set_argument(group)
+    arguments.add_test_episode_argument(group)
+    resume = "continue an interrupted evaluation with the same flags, if there is one"
+    group.add_argument("-resume", action="store_true", help=resume)
+    arguments.add_json_argument(group)
+    data.add_data_arguments(parser)
+    data.add_episode_arguments(parser)
     add_weights_arguments(parser)
     add_model_arguments(parser, sfc_lr=100.0)
-    add_evaluation_arguments(parser)
-    add_run_arguments(parser)
+    arguments.add_evaluation_arguments(parser)
+    arguments.add_run_arguments(parser)
     return parser
 
 
@@ -75,33 +61,23 @@ def main(argv: Sequence[str] | None = None) -> None:
             if path not in (None, "-"):
                 check_writable(Path(path))
 
-    model, weights = open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
-    dataset = open_dataset(args, args.set, train=False)
-    episodes = draw_episodes(args, dataset, args.test_episode, seed=args.seed, name=args.set)
+    model, weights = open_model(args, device=device, device_ids=device_ids, **data.pixel_statistics(args))
+    dataset = data.open_dataset(args, args.set, train=False)
+    episodes = data.draw_episodes(args, dataset, args.test_episode, seed=args.seed, name=args.set)
 
     command = arguments.resume_command("eval.py", parser, args) if ranks.is_first and args.json != "-" else None
     with stop_request(command) as stop:
         evaluator = arguments.make_evaluator(args, dataset, device=device, ranks=ranks, stop=stop)
-        test = final_test(
-            evaluator,
-            model,
-            episodes,
-            args,
-            folder,
-            weights=weights,
-            data=dataset.fingerprint(),
-            resume=args.resume,
-            title=args.set,
-            keep=True,
-        )
+        settings = {"weights": weights, "data": dataset.fingerprint(), "resume": args.resume, "title": args.set}
+        tested, content = final_test(evaluator, model, episodes, args, folder, keep=True, **settings)
     if not ranks.is_first:
         return
     settings = as_words(unusual_flags(parser, args))
-    line = f"{args.dataset} {args.set}, {args.deepemd}, {test.line}" + (f", with {settings}" if settings else "")
+    line = f"{args.dataset} {args.set}, {args.deepemd}, {tested}" + (f", with {settings}" if settings else "")
     append_line(folder / "results.txt", f"{line}, {weights}")
     if args.json not in (None, "-"):
-        write_output(Path(args.json), json.dumps(test.content, indent=1).encode())
-    print(json.dumps(test.content) if args.json == "-" else line)
+        write_output(Path(args.json), json.dumps(content, indent=1).encode())
+    print(json.dumps(content) if args.json == "-" else line)
 
 
 if __name__ == "__main__":

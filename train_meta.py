@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the script without a traceback
 
 import copy
@@ -12,27 +12,9 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataloader.arguments import (
-    add_data_arguments,
-    add_episode_arguments,
-    draw_episodes,
-    open_dataset,
-    pixel_statistics,
-)
+from dataloader import arguments as data
 from dataloader.episodes import episode_labels
-from engine.arguments import (
-    add_evaluation_arguments,
-    add_run_arguments,
-    add_test_episode_argument,
-    add_training_arguments,
-    encoder_suffix,
-    fit_settings,
-    loader_processes,
-    make_evaluator,
-    next_command,
-    parse_run,
-    resume_command,
-)
+from engine import arguments
 from engine.distributed import Shard
 from engine.loading import make_loader
 from engine.results import final_test
@@ -49,50 +31,47 @@ from utils import BEST_WEIGHTS, InputError, make_parser, named_generator, number
 SCRIPT = "train_meta.py"
 # Flags that eval.py does not have, and -set, which means the validation split here.
 OWN_FLAGS = (
-    *("val_frequency", "val_episode", "val_solver", "log_images", "pretrain_dir"),
-    *("save_all", "random_val_task", "set"),
+    "val_frequency",
+    "val_episode",
+    "val_solver",
+    "log_images",
+    "pretrain_dir",
+    "save_all",
+    "random_val_task",
+    "set",
 )
 
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     tasks = "tasks per step, by gradient accumulation"
-    add_training_arguments(parser, max_epoch=100, bs=1, bs_help=tasks, lr=0.0005, step_size=10, gamma=0.5)
+    arguments.add_training_arguments(parser, max_epoch=100, bs=1, bs_help=tasks, lr=0.0005, step_size=10, gamma=0.5)
     count = number_at_least(1, int)
     group = parser.add_argument_group("meta-training")
     group.add_argument("-val_frequency", type=count, default=50, help="training steps per epoch")
     group.add_argument("-val_episode", type=count, default=1000, help="validation episodes per epoch")
-    add_test_episode_argument(group, help="episodes of the final test")
-    group.add_argument(
-        "-log_images",
-        type=number_at_least(0, int),
-        default=0,
-        help="validation episodes of which one match is drawn every epoch, for TensorBoard",
-    )
-    group.add_argument(
-        "-val_solver",
-        type=solver_choice,
-        default="opencv",
-        metavar="NAME[:OPTION=VALUE,...]",
-        help="solver of validation and final test, as -solver",
-    )
+    arguments.add_test_episode_argument(group, help="episodes of the final test")
+    log_images = "validation episodes of which one match is drawn every epoch, for TensorBoard"
+    group.add_argument("-log_images", type=number_at_least(0, int), default=0, help=log_images)
+    shown = {"metavar": "NAME[:OPTION=VALUE,...]", "help": "solver of validation and final test, as -solver"}
+    group.add_argument("-val_solver", type=solver_choice, default="opencv", **shown)
     group.add_argument(
         "-pretrain_dir",
         default="deepemd_pretrain_model/",
         help="encoder to start from: a checkpoint, a run folder of train_pretrain.py, or a folder with "
         '<dataset>/resnet12/max_acc.pth in it; "none" starts from random weights',
     )
-    add_data_arguments(parser)
-    add_episode_arguments(parser)
+    data.add_data_arguments(parser)
+    data.add_episode_arguments(parser)
     add_model_arguments(parser)
-    add_evaluation_arguments(parser)
-    add_run_arguments(parser)
+    arguments.add_evaluation_arguments(parser)
+    arguments.add_run_arguments(parser)
     return parser
 
 
 def run_folder(args: Namespace) -> Path:
-    task = f"{args.shot}shot-{args.way}way"
-    return Path("checkpoint", args.dataset, args.deepemd, task + encoder_suffix(args), args.extra_dir)
+    task = f"{args.shot}shot-{args.way}way{arguments.encoder_suffix(args)}"
+    return Path("checkpoint", args.dataset, args.deepemd, task, args.extra_dir)
 
 
 def pretrained_weights(args: Namespace) -> Path:
@@ -105,51 +84,52 @@ def pretrained_weights(args: Namespace) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
-    args, folder, resumes = parse_run(SCRIPT, parser, argv, run_folder)
+    args, folder, resumes = arguments.parse_run(SCRIPT, parser, argv, run_folder)
     if args.log_images:
         check_head(args.head)
     ranks, device, device_ids = start(args)
     if args.bs % ranks.size:
-        raise InputError(
-            f"-bs {args.bs} is not a multiple of the {ranks.size} processes, which share the tasks of a step"
-        )
+        shared = f"the {ranks.size} processes, which share the tasks of a step"
+        raise InputError(f"-bs {args.bs} is not a multiple of {shared}")
 
     splits = ("train", args.set, "test")
-    train_set, val_set, test_set = (open_dataset(args, split, train=split == "train") for split in splits)
+    train_set, val_set, test_set = (data.open_dataset(args, split, train=split == "train") for split in splits)
     tasks = args.val_frequency * args.bs
-    train_episodes = draw_episodes(args, train_set, tasks, seed=args.seed, name="train", train=True)
-    val_episodes = draw_episodes(args, val_set, args.val_episode, seed=args.seed, name=args.set)
-    test_episodes = draw_episodes(args, test_set, args.test_episode, seed=args.seed, name="test")
+    train_episodes = data.draw_episodes(args, train_set, tasks, seed=args.seed, name="train", train=True)
+    val_episodes = data.draw_episodes(args, val_set, args.val_episode, seed=args.seed, name=args.set)
+    test_episodes = data.draw_episodes(args, test_set, args.test_episode, seed=args.seed, name="test")
     for dataset in (train_set, val_set, test_set):
         dataset[0, 0]  # what is wrong with all images is reported before the first step
 
-    statistics = pixel_statistics(args)
+    statistics = data.pixel_statistics(args)
     model = build_model(args, device_ids=device_ids, val_solver=args.val_solver, **statistics).to(device)
     started_from = None
     if args.pretrain_dir != "none" and not resumes:
         hint = "Set -pretrain_dir, run train_pretrain.py, or download the published weights: bash download_pretrain_model.sh"
         load_encoder_weights(model, pretrained_weights(args), hint=hint)
         started_from = fingerprint(pretrained_weights(args))
-    data = {"train": train_set.fingerprint(), args.set: val_set.fingerprint(), "test": test_set.fingerprint()}
-    run = open_run(SCRIPT, args, folder, ranks, weights=model, data=data, started_from=started_from)
+    sets = {"train": train_set, args.set: val_set, "test": test_set}
+    fingerprints = {split: dataset.fingerprint() for split, dataset in sets.items()}
+    run = open_run(SCRIPT, args, folder, ranks, weights=model, data=fingerprints, started_from=started_from)
     if run.is_finished(args.max_epoch):
         status(f"the run in {folder} is finished: nothing to do")
         return
 
     shard = Shard(train_episodes, ranks, by_image=False)
-    loader = make_loader(train_set, shard, num_workers=loader_processes(args), device=device)
+    loader = make_loader(train_set, shard, num_workers=arguments.loader_processes(args), device=device)
     labels = episode_labels(args.way, args.query).to(device)
 
     def forward(images, _, place):
         order = named_generator(args.seed, "train", "sfc", *place)
         return model(images, way=args.way, shot=args.shot, generator=order), labels
 
-    with stop_request(resume_command(SCRIPT, parser, args) if ranks.is_first else None) as stop:
-        evaluator = make_evaluator(args, val_set, device=device, keep_pixels=True, ranks=ranks, stop=stop)
-        drawn = draw_episodes(args, val_set, args.log_images if ranks.is_first else 0, seed=args.seed, name=args.set)
-        matches = FixedMatches(
-            val_set, list(drawn), way=args.way, shot=args.shot, seed=args.seed, device=device, solver=args.val_solver
+    with stop_request(arguments.resume_command(SCRIPT, parser, args) if ranks.is_first else None) as stop:
+        evaluator = arguments.make_evaluator(args, val_set, device=device, keep_pixels=True, ranks=ranks, stop=stop)
+        drawn = data.draw_episodes(
+            args, val_set, args.log_images if ranks.is_first else 0, seed=args.seed, name=args.set
         )
+        shape = {"way": args.way, "shot": args.shot, "seed": args.seed}
+        matches = FixedMatches(val_set, list(drawn), **shape, device=device, solver=args.val_solver)
 
         def validate(epoch):
             val_episodes.set_epoch(epoch if args.random_val_task else 0)
@@ -158,37 +138,27 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run.image(name, pixels, epoch)
             return result
 
-        settings = fit_settings(args, accumulate=args.bs, skip_on=(SolverError, ProblemError))
+        settings = arguments.fit_settings(args, accumulate=args.bs, skip_on=(SolverError, ProblemError))
         fit(model, forward, loader, validate, run, settings, weights_of=model, ranks=ranks, stop=stop)
 
         best = folder / BEST_WEIGHTS
-        changed = {"model_dir": str(best), "solver": args.val_solver}
-        test_command = next_command("eval.py", parser, args, leave_out=OWN_FLAGS, **changed)
+        changed = {"leave_out": OWN_FLAGS, "model_dir": str(best), "solver": args.val_solver}
+        test_command = arguments.next_command("eval.py", parser, args, **changed)
         try:
             tested = copy.deepcopy(model)  # the model itself is part of the state, which may be saved again
             if ranks.is_first:
                 load_encoder_weights(tested, best)
             ranks.copy_from_first(tested)
-            evaluator = make_evaluator(args, test_set, device=device, ranks=ranks, stop=stop)
-            found = final_test(
-                evaluator,
-                tested,
-                test_episodes,
-                args,
-                folder,
-                weights=best,
-                data=data["test"],
-                solver=args.val_solver,
-                resume=resumes,
-            )
+            evaluator = arguments.make_evaluator(args, test_set, device=device, ranks=ranks, stop=stop)
+            settings = {"weights": best, "data": fingerprints["test"], "solver": args.val_solver, "resume": resumes}
+            line, found = final_test(evaluator, tested, test_episodes, args, folder, **settings)
         except Stopped:
             raise
         except Exception:
             status(f"the final test failed. The best weights are in {best}; to test them, run: {test_command}")
             raise
-    run.log(f"test, best model, {found.line}")
-    accuracy, interval, loss = found.evaluation.accuracy, found.evaluation.interval, found.evaluation.loss
-    run.finish(test_acc=accuracy, test_interval=interval, test_loss=loss)
+    run.log(f"test, best model, {line}")
+    run.finish(test_acc=found["accuracy"], test_interval=found["interval"], test_loss=found["loss"])
     if ranks.is_first:
         print(f"next: {test_command}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import io
@@ -14,17 +15,17 @@ import signal
 import stat
 import sys
 import tempfile
-import time
+import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 BEST_WEIGHTS = "max_acc.pth"
-LARGEST_SEED = 2**63 - 1
 T = TypeVar("T")
 
 
@@ -51,34 +52,25 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that shows every default, and reports bad flags in one line, with exit status 2."""
+    """A parser that shows every default and reports bad flags in one line."""
     return _Parser(description=description, allow_abbrev=False, formatter_class=_Formatter)
 
 
 def number_at_least(minimum: float, kind: type) -> Callable[[str], Any]:
     """An argparse type: ``int`` or ``float``, finite and not below ``minimum``."""
-    return _number(kind, lambda value: value >= minimum, f"of {minimum} or more")
-
-
-def number_above_zero(kind: type) -> Callable[[str], Any]:
-    """An argparse type: ``int`` or ``float``, finite and positive."""
-    return _number(kind, lambda value: value > 0, "above 0")
+    return number_between(minimum, math.inf, kind)
 
 
 def number_between(minimum: float, maximum: float, kind: type) -> Callable[[str], Any]:
-    """An argparse type: ``int`` or ``float`` from ``minimum`` to ``maximum``."""
-    return _number(kind, lambda value: minimum <= value <= maximum, f"from {minimum} to {maximum}")
+    """An argparse type: ``int`` or ``float``, finite and from ``minimum`` to ``maximum``."""
+    limits = f"from {minimum} to {maximum}" if maximum < math.inf else f"of {minimum} or more"
 
-
-def _number(kind: type, is_good: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             value = kind(text)
-            if math.isfinite(value) and is_good(value):
+            if math.isfinite(value) and minimum <= value <= maximum:
                 return value
-        except (ValueError, OverflowError):
-            pass
-        raise argparse.ArgumentTypeError(f"expected a {'whole ' if kind is int else ''}number {what}; got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a {'whole ' * (kind is int)}number {limits}; got {text!r}")
 
     return parse
 
@@ -113,25 +105,22 @@ def run_script(main: Callable[[], None]) -> None:
         message = _user_message(error)
         if message is None:
             raise
-        exit_status = getattr(error, "exit_status", None)  # of exceptions that are not errors
-        if exit_status:
+        if exit_status := getattr(error, "exit_status", None):  # of exceptions that are not errors
             status(message)
-        else:
-            print(f"error: {message}", file=sys.stderr)
-        sys.exit(exit_status or 1)
+            sys.exit(exit_status)
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _user_message(error: Exception) -> str | None:
     """One line for errors that the user can do something about, None for others."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, torch.OutOfMemoryError):
-        return (
-            f"out of GPU memory ({lines[0]}). Use a smaller -query, fewer patches, -checkpoint_activations, or more GPUs "
-            "(-gpu 0,1)"
-        )
+        advice = "Use a smaller -query, fewer patches, -checkpoint_activations, or more GPUs (-gpu 0,1)"
+        return f"out of GPU memory ({lines[0]}). {advice}"
     if isinstance(error, MemoryError) or re.search(r"can't allocate memory|bad_alloc", str(error)):
         return f"out of memory ({lines[0]}). Use a smaller -query, -episode_batch or -image_size, or fewer patches"
-    if _process.size > 1 and re.search("gloo|NCCL|Connection (closed|reset)", str(error)):
+    if process.size > 1 and re.search("gloo|NCCL|Connection (closed|reset)", str(error)):
         return f"another process of the run was lost ({lines[0]})"
     if not (getattr(error, "is_user_error", False) or isinstance(error, OSError)):
         return None
@@ -141,37 +130,24 @@ def _user_message(error: Exception) -> str | None:
 
 
 def warn(message: str) -> None:
-    """Print a warning on standard error."""
+    """Print a warning, as :func:`status` does."""
     status(f"warning: {message}")
 
 
 def status(message: str) -> None:
     """Print a line on standard error; of the processes of a run, the first does."""
-    if _process.rank == 0:
+    if process.rank == 0:
         print(message, file=sys.stderr, flush=True)
 
 
-class Process(NamedTuple):
-    """This process among those of a run, of which ``local_size`` share this machine."""
-
-    rank: int = 0
-    size: int = 1
-    local_size: int = 1
-
-
-_process = Process()
-
-
-def set_process(process: Process) -> None:
-    """Say which process of a run this one is: engine.start does, once it has joined the others."""
-    global _process
-    _process = process
+# This process among those of a run, of which ``local_size`` share this machine; engine.start sets it.
+process = SimpleNamespace(rank=0, size=1, local_size=1)
 
 
 def available_cores() -> int:
     """The cores that this process may use: its share of those of the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // _process.local_size)
+    return max(1, cores // process.local_size)
 
 
 def named_generator(seed: int, *name: str | int) -> torch.Generator:
@@ -183,34 +159,36 @@ def named_generator(seed: int, *name: str | int) -> torch.Generator:
 # --- Files ----------------------------------------------------------------------------------------------------------
 
 
-def append_line(path: Path, line: str | None = None) -> None:
-    """Add a line to a text file, creating it and its folder; without a line, only check that this is possible."""
+@contextlib.contextmanager
+def _writing(path: Path, more: str = "") -> Iterator[None]:
+    """Create the folder of a file, and turn an OSError into a sentence about the file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            if line is not None:
-                file.write(line + "\n")
+        yield
     except OSError as error:
-        raise InputError(f"cannot write to {path} ({error.strerror})") from error
+        raise InputError(f"cannot write {path} ({error.strerror}){more}") from error
+
+
+def append_line(path: Path, line: str | None = None) -> None:
+    """Add a line to a text file, creating it and its folder; without a line, only check that this is possible."""
+    with _writing(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        if line is not None:
+            file.write(line + "\n")
 
 
 def check_writable(path: Path) -> None:
-    """Raise InputError unless :func:`write_output` can write there. Nothing is opened that another process reads."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Raise InputError unless :func:`write_output` can write there; opens nothing that another process reads."""
+    with _writing(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         if not path.exists():
             tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent).close()
         elif not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, "permission denied")
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror})") from error
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write one of our JSON files atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=1).encode())
 
 
@@ -223,66 +201,51 @@ def save_plain(path: Path, content: Any) -> None:
 
 def write_output(path: Path, content: bytes | memoryview) -> None:
     """Write a file that the user named: as :func:`write_atomically`, but several hard links to a file stay one file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and path.stat().st_nlink > 1:
-            path.write_bytes(content)
-            return
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror})") from error
-    write_atomically(path, content)
+    if not (path.is_file() and path.stat().st_nlink > 1):
+        write_atomically(path, content)
+        return
+    with _writing(path):
+        path.write_bytes(content)
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that a reader sees the old content or the new one, whenever the process is killed or power is lost.
 
-    Links are followed, and an existing file keeps its mode. Devices, pipes and the like are opened and written.
+    Its folder is created, links are followed, and an existing file keeps its mode. Devices and pipes are opened and written.
 
     Raises:
         InputError: it cannot be written; what was there before is intact.
     """
-    partial = None
-    try:
+    real = Path(os.path.realpath(path))
+    partial = real.with_name(f"{real.name[:50]}.{uuid.uuid4().hex}.part")
+    with _writing(path, "; what was saved before is intact"):
         before = os.stat(path) if path.exists() else None
         if before and (not stat.S_ISREG(before.st_mode) or Path(os.path.abspath(path)).parts[1] in ("dev", "proc")):
             with open(path, "ab") as file:
                 file.write(content)
             return
-        path = Path(os.path.realpath(path))
-        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name[:100]}.", suffix=".part")
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, stat.S_IMODE(before.st_mode) if before else 0o666 & ~_umask())
-        os.replace(partial, path)
+        try:
+            with open(partial, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if before:
+                os.chmod(partial, stat.S_IMODE(before.st_mode))
+            os.replace(partial, real)
+        finally:
+            with contextlib.suppress(OSError):  # there is none if all went well
+                partial.unlink()
         if os.name == "posix":
-            folder = os.open(path.parent, os.O_RDONLY)
+            folder = os.open(real.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}); what was saved before is intact") from error
-    finally:
-        if partial is not None and os.path.exists(partial):
-            os.unlink(partial)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def read_json(path: Path, what: str, parse: Callable[[Any], T] = lambda content: content) -> T:
-    """The content of a JSON file, as ``parse`` returns it.
-
-    Args:
-        what: what the file should be, for messages, as in "the results of an evaluation".
-        parse: takes the content apart; its KeyError, TypeError, ValueError, AttributeError and IndexError mean that the file
-            is another one.
+    """The content of a JSON file, as ``parse`` returns it; an error of Python's own in ``parse`` means another file.
 
     Raises:
-        InputError: it cannot be read, or is not what it should be. The message names it.
+        InputError: it cannot be read, or is not ``what`` it should be, as in "the results of an evaluation".
     """
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
@@ -310,11 +273,7 @@ def load_plain(path: Path, what: str) -> Any:
 
 def file_hash(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 # --- Text and numbers -----------------------------------------------------------------------------------------------
@@ -333,24 +292,9 @@ def printable(name: str) -> str:
 
 def mean_confidence_interval(accuracies: Sequence[float]) -> tuple[float, float]:
     """Mean and half width of the 95 % interval, ``1.96 std / sqrt(n)`` with the population std, in the unit given."""
-    values = np.asarray(accuracies, dtype=np.float64)
-    if not len(values):
+    if not len(accuracies):
         raise ValueError("expected at least one accuracy; got none")
-    return float(values.mean()), float(1.96 * values.std() / math.sqrt(len(values)))
-
-
-class Stopwatch:
-    """Wall-clock time since it was made, in words."""
-
-    def __init__(self) -> None:
-        self.start = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
-
-    def __str__(self) -> str:
-        return duration(self.seconds)
+    return float(np.mean(accuracies)), float(1.96 * np.std(accuracies) / math.sqrt(len(accuracies)))
 
 
 def duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ from torch.nn.parallel import data_parallel
 
 from Models.backbones import BACKBONES
 from Models.choices import check_choice
-from Models.emd import SOLVERS
+from Models.emd import SOLVERS, settle
 from Models.encoder import Encoder
 from Models.heads import HeadSettings, head_logits, match_with
 from Models.matching import Matching
@@ -215,6 +215,10 @@ class DeepEMD(nn.Module):
         if self.compiled:
             model.encoder.compile()
         return model
+
+    def settle(self) -> None:
+        """Raise what a solver on the model's device has met and not reported yet: see :func:`Models.emd.settle`."""
+        settle(next(self.encoder.parameters()).device)
 
     def _run_encoder(self, images: Tensor) -> Tensor:
         if len(self.device_ids) < 2:

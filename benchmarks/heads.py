@@ -84,6 +84,9 @@ class Comparison:
     def encode(self, images: Tensor) -> Tensor:
         return self.encoder.encode(images)
 
+    def settle(self) -> None:
+        self.encoder.settle()
+
     def match(self, support: Tensor, query: Tensor, *, way: int, generator: Sequence, **settings: Any) -> Tensor:
         """The logits of the first model that has not failed."""
         first = None

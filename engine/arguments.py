@@ -1,35 +1,32 @@
 """The flags that scripts share beside those of the data and the model, and the commands that they print."""
 
-import argparse
 import contextlib
 import io
 import json
 import re
 import shlex
 import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset
 
-from engine.distributed import Ranks
 from engine.evaluation import Evaluator
 from engine.run import LAST_STATE, RECORD, read_record, result_flags
-from engine.stopping import StopRequest
 from engine.training import FitSettings
-from utils import LARGEST_SEED, InputError, available_cores, number_above_zero, number_at_least, number_between
+from utils import InputError, available_cores, number_at_least, number_between
 
 # Flags that belong to one stage of training and mean nothing to the next.
 STAGE_FLAGS = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_every")
 
 
 def add_training_arguments(
-    parser: argparse.ArgumentParser, *, max_epoch: int, bs: int, bs_help: str, lr: float, step_size: int, gamma: float
+    parser: ArgumentParser, *, max_epoch: int, bs: int, bs_help: str, lr: float, step_size: int, gamma: float
 ) -> None:
-    """The flags that :func:`training_settings` and a script's validation read, with the script's defaults."""
-    count, rate = number_at_least(1, int), number_above_zero(float)
+    """The flags that :func:`fit_settings` and a script's validation read, with the script's defaults."""
+    count, steps, rate = number_at_least(1, int), number_at_least(0, int), number_at_least(1e-12, float)
     group = parser.add_argument_group("training")
     group.add_argument("-max_epoch", type=count, default=max_epoch, help="epochs to train")
     group.add_argument("-bs", type=count, default=bs, help=bs_help)
@@ -37,12 +34,8 @@ def add_training_arguments(
     group.add_argument("-step_size", type=count, default=step_size, help="epochs between drops of the learning rate")
     group.add_argument("-gamma", type=rate, default=gamma, help="factor of a drop")
     group.add_argument("-save_all", action="store_true", help="keep the weights of every epoch, as epoch-<n>.pth")
-    group.add_argument(
-        "-save_every",
-        type=number_at_least(0, int),
-        default=0,
-        help="steps between saves of the state within an epoch; 0 saves it once an epoch",
-    )
+    every = "steps between saves of the state within an epoch; 0 saves it once an epoch"
+    group.add_argument("-save_every", type=steps, default=0, help=every)
     group.add_argument(
         "-resume",
         nargs="?",
@@ -51,34 +44,22 @@ def add_training_arguments(
         help="resume the run in the folder that the other flags name, or start it if there is none; with FOLDER, resume "
         "the run in FOLDER with its own flags",
     )
-
     group = parser.add_argument_group("validation")
-    add_set_argument(group, ("val", "test"), default="val", help="split to validate on")
+    group.add_argument("-set", choices=("val", "test"), default="val", help="split to validate on")
     group.add_argument("-random_val_task", action="store_true", help="draw new validation episodes every epoch")
 
 
 def parse_run(
-    script: str,
-    parser: argparse.ArgumentParser,
-    argv: Sequence[str] | None,
-    folder_of: Callable[[argparse.Namespace], Path],
-) -> tuple[argparse.Namespace, Path, bool]:
+    script: str, parser: ArgumentParser, argv: Sequence[str] | None, folder_of: Callable[[Namespace], Path]
+) -> tuple[Namespace, Path, bool]:
     """The flags of a training script, the folder of its run, and whether this resumes the run that is there.
 
-    With ``-resume FOLDER``, flags that are not given are those of the run in there.
-
-    Args:
-        script: its file name.
-        folder_of: the folder that the flags name.
-
-    Raises:
-        InputError: there is nothing to resume, or flags that decide the result differ from those of the run.
+    With ``-resume FOLDER``, flags that are not given are those of the run in there; else ``folder_of`` gives the folder that
+    the flags name. InputError if there is nothing to resume, or flags that decide the result differ from those of the run.
     """
     args = parser.parse_args(argv)
-    if args.resume is None:
-        return args, folder_of(args), False
     folder = Path(args.resume) if args.resume else folder_of(args)
-    if not (folder / LAST_STATE).is_file():
+    if args.resume is None or not (folder / LAST_STATE).is_file():
         if args.resume:
             raise InputError(f"-resume {folder}: nothing to resume, there is no {LAST_STATE}")
         return args, folder, False
@@ -93,22 +74,15 @@ def parse_run(
     flags = json.loads(json.dumps(result_flags(args)))
     if flags["max_epoch"] > recorded["max_epoch"]:  # a run may be made longer
         del flags["max_epoch"]
-    different = [
-        f"-{name} {value} (was {recorded[name]})"
-        for name, value in flags.items()
-        if name in recorded and value != recorded[name]
-    ]
+    different = [name for name, value in flags.items() if value != recorded.get(name, value)]
     if different:
-        raise InputError(
-            f"-resume: the run in {folder} has other flags: {', '.join(different)}. Resume it with its own flags, or start "
-            "another run with -extra_dir"
-        )
+        listed = ", ".join(f"-{name} {flags[name]} (was {recorded[name]})" for name in different)
+        advice = "Resume it with its own flags, or start another run with -extra_dir"
+        raise InputError(f"-resume: the run in {folder} has other flags: {listed}. {advice}")
     return args, folder, True
 
 
-def _parse_over(
-    recorded: dict[str, Any], parser: argparse.ArgumentParser, argv: Sequence[str], path: Path
-) -> argparse.Namespace:
+def _parse_over(recorded: dict[str, Any], parser: ArgumentParser, argv: Sequence[str], path: Path) -> Namespace:
     """Parse a command line whose defaults are the flags recorded in a file, which are checked as those of a user are."""
     known = {name: value for name, value in recorded.items() if name in vars(parser.parse_args([]))}
     message = io.StringIO()
@@ -119,42 +93,28 @@ def _parse_over(
         raise InputError(f"{path} has flags that cannot be used ({message.getvalue().strip()})") from None
 
 
-def fit_settings(args: argparse.Namespace, **more: Any) -> FitSettings:
+def fit_settings(args: Namespace, **more: Any) -> FitSettings:
     """The settings of :func:`engine.training.fit` that the flags give; ``more`` are the script's own."""
-    return FitSettings(
-        max_epoch=args.max_epoch,
-        lr=args.lr,
-        step_size=args.step_size,
-        gamma=args.gamma,
-        half_precision=args.amp == "float16",
-        save_all=args.save_all,
-        save_every=args.save_every,
-        **more,
-    )
+    names = ("max_epoch", "lr", "step_size", "gamma", "save_all", "save_every")
+    flags = {name: getattr(args, name) for name in names}
+    return FitSettings(**flags, half_precision=args.amp == "float16", **more)
 
 
-def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+def add_evaluation_arguments(parser: ArgumentParser) -> None:
     """The flags that :func:`make_evaluator` reads beside those of the data; they decide speed and memory, not results."""
     group = parser.add_argument_group("speed of evaluation")
-    group.add_argument(
-        "-feature_cache",
-        choices=("auto", "off"),
-        default="auto",
-        help="auto: encode each image once per set of weights, where its view is not random",
-    )
+    auto = "auto: encode each image once per set of weights, where its view is not random"
+    group.add_argument("-feature_cache", choices=("auto", "off"), default="auto", help=auto)
     group.add_argument("-episode_batch", type=number_at_least(1, int), default=8, help="episodes matched together")
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, *, has_folder: bool = True) -> None:
+def add_run_arguments(parser: ArgumentParser, *, has_folder: bool = True) -> None:
     """The flags that :func:`engine.start.start` reads, and ``-extra_dir`` where the script writes to a folder."""
-    group = parser.add_argument_group("run")
+    group, seed = parser.add_argument_group("run"), number_between(0, 2**63 - 1, int)
     group.add_argument("-gpu", help='GPUs to use, as in 0 or 0,1,2,3, or "cpu" (default: one GPU, else the CPU)')
-    group.add_argument(
-        "-seed", type=number_between(0, LARGEST_SEED, int), default=1, help="of every random draw; 0 draws a seed"
-    )
-    group.add_argument(
-        "-deterministic", action="store_true", help="on a GPU, use deterministic kernels: repeatable, and slower"
-    )
+    group.add_argument("-seed", type=seed, default=1, help="of every random draw; 0 draws a seed")
+    kernels = "on a GPU, use deterministic kernels: repeatable, and slower"
+    group.add_argument("-deterministic", action="store_true", help=kernels)
     if has_folder:
         group.add_argument(
             "-extra_dir",
@@ -169,62 +129,33 @@ def folder_name(text: str) -> str:
     """An argparse type: a relative path that stays below the folder it is joined to."""
     path = Path(text)
     if path.is_absolute() or ".." in path.parts or "\0" in text:
-        raise argparse.ArgumentTypeError(
-            f"expected the name of a folder below checkpoint/, as in trial-2; got {text!r}"
-        )
+        wanted = "expected the name of a folder below checkpoint/, as in trial-2"
+        raise ArgumentTypeError(f"{wanted}; got {text!r}")
     return text
 
 
-def add_set_argument(
-    group: Any,
-    choices: Sequence[str] = ("train", "val", "test"),
-    default: str = "test",
-    help: str = "split to draw from",
-) -> None:
-    """The flag ``-set``."""
-    group.add_argument("-set", choices=choices, default=default, help=help)
+def add_set_argument(group: Any) -> None:
+    group.add_argument("-set", choices=("train", "val", "test"), default="test", help="split to draw from")
 
 
-def add_test_episode_argument(
-    group: Any, help: str = "episodes; the paper takes 5000 for 1-shot, 600 for 5-shot"
-) -> None:
-    """The flag ``-test_episode``."""
+def add_test_episode_argument(group: Any, help: str = "episodes; the paper: 5000 for 1-shot, 600 for 5-shot") -> None:
     group.add_argument("-test_episode", type=number_at_least(1, int), default=5000, help=help)
 
 
 def add_json_argument(group: Any, what: str = "the results") -> None:
-    """The flag ``-json``."""
     group.add_argument("-json", metavar="FILE", help=f'also write {what} to FILE; "-" prints them and nothing else')
 
 
-def loader_processes(args: argparse.Namespace) -> int:
+def loader_processes(args: Namespace) -> int:
     """Processes that load images for this one."""
-    return max(1, min(8, available_cores())) if args.num_workers is None else args.num_workers
+    return min(8, available_cores()) if args.num_workers is None else args.num_workers
 
 
-def make_evaluator(
-    args: argparse.Namespace,
-    dataset: Dataset,
-    *,
-    device: torch.device,
-    keep_pixels: bool = False,
-    ranks: Ranks | None = None,
-    stop: StopRequest | None = None,
-) -> Evaluator:
-    """An evaluator of episodes of the shape that the flags ask for."""
-    return Evaluator(
-        dataset,
-        way=args.way,
-        shot=args.shot,
-        device=device,
-        seed=args.seed,
-        num_workers=loader_processes(args),
-        feature_cache=args.feature_cache,
-        episode_batch=args.episode_batch,
-        keep_pixels=keep_pixels,
-        ranks=ranks,
-        stop=stop,
-    )
+def make_evaluator(args: Namespace, dataset: Dataset, **more: Any) -> Evaluator:
+    """An evaluator of episodes of the shape that the flags ask for; ``more`` are its other arguments."""
+    names = ("way", "shot", "seed", "feature_cache", "episode_batch")
+    flags = {name: getattr(args, name) for name in names}
+    return Evaluator(dataset, num_workers=loader_processes(args), **flags, **more)
 
 
 def folder_number(value: float, digits: int) -> str:
@@ -233,48 +164,38 @@ def folder_number(value: float, digits: int) -> str:
     return rounded if float(rounded) == value else repr(value)
 
 
-def encoder_suffix(args: argparse.Namespace) -> str:
+def encoder_suffix(args: Namespace) -> str:
     """What the encoder adds to the name of a run folder: nothing for the published one."""
     name = getattr(args, "backbone", "resnet12")
     return "" if name == "resnet12" else "-" + re.sub(r"[^\w.-]+", "-", name)
 
 
-def resume_command(script: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+def resume_command(script: str, parser: ArgumentParser, args: Namespace) -> str:
     """The command line that resumes a run that was stopped."""
     given = vars(args) | {"resume": args.resume or True}  # without a value if it has none
     return shlex.join(["python", script, *_words(parser, given)])
 
 
 def next_command(
-    script: str,
-    parser: argparse.ArgumentParser,
-    args: argparse.Namespace,
-    *,
-    leave_out: Iterable[str] = (),
-    **changed: Any,
+    script: str, parser: ArgumentParser, args: Namespace, *, leave_out: Iterable[str] = (), **changed: Any
 ) -> str:
-    """The command line of the next stage, with the flags of this one that are not at their default.
+    """The command line of the next stage, with the flags of this one, whose parser it is, that are not at their default.
 
-    Args:
-        script: of the next stage.
-        parser: of this stage.
-        leave_out: flags that the next stage does not have or should not take over, beside :data:`STAGE_FLAGS`.
-        changed: flags that this stage does not have, or whose value is another one in the next stage.
+    Flags to ``leave_out`` are those that the next stage does not have or should not take over, beside :data:`STAGE_FLAGS`;
+    ``changed`` are those that this stage does not have, or that are others in the next stage.
     """
     left_out = {*STAGE_FLAGS, *leave_out}
     given = {name: value for name, value in vars(args).items() if name not in left_out} | changed
     return shlex.join(["python", script, *_words(parser, given)])
 
 
-def _words(parser: argparse.ArgumentParser, flags: dict[str, Any]) -> list[str]:
+def _words(parser: ArgumentParser, flags: dict[str, Any]) -> list[str]:
     """Flags as words of a command line, without those at their default, in the order of the parser."""
     defaults = vars(parser.parse_args([]))
     words = []
     for name, value in {**defaults, **flags}.items():
-        text, default = (
-            ",".join(map(str, one)) if isinstance(one, list | tuple) else one for one in (value, defaults.get(name))
-        )
-        if text == default:
+        text = _joined(value)
+        if text == _joined(defaults.get(name)):
             continue
         if text is True:
             words.append(f"-{name}")
@@ -283,3 +204,7 @@ def _words(parser: argparse.ArgumentParser, flags: dict[str, Any]) -> list[str]:
         else:
             words += [f"-{name}", str(text)]
     return words
+
+
+def _joined(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else value

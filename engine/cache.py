@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,22 +42,19 @@ class Queue:
         return iter(self.batches)
 
 
+@dataclass(eq=False)
 class NodeTable:
-    """The nodes of images: a row each, on the device, or in pinned host memory where that has more room.
+    """The nodes of images: a row each, on the device, or in pinned host memory where that has more room."""
 
-    Args:
-        most: images worth keeping; 0 keeps none beyond its group.
-        share: the part of free memory that it may take.
-    """
-
-    def __init__(self, device: torch.device, *, most: int, share: float = CACHE_SHARE) -> None:
-        self.device, self.most, self.share = device, most, share
-        self.capacity = math.inf  # known with the first nodes
-        self.place: dict[Item, int] = {}
-        self.nodes: Tensor | None = None  # (capacity, C, N)
+    device: torch.device
+    most: int  # images worth keeping; 0 keeps none beyond its group
+    share: float = CACHE_SHARE  # the part of free memory that it may take
+    capacity: float = math.inf  # known with the first nodes
+    place: dict[Item, int] = field(default_factory=dict)
+    nodes: Tensor | None = None  # (capacity, C, N)
 
     def reserve_rows(self, wanted: list[Item]) -> tuple[int, list[Item]]:
-        """Give a row to each image that has none, after emptying a full table; return the first of those rows, and the images."""
+        """Give a row to each image that has none, emptying a full table; return the first of those rows, and the images."""
         if not self.most:
             return 0, wanted
         new = [item for item in dict.fromkeys(wanted) if item not in self.place]
@@ -72,9 +70,8 @@ class NodeTable:
         if self.nodes is None:
             size = nodes[0].numel() * nodes.element_size()
             here, host = (int(self.share * free_memory(place)) // size for place in (self.device, torch.device("cpu")))
-            wanted = max(least, self.most)
-            on_host = self.device.type == "cuda" and here < wanted and here < host
-            self.capacity = max(least, min(wanted, host if on_host else here))
+            on_host = self.device.type == "cuda" and here < min(host, max(least, self.most))
+            self.capacity = max(least, min(self.most, host if on_host else here))
             place = {"pin_memory": True} if on_host else {"device": self.device}
             self.nodes = torch.empty(self.capacity, *nodes.shape[1:], dtype=nodes.dtype, **place)
         self.nodes[row : row + len(nodes)] = nodes
@@ -96,15 +93,14 @@ class PixelCache(dict[Item, Tensor]):
         """The pixels of a batch, from those kept and ``fresh``, those that were missing."""
         if fresh is None:
             return torch.stack([self[item] for item in batch.items])
-        pixels = fresh
-        if len(fresh) < len(batch.items):
-            loaded = dict(zip(batch.missing, fresh, strict=True))
-            pixels = torch.stack([loaded[item] if item in loaded else self[item] for item in batch.items])
         if keep and self.room >= fresh.nbytes:
             self.room -= fresh.nbytes
             # Cloned, because memory shared with the loader's processes is scarce.
             self.update(zip(batch.missing, fresh.clone(), strict=True))
-        return pixels
+        if len(fresh) == len(batch.items):
+            return fresh
+        loaded = dict(zip(batch.missing, fresh, strict=True))
+        return torch.stack([loaded[item] if item in loaded else self[item] for item in batch.items])
 
 
 def free_memory(device: torch.device) -> int:
@@ -127,11 +123,10 @@ def plan_groups(
     for group in groups:
         wanted = [item for episode in group for item in episode]
         first, new = table.reserve_rows(wanted)
-        batches = [
-            Batch(part, first + start, [item for item in part if item not in pixels])
-            for start in range(0, len(new), batch_size)
-            for part in (new[start : start + batch_size],)
-        ]
+        batches = []
+        for start in range(0, len(new), batch_size):
+            part = new[start : start + batch_size]
+            batches.append(Batch(part, first + start, [item for item in part if item not in pixels]))
         rows = [table.place[item] for item in wanted] if table.most else range(len(wanted))
         yield Group(batches, torch.tensor(rows).view(len(group), -1))
 
@@ -141,8 +136,8 @@ def load_ahead(
 ) -> Iterator[tuple[Group, Iterator[Any]]]:
     """The groups of a plan, each with the stream of batches that its missing pixels come from.
 
-    The loader's processes take batches of later groups in advance, which are planned for that. They find none if no image is
-    missing any more: no more than ``most`` groups are planned in search of one.
+    The loader's processes take batches of later groups in advance. At most ``most`` groups are planned for that, as there may
+    be none with a missing image.
     """
     ahead: deque[Group] = deque()  # planned and not yet complete
 

@@ -1,11 +1,10 @@
 """The processes of a run: started by torchrun or SLURM, through torch.distributed. One process needs none of it."""
 
 import atexit
-import contextlib
 import os
 import re
-import subprocess
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -19,40 +18,31 @@ from utils import InputError
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
+@dataclass(frozen=True)
 class Ranks:
     """The processes of a run, of which this one is number ``rank`` of ``size``. Only the first prints and writes."""
 
-    def __init__(self, rank: int = 0, size: int = 1, local_size: int = 1, device: torch.device | None = None) -> None:
-        self.rank, self.size, self.local_size = rank, size, local_size
-        self.device = device or torch.device("cpu")
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    device: torch.device = torch.device("cpu")
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def gather(self, row: Sequence[float]) -> list[list[float]]:
-        """A row of numbers of the same length from every rank, in the order of the ranks."""
-        if self.size == 1:
-            return [list(row)]
-        own = torch.tensor(row, dtype=torch.float64, device=self.device)
-        rows = [torch.empty_like(own) for _ in range(self.size)]
-        distributed.all_gather(rows, own)
-        return torch.stack(rows).tolist()
-
-    def gather_objects(self, own: Any) -> list[Any]:
-        """Anything that can be pickled from every rank, in the order of the ranks."""
-        if self.size == 1:
-            return [own]
-        found: list[Any] = [None] * self.size
-        distributed.all_gather_object(found, own)
+    def gather(self, own: Any) -> list[Any]:
+        """What every rank has, in the order of the ranks."""
+        found = [own] * self.size
+        if self.size > 1:
+            distributed.all_gather_object(found, own)
         return found
 
     def from_first(self, own: Any) -> Any:
         """What the first rank has."""
-        if self.size == 1:
-            return own
         content = [own]
-        distributed.broadcast_object_list(content, src=0, device=self.device)
+        if self.size > 1:
+            distributed.broadcast_object_list(content, src=0, device=self.device)
         return content[0]
 
     def copy_from_first(self, network: nn.Module) -> None:
@@ -63,13 +53,10 @@ class Ranks:
 
     @torch.no_grad()
     def average(self, tensors: Sequence[Tensor], *, weight: float = 1.0) -> None:
-        """Replace floating-point tensors by their mean over the ranks: gradients, running statistics.
+        """Replace floating-point tensors by their mean over the ranks, whose weights have the mean 1.
 
         Not by DistributedDataParallel, which exchanges gradients during the backward pass: a step that one rank gives up
         would leave the others waiting for it.
-
-        Args:
-            weight: of this rank's tensors; the mean of the weights is 1.
         """
         tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
         if self.size == 1 or not tensors:
@@ -91,13 +78,10 @@ class Launch(NamedTuple):
 
 
 def read_launch() -> Launch | None:
-    """How this process was launched; None if it was started by itself.
+    """How this process was launched; None if it was started by itself. InputError if the variables make no sense.
 
     WORLD_SIZE tells of torchrun, a step of several tasks of srun. Without either, the other variables are left over from
     something else and are ignored, as empty ones are.
-
-    Raises:
-        InputError: variables are missing, are not numbers, or contradict each other.
     """
     environ = {name: value for name, value in os.environ.items() if value.strip()}
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -106,16 +90,15 @@ def read_launch() -> Launch | None:
         if environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
             return None
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
-        with contextlib.suppress(LookupError, ValueError):
-            counts = _tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])
-            environ["SLURM_STEP_TASKS_PER_NODE"] = str(counts[int(environ["SLURM_NODEID"])])
+        # "4(x2),3" is four tasks on each of two nodes and three on the last: at most four on this one.
+        counts = re.findall(r"(\d+)(?:\(x\d+\))?", environ.get(names[3], ""))
+        environ[names[3]] = max(counts, key=int, default="")
     elif environ["WORLD_SIZE"] == "1" and not {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} & set(environ):
         return None
-    given = [environ.get(name, "") for name in names]
-    numbers = [int(text) if re.fullmatch(r"[0-9]{1,6}", text) else -1 for text in given]
+    numbers = [int(text) if re.fullmatch("[0-9]{1,6}", text := environ.get(name, "")) else -1 for name in names]
     rank, size, local_rank, local_size = numbers
     if min(numbers) < 0 or not (rank < size and local_rank < local_size <= size):
-        found = ", ".join(f"{name}={os.environ[name]}" if name in environ else f"no {name}" for name in names)
+        found = ", ".join(f"{name}={os.environ[name]}" if environ.get(name) else f"no {name}" for name in names)
         raise InputError(
             f"the environment has {found}, which is not the state of a launched process. Start the processes with torchrun "
             f"or srun, or unset {names[1]} to run a single one"
@@ -123,61 +106,35 @@ def read_launch() -> Launch | None:
     return Launch(*numbers, by_slurm)
 
 
-def _tasks_per_node(text: str) -> list[int]:
-    """ "4(x2),3" is four tasks on each of two nodes and three on the last."""
-    return [
-        int(count)
-        for part in text.split(",")
-        for count in [part.split("(x")[0]] * int(part.partition("(x")[2].rstrip(")") or 1)
-    ]
-
-
 def join(launch: Launch, device: torch.device) -> Ranks:
-    """Connect to the other processes of the run.
-
-    Raises:
-        InputError: the environment does not say where the first process is.
-    """
+    """Connect to the other processes of the run. InputError if the environment does not say where the first one is."""
     environ = os.environ
     if launch.by_slurm:
-        environ.setdefault("MASTER_ADDR", _first_host())
         environ.setdefault("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000))
+        if environ.get("SLURM_STEP_NUM_NODES", "1") == "1":
+            environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if not environ.get("MASTER_ADDR") or not re.fullmatch("[0-9]{1,5}", environ.get("MASTER_PORT", "")):
-        raise InputError("several processes need MASTER_ADDR and MASTER_PORT in the environment; torchrun sets them")
-    distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        rank=launch.rank,
-        world_size=launch.size,
-        timeout=COLLECTIVE_TIMEOUT,
-    )
+        raise InputError(
+            "several processes need MASTER_ADDR, the host of the first, and MASTER_PORT in the environment. torchrun sets "
+            "them; for srun on several nodes: export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1)"
+        )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, rank=launch.rank, world_size=launch.size, timeout=COLLECTIVE_TIMEOUT)
     atexit.register(distributed.destroy_process_group)
     return Ranks(launch.rank, launch.size, launch.local_size, device)
-
-
-def _first_host() -> str:
-    """The host of rank 0 of a step of srun."""
-    nodes = os.environ.get("SLURM_STEP_NODELIST", "")
-    if os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1" and not re.search(r"[\[,]", nodes):
-        return "127.0.0.1"
-    try:
-        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        return done.stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError) as error:
-        raise InputError(f"scontrol does not name the nodes of this step ({error}). Set MASTER_ADDR") from error
 
 
 class Shard(Sampler[list[Any]]):
     """This rank's part of the batches of an epoch, from the batch on that comes next.
 
-    Args:
-        batches: has ``len()``, ``[k]`` and ``set_epoch(epoch)``.
-        by_image: a batch is divided among the ranks; otherwise each rank takes whole batches in turn.
+    ``batches`` have ``len()``, ``[k]`` and ``set_epoch(epoch)``. With ``by_image``, a batch is divided among the ranks;
+    otherwise each rank takes whole batches in turn.
     """
 
     def __init__(self, batches: Any, ranks: Ranks, *, by_image: bool) -> None:
         self.batches, self.ranks, self.by_image = batches, ranks, by_image
         self.first = 0
-        self.length = len(batches)
+        self.length = len(batches)  # over all ranks
         if by_image and len(batches[self.length - 1]) < ranks.size:
             self.length -= 1  # what is left over at the end of an epoch has no image for every rank
 
@@ -187,7 +144,6 @@ class Shard(Sampler[list[Any]]):
         self.first = first
 
     def __len__(self) -> int:
-        """Batches of an epoch over all ranks."""
         return self.length
 
     def __iter__(self) -> Iterator[list[Any]]:

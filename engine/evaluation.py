@@ -3,7 +3,9 @@
 import json
 import math
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -13,11 +15,11 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from engine import cache
-from engine.cache import NodeTable, PixelCache, Queue, load_ahead, plan_groups
+from engine.cache import Item, NodeTable, PixelCache, Queue, load_ahead, plan_groups
 from engine.distributed import Ranks
 from engine.loading import make_loader, progress_bar
 from engine.stopping import Stopped, StopRequest
-from utils import InputError, Stopwatch, mean_confidence_interval, named_generator, read_json, warn, write_atomically
+from utils import InputError, mean_confidence_interval, named_generator, read_json, warn, write_atomically
 
 # Images (patches) encoded at once, per device.
 ENCODE_BATCH = {"cpu": 8, "cuda": 256}
@@ -35,31 +37,21 @@ class DivergenceError(RuntimeError):
 
 
 class Model(Protocol):
-    """What an :class:`Evaluator` needs of a model, such as :class:`Models.deepemd.DeepEMD`."""
+    """What an :class:`Evaluator` needs of a model; see :class:`Models.deepemd.DeepEMD`, whose ``match`` has the settings."""
 
     device_ids: Sequence[int]  # the GPUs that batches are spread over, if there are several
 
-    def folded(self) -> "Model":
-        """A copy for evaluation."""
+    def folded(self) -> "Model": ...
 
-    def encode(self, images: Tensor) -> Tensor:
-        """8-bit images to nodes ``(B, C, N)``."""
+    def encode(self, images: Tensor) -> Tensor: ...
 
-    def match(
-        self,
-        support: Tensor,
-        query: Tensor,
-        *,
-        way: int,
-        shot: int,
-        solver: str | None,
-        generator: Sequence[torch.Generator],
-    ) -> Tensor:
-        """Nodes ``(E, K*W, C, N)`` and ``(E, W*Q, C, N)`` to logits ``(E, W*Q, W)``; one generator per episode."""
+    def match(self, support: Tensor, query: Tensor, **settings: Any) -> Tensor: ...
+
+    def settle(self) -> None: ...
 
 
 class Episodes(Protocol):
-    """What an :class:`Evaluator` needs of episodes, such as :class:`dataloader.episodes.SeededEpisodes`."""
+    """What is evaluated, such as :class:`dataloader.episodes.SeededEpisodes`."""
 
     epoch: int  # names the draws inside the model
     fixed_seeds: Tensor | None  # if not None, an image has the same view seed in every episode
@@ -84,12 +76,12 @@ class Score(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Accuracies over episodes."""
+    """Accuracies over episodes, in percent."""
 
     loss: float  # mean cross entropy
-    accuracy: float  # mean, in percent; equal for equal numbers of hits
-    interval: float  # half width of its 95 % interval, in percent
-    accuracies: list[float]  # one per episode, in percent
+    accuracy: float  # mean; equal for equal numbers of hits
+    interval: float  # half width of its 95 % interval
+    accuracies: list[float]  # one per episode
 
     @classmethod
     def of(cls, scores: Sequence[Score]) -> "Evaluation":
@@ -123,53 +115,43 @@ class _RunningInterval:
 class Recorder:
     """Records the scores of an evaluation in a file from time to time, so that it can be resumed.
 
-    Args:
-        path: of the file.
-        resume: start from the scores in the file, if there are any.
-        episodes, queries: of the evaluation, and in each episode. A file that does not fit is set aside with a warning.
-        ranks: the first one reads and writes.
-
-    Attributes:
-        scores: of the first episodes.
+    With ``resume``, ``scores`` are those in the file at first. A file that does not fit an evaluation of so many ``episodes``,
+    with so many ``queries`` each, is set aside with a warning. The first of the ranks reads and writes.
     """
 
     def __init__(self, path: Path, *, resume: bool, episodes: int, queries: int, ranks: Ranks) -> None:
-        self.path, self.ranks, self.watch = path, ranks, Stopwatch()
-        self.next_write = SECONDS_BETWEEN_RECORDS
+        self.path, self.ranks, self.next_write = path, ranks, time.monotonic() + SECONDS_BETWEEN_RECORDS
         content: tuple[list[Score], float] = [], 0.0
         if resume and ranks.is_first and path.exists():
             try:
-                content = read_json(
-                    path, "scores of an evaluation", lambda found: _parse_record(found, episodes, queries)
-                )
+                content = read_json(path, "scores of an evaluation", lambda found: _parse(found, episodes, queries))
             except InputError as error:
                 aside = path.with_suffix(".damaged")
                 path.replace(aside)
                 warn(f"{error}. It is now {aside.name}, and the evaluation starts from its first episode")
-        self.scores, self.earlier_seconds = ranks.from_first(content)
+        self.scores, earlier_seconds = ranks.from_first(content)
+        self.start = time.monotonic() - earlier_seconds
 
     @property
     def seconds(self) -> float:
         """Time spent on the evaluation, interrupted parts included."""
-        return self.earlier_seconds + self.watch.seconds
+        return time.monotonic() - self.start
 
     def update(self, *, now: bool) -> None:
         """Write the scores if it is time, or ``now``."""
-        if not self.ranks.is_first or not (now or self.watch.seconds >= self.next_write):
-            return
-        before = self.watch.seconds
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Compact, as there may be a million of them.
-        write_atomically(self.path, json.dumps({"scores": self.scores, "seconds": self.seconds}).encode())
-        after = self.watch.seconds
-        self.next_write = after + max(SECONDS_BETWEEN_RECORDS, 20 * (after - before))
+        before = time.monotonic()
+        if self.ranks.is_first and (now or before >= self.next_write):
+            # Compact, as there may be a million of them.
+            write_atomically(self.path, json.dumps({"scores": self.scores, "seconds": self.seconds}).encode())
+            after = time.monotonic()
+            self.next_write = after + max(SECONDS_BETWEEN_RECORDS, 20 * (after - before))
 
     def remove(self) -> None:
         """Delete the file: the evaluation is complete."""
         self.path.unlink(missing_ok=True)
 
 
-def _parse_record(content: Any, episodes: int, queries: int) -> tuple[list[Score], float]:
+def _parse(content: Any, episodes: int, queries: int) -> tuple[list[Score], float]:
     scores, seconds = [Score(*row) for row in content["scores"]], content["seconds"]
     fits = len(scores) <= episodes and 0 <= seconds <= sys.float_info.max
     for loss, hits, count in scores:
@@ -179,48 +161,35 @@ def _parse_record(content: Any, episodes: int, queries: int) -> tuple[list[Score
     return scores, seconds
 
 
+@dataclass(eq=False)
 class Evaluator:
     """Classifies the queries of episodes from one data set, with the weights a model has at the time.
 
     Episodes are taken a group at a time, in two phases: encode those of their images that have not been encoded yet, then
     match. Nodes are kept for later groups as long as they fit in memory, and decoded images for later calls, unless views
     are random.
-
-    Args:
-        dataset: gives ``(pixels, label)`` for an :data:`engine.cache.Item`. Its ``view`` has ``is_random`` and ``patches``,
-            the number of patches per image.
-        way, shot: W and K of the episodes.
-        device: of the model.
-        seed: of the draws inside the model. Those of episode k of an epoch depend on the seed, the epoch and k alone.
-        num_workers: processes that load images.
-        feature_cache: ``"auto"``, or ``"off"`` to encode an image for every use.
-        episode_batch: episodes in a group; affects memory and speed, not results.
-        keep_pixels: keep decoded images for later calls.
-        ranks: the processes that share the groups. All of them receive all scores.
-        stop: whether this process has been asked to stop.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        way: int,
-        shot: int,
-        device: torch.device,
-        seed: int,
-        num_workers: int = 0,
-        feature_cache: str = "auto",
-        episode_batch: int = 8,
-        keep_pixels: bool = False,
-        ranks: Ranks | None = None,
-        stop: StopRequest | None = None,
-    ) -> None:
-        self.dataset, self.way, self.shot, self.device, self.seed = dataset, way, shot, device, seed
-        self.feature_cache, self.episode_batch = feature_cache, episode_batch
-        self.ranks, self.stop = ranks or Ranks(), stop or StopRequest()
-        self.pixels = PixelCache(self._share() * cache.free_memory(torch.device("cpu")) if keep_pixels else 0)
+    # Gives (pixels, label) for an engine.cache.Item. Its view has is_random, and patches: their number in an image.
+    dataset: Dataset
+    _: KW_ONLY
+    way: int
+    shot: int
+    device: torch.device  # of the model
+    seed: int  # of the draws inside the model; those of episode k of an epoch depend on the seed, the epoch and k alone
+    num_workers: int = 0  # processes that load images
+    feature_cache: str = "auto"  # or "off", to encode an image for every use
+    episode_batch: int = 8  # episodes in a group; affects memory and speed, not results
+    keep_pixels: bool = False  # keep decoded images for later calls
+    ranks: Ranks = field(default_factory=Ranks)  # they share the groups, and all of them receive all scores
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    def __post_init__(self) -> None:
+        # The part of the free memory of this machine that one cache of this process may take.
+        self.share = cache.CACHE_SHARE / self.ranks.local_size
+        self.pixels = PixelCache(self.share * cache.free_memory(torch.device("cpu")) if self.keep_pixels else 0)
         self.queue = Queue()
-        self.loader = make_loader(dataset, self.queue, num_workers=num_workers, device=device)
+        self.loader = make_loader(self.dataset, self.queue, num_workers=self.num_workers, device=self.device)
 
     @torch.no_grad()
     def __call__(
@@ -232,16 +201,12 @@ class Evaluator:
         title: str = "",
         recorder: Recorder | None = None,
     ) -> Evaluation:
-        """Evaluate a model as it is now.
+        """Evaluate a model as it is now, with its own solver or another. Episodes are drawn as they are needed.
 
-        Args:
-            episodes: drawn as they are needed.
-            solver: overrides the model's own.
-            title: of the progress bar.
-            recorder: the scores that it has are not computed again; new ones are added.
+        The scores that the recorder has are not computed again; new ones are added.
 
         Raises:
-            DivergenceError: the model's nodes or logits are not finite.
+            DivergenceError: the model's nodes or logits are not finite, and no solver has an explanation.
             Stopped: one of the processes was asked to stop.
         """
         model = model.folded()
@@ -254,9 +219,11 @@ class Evaluator:
             for start in range(len(scores), total, self.ranks.size * size):  # a round: a group for every rank
                 first, group = start + rank * size, []
                 if first < total:
-                    group = _score(self._match(model, next(nodes_of_groups), episodes.epoch, first, solver))
-                new, signal_number = self._exchange(group)
+                    group = self._score(model, next(nodes_of_groups), episodes.epoch, first, solver)
+                rows = self.ranks.gather((self.stop.signal_number, group))
+                new = [score for _, part in rows for score in part]
                 scores += new
+                signal_number = max(number for number, _ in rows)
                 if recorder:
                     recorder.update(now=signal_number > 0)
                 if signal_number:
@@ -266,23 +233,18 @@ class Evaluator:
                 bar.update(len(new))
         return Evaluation.of(scores)
 
-    def _share(self) -> float:
-        """The part of the free memory of this machine that one cache of this process may take."""
-        return cache.CACHE_SHARE / self.ranks.local_size
-
     def _nodes_of_groups(self, model: Model, episodes: Episodes, start: int) -> Iterator[Tensor]:
         """The nodes ``(E, images, C, N)`` of this rank's groups, from episode ``start`` on, encoded when they are asked for."""
-        view, ranks, size = self.dataset.view, self.ranks, self.episode_batch
+        view, size, total = self.dataset.view, self.episode_batch, len(episodes)
         repeats = not view.is_random or episodes.fixed_seeds is not None
         most = len(self.dataset) if repeats and self.feature_cache == "auto" else 0
-        table = NodeTable(self.device, most=most, share=self._share())
-        groups = (
-            [
-                [item if view.is_random else item[0] for item in episodes[k]]
-                for k in range(first, min(first + size, len(episodes)))
-            ]
-            for first in range(start + ranks.rank * size, len(episodes), ranks.size * size)
-        )
+        table = NodeTable(self.device, most=most, share=self.share)
+
+        def items(k: int) -> list[Item]:
+            return [item if view.is_random else item[0] for item in episodes[k]]
+
+        firsts = range(start + self.ranks.rank * size, total, self.ranks.size * size)
+        groups = ([items(k) for k in range(first, min(first + size, total))] for first in firsts)
         plan = plan_groups(groups, table, self.pixels, _encode_batch(model, self.device, view.patches))
         for group, loaded in load_ahead(plan, self.loader, self.queue, most=max(2, EPISODES_AHEAD // size)):
             for batch in group.batches:
@@ -291,43 +253,27 @@ class Evaluator:
                 table.put(batch.row, encode_images(model, pixels, device=self.device), least=group.rows.numel())
             yield table.get(group.rows)
 
-    def _match(self, model: Model, nodes: Tensor, epoch: int, first: int, solver: str | None) -> Tensor:
-        """Logits ``(E, W*Q, W)`` of a group whose nodes are ``(E, images, C, N)``, from episode number ``first`` on."""
+    def _score(self, model: Model, nodes: Tensor, epoch: int, first: int, solver: str | None) -> list[Score]:
+        """The scores of a group whose nodes are ``(E, images, C, N)``, from episode number ``first`` on."""
         support = self.way * self.shot
-        return model.match(
-            nodes[:, :support],
-            nodes[:, support:],
-            way=self.way,
-            shot=self.shot,
-            solver=solver,
-            generator=[named_generator(self.seed, "sfc", epoch, first + k) for k in range(len(nodes))],
-        )
-
-    def _exchange(self, group: list[Score]) -> tuple[list[Score], int]:
-        """The scores of a round from all ranks, in the order of the episodes; and the signal that one of them got, or 0."""
-        padding = [Score(0.0, 0, 0)] * (self.episode_batch - len(group))
-        rows = self.ranks.gather([self.stop.signal_number, *(value for score in group + padding for value in score)])
-        scores = [Score(*row[k : k + 3]) for row in rows for k in range(1, len(row), 3) if row[k + 2]]
-        return scores, max(int(row[0]) for row in rows)
-
-
-def _score(logits: Tensor) -> list[Score]:
-    """The scores of episodes, from ``(E, W*Q, W)``; query i is of class ``i % W``."""
-    episodes, queries, way = logits.shape
-    labels = (torch.arange(queries, device=logits.device) % way).expand(episodes, -1)
-    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
-    rows = torch.stack([losses, (logits.argmax(2) == labels).sum(1)], dim=1).tolist()  # one wait for the device
-    if not all(math.isfinite(loss) for loss, _ in rows):
-        raise DivergenceError("the logits are not finite: the encoder's weights have diverged")
-    return [Score(loss, hits, queries) for loss, hits in rows]
+        draws = [named_generator(self.seed, "sfc", epoch, first + k) for k in range(len(nodes))]
+        settings = {"way": self.way, "shot": self.shot, "solver": solver, "generator": draws}
+        logits = model.match(nodes[:, :support], nodes[:, support:], **settings)  # (E, W*Q, W)
+        queries = logits.shape[1]
+        labels = (torch.arange(queries, device=logits.device) % self.way).expand(len(nodes), -1)
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
+        rows = torch.stack([losses, (logits.argmax(2) == labels).sum(1)], dim=1).tolist()  # one wait for the device
+        if not all(math.isfinite(loss) for loss, _ in rows):
+            model.settle()
+            raise DivergenceError("the logits are not finite: the encoder's weights have diverged")
+        return [Score(loss, hits, queries) for loss, hits in rows]
 
 
 @torch.no_grad()
 def encode_images(model: Model, images: Tensor, *, device: torch.device) -> Tensor:
     """8-bit images ``(B, 3, S, S)``, or patches ``(B, P, 3, S, S)``, to nodes ``(B, C, N)`` on the device, in batches.
 
-    Raises:
-        DivergenceError: the nodes are not finite.
+    Raises DivergenceError if the nodes are not finite.
     """
     most = _encode_batch(model, device, images.shape[1] if images.dim() == 5 else 1)
     step = -(-most // ENCODE_SIZES) if device.type == "cuda" else 1

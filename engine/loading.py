@@ -34,20 +34,15 @@ def make_loader(dataset: Dataset, batches: Iterable, *, num_workers: int, device
 
 
 def stream(loader: DataLoader) -> Iterator[Any]:
-    """One pass over a loader.
-
-    Raises:
-        LoaderError: a worker was killed, or ran out of shared memory.
-    """
+    """One pass over a loader. Raises LoaderError if a worker was killed, or ran out of shared memory."""
     try:
         yield from loader
     except RuntimeError as error:
         if "DataLoader worker" not in str(error) or "Traceback" in str(error):
             raise  # an error in a worker
-        raise LoaderError(
-            f"a process that loads images was lost ({str(error).splitlines()[0].rstrip('. ')}). If shared memory is short, "
-            "give the container more (--shm-size 8g) or lower -num_workers; with 0, the main process loads them"
-        ) from error
+        lost = f"a process that loads images was lost ({str(error).splitlines()[0].rstrip('. ')})"
+        advice = "If shared memory is short, give the container more (--shm-size 8g) or lower -num_workers"
+        raise LoaderError(f"{lost}. {advice}; with 0, the main process loads them") from error
 
 
 class _Lines(tqdm):
@@ -58,21 +53,16 @@ class _Lines(tqdm):
         super().__init__(bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]", **settings)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        if msg == "" or self.disable or time.monotonic() < self.next_line:
-            return False
-        self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
-        self.fp.write(f"{self}\n")
-        self.fp.flush()
-        return True
+        if shows := msg != "" and not self.disable and time.monotonic() >= self.next_line:
+            self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+            print(self, file=self.fp, flush=True)
+        return shows
 
     def clear(self, nolock: bool = False) -> None:
         pass
 
 
-def progress_bar(
-    desc: str, *, total: int | None, initial: int = 0, disable: bool = False, unit_scale: bool = False
-) -> tqdm:
-    """A progress bar on standard error, or lines if that is a file; ``unit_scale`` counts in thousands or millions."""
-    settings = {"desc": desc, "total": total, "initial": initial, "disable": disable, "leave": False}
-    settings["unit_scale"] = unit_scale
-    return tqdm(dynamic_ncols=True, **settings) if sys.stderr.isatty() else _Lines(**settings)
+def progress_bar(desc: str, **settings: Any) -> tqdm:
+    """A progress bar on standard error, or lines if that is a file; the settings are those of tqdm."""
+    kind = tqdm if sys.stderr.isatty() else _Lines
+    return kind(desc=desc, leave=False, dynamic_ncols=True, **settings)

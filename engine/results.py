@@ -3,19 +3,11 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from engine.evaluation import Episodes, Evaluation, Evaluator, Model, Recorder
+from engine.evaluation import Episodes, Evaluator, Model, Recorder
 from engine.run import environment, fingerprint, result_flags
 from utils import duration, write_json
-
-
-class FinalTest(NamedTuple):
-    """What :func:`final_test` found."""
-
-    evaluation: Evaluation
-    line: str  # what was tested and what came of it, for people
-    content: dict[str, Any] | None  # of results.json; None on ranks other than the first
 
 
 def final_test(
@@ -31,8 +23,10 @@ def final_test(
     solver: str | None = None,
     title: str = "test",
     keep: bool = False,
-) -> FinalTest:
-    """Evaluate a checkpoint, and write ``results.json``.
+) -> tuple[str, dict[str, Any]]:
+    """Evaluate a checkpoint, and write ``results.json``. Raises what :meth:`engine.evaluation.Evaluator.__call__` does.
+
+    Returns a line for people: what was tested, and what came of it; and the content of ``results.json``.
 
     Args:
         args: the flags of the script.
@@ -40,41 +34,21 @@ def final_test(
         weights: the checkpoint that the model was loaded from; "none" for random weights.
         data: fingerprint of the images.
         resume: continue from the scores that an interrupted evaluation has recorded.
-        solver: overrides the model's own.
-        title: of the progress bar.
+        solver, title: as for the evaluator.
         keep: also write ``results-<identity>.json``, which evaluations of other flags, weights or data do not overwrite.
-
-    Raises:
-        DivergenceError, Stopped: as :meth:`engine.evaluation.Evaluator.__call__`.
     """
-    ranks = evaluator.ranks
-    loaded = fingerprint(weights)
-    identity = {
-        "flags": {**result_flags(args), "model_dir": None},
-        "weights": loaded and loaded["sha256"],
-        "data": data,
-    }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    recorder = Recorder(
-        folder / f"partial-{digest}.json",
-        resume=resume,
-        episodes=len(episodes),
-        queries=args.way * args.query,
-        ranks=ranks,
-    )
+    ranks, loaded = evaluator.ranks, fingerprint(weights)
+    flags = {**result_flags(args), "model_dir": None}
+    identity = json.dumps({"flags": flags, "weights": loaded and loaded["sha256"], "data": data}, sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    shape = {"episodes": len(episodes), "queries": args.way * args.query}
+    recorder = Recorder(folder / f"partial-{digest}.json", resume=resume, ranks=ranks, **shape)
     evaluation = evaluator(model, episodes, solver=solver, title=title, recorder=recorder)
     task = f"{args.way}-way {args.shot}-shot, {len(episodes)} episodes"
-    line, content = f"{task}: acc {evaluation} ({duration(recorder.seconds)})", None
+    content = {**evaluation._asdict(), "flags": vars(args), "versions": environment()}
+    content |= {"seconds": recorder.seconds, "weights": loaded, "data": data}
     if ranks.is_first:
-        content = {
-            **evaluation._asdict(),
-            "flags": vars(args),
-            "versions": environment(),
-            "seconds": recorder.seconds,
-            "weights": loaded,
-            "data": data,
-        }
         for name in (f"results-{digest}.json",) * keep + ("results.json",):
             write_json(folder / name, content)
         recorder.remove()
-    return FinalTest(evaluation, line, content)
+    return f"{task}: acc {evaluation} ({duration(content['seconds'])})", content

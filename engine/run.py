@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -17,23 +18,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+import utils
 from engine.distributed import Ranks
-from utils import (
-    BEST_WEIGHTS,
-    InputError,
-    append_line,
-    file_hash,
-    load_plain,
-    printable,
-    read_json,
-    save_plain,
-    write_atomically,
-    write_json,
-)
+from utils import BEST_WEIGHTS, InputError
 
 LAST_STATE = "last.pth"
 RECORD = "run.json"
-STATE_FORMAT = 2
 # Flags that do not decide the result of a run, and may differ when it is resumed.
 NON_RESULT_FLAGS = (
     *("num_workers", "gpu", "data_dir", "save_every", "save_all", "solver_threads"),
@@ -45,35 +35,21 @@ NON_RESULT_FLAGS = (
 class RunFolder:
     """The folder of a run, which one process at a time may write to.
 
-    ``results.txt`` (lines), ``trlog.json`` (curves), ``tf/`` (TensorBoard), ``images/`` (pictures in it), ``run.json`` (the
-    flags, and what was run on what), weights, and ``last.pth``: everything needed to resume. On resume, the logs are rolled
-    back to the last saved state, so no line is duplicated. Without ``resume``, the files of an earlier run are moved to
-    ``previous-<n>/``.
+    On resume, the logs are rolled back to the last saved state, so no line is duplicated. Without ``resume``, the files of an
+    earlier run are moved to ``previous-<n>/``.
 
     Args:
-        path: created if it does not exist.
         flags: of the run.
-        resume: resume the run in the folder, if there is one.
-        weights: the module whose weights the run is going to save; too little space for them is an error now.
-        kept: how often they are saved beside the best ones.
+        resume: resume the run in the folder, if there is one; its ``state`` is then what :meth:`save_state` was last given.
+        room: bytes that a new run needs there.
         writes: False on ranks that leave all files and lines to the first.
-
-    Attributes:
-        state: what :meth:`save_state` was last given, if the run is resumed; None for a new one.
 
     Raises:
         InputError: the folder cannot be written, has no room, or is in use; its state is damaged or of another version.
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        flags: dict[str, Any],
-        *,
-        resume: bool = False,
-        weights: nn.Module | None = None,
-        kept: int = 0,
-        writes: bool = True,
+        self, path: str | Path, flags: dict[str, Any], *, resume: bool = False, room: int = 0, writes: bool = True
     ) -> None:
         self.path, self.writes = Path(path), writes
         self.state: dict[str, Any] | None = None
@@ -83,58 +59,49 @@ class RunFolder:
         points: dict[str, Any] = {}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = hold_lock(
-                self.path / "run.lock", "Wait for it to finish, or choose another folder with -extra_dir"
-            )
+            advice = "Wait for it to finish, or choose another folder with -extra_dir"
+            self._lock = hold_lock(self.path / "run.lock", advice)
             for partial in self.path.glob("*.part"):  # of a process that was killed while it wrote
                 partial.unlink()
             if resume and (self.path / LAST_STATE).is_file():
                 points = self._restore()
                 self.curves["args"] = flags
             else:
-                self._check_room(weights, kept)
+                free = shutil.disk_usage(self.path).free
+                if free < room:
+                    needed = f"{room / 1e6:.0f} MB of free space in {self.path}; there are {free / 1e6:.0f}"
+                    raise InputError(f"the run needs {needed}")
                 self._move_earlier_run()
             self.writer = SummaryWriter(str(self.path / "tf"))
         except OSError as error:
             raise InputError(f"cannot write the run to {path} ({error})") from error
         for name, rows in points.items():
-            for step, value, when in rows:
+            for step, value, when in rows.tolist():
                 self.writer.add_scalar(name, value, int(step), walltime=when)
         print(f"run folder: {self.path}" + (", resumed" if self.state else ""), flush=True)
 
-    def _check_room(self, weights: nn.Module | None, kept: int) -> None:
-        if weights is not None:
-            # The best weights, the state (as large again for the momentum), and the successor of either.
-            room = (kept + 5) * sum(value.nbytes for value in weights.state_dict().values())
-            free = shutil.disk_usage(self.path).free
-            if free < room:
-                raise InputError(
-                    f"the run needs {room / 1e6:.0f} MB of free space in {self.path}; there are {free / 1e6:.0f}"
-                )
-
-    def _restore(self) -> dict[str, list[tuple[float, float, float]]]:
-        """Roll the logs back to the state. Returns TensorBoard scalars that are to be written again."""
-        path, points = self.path / LAST_STATE, {}
-        content = load_plain(path, "state of a run")
+    def _restore(self) -> dict[str, Tensor]:
+        """Roll the logs back to the state. Returns TensorBoard scalars (step, value, time) that are to be written again."""
+        path = self.path / LAST_STATE
+        content = utils.load_plain(path, "state of a run")
         try:
-            state, curves = content["state"], content["curves"]
+            state, curves, points = content["state"], dict(content["curves"]), content.get("points", {})
             epoch = dict(state).get("progress", {}).get("epoch", 1)
-            if not (isinstance(epoch, int) and isinstance(curves["epochs"], list)):
-                raise TypeError("its content has other types")
-            if content["format"] == 1:  # had the log in it
-                lines = "".join(f"{line}\n" for line in content["lines"])
-                points = {name: rows.tolist() for name, rows in content["points"].items()}
-                write_atomically(self.path / "results.txt", lines.encode())
-                shutil.rmtree(self.path / "tf", ignore_errors=True)
-            elif content["format"] == STATE_FORMAT:
-                self._truncate_logs({str(name): int(size) for name, size in content["log_sizes"].items()})
+            if content["format"] == 1:  # has the logs in it: lines, and points of the curves
+                sizes = {"results.txt": sum(len(line.encode()) + 1 for line in content["lines"])}
             else:
-                raise ValueError(f"it has format {content['format']!r}")
+                sizes = {name: int(size) for name, size in content["log_sizes"].items()}
+            if not (isinstance(epoch, int) and isinstance(curves["epochs"], list) and content["format"] in (1, 2)):
+                raise TypeError("its content has other types, or its format is unknown")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"{path} is not the state of a run that this version can resume ({type(error).__name__}: {error})"
-            ) from error
-        self.state, self.curves = state, dict(curves)
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"{path} is not the state of a run that this version can resume ({reason})") from error
+        for name, file in self._log_files().items():
+            if name not in sizes:
+                file.unlink()
+            elif file.stat().st_size > sizes[name]:
+                os.truncate(file, sizes[name])
+        self.state, self.curves = state, curves
         self._write_curves()
         for file in self.path.glob("images/*/epoch-*.png"):
             number = file.stem.removeprefix("epoch-")
@@ -146,33 +113,23 @@ class RunFolder:
         files = (self.path / "results.txt", *(self.path / "tf").glob("*"))
         return {str(file.relative_to(self.path)): file for file in files if file.is_file()}
 
-    def _truncate_logs(self, sizes: dict[str, int]) -> None:
-        for name, file in self._log_files().items():
-            if name not in sizes:
-                file.unlink()
-            elif file.stat().st_size > sizes[name]:
-                os.truncate(file, sizes[name])
-
     def _move_earlier_run(self) -> None:
         names = ("results.txt", "trlog.json", "tf", "images", BEST_WEIGHTS, LAST_STATE, RECORD, "results.json")
-        mine = [self.path / name for name in names]
-        earlier = [path for path in (*mine, *self.path.glob("epoch-*.pth")) if os.path.lexists(path)]
-        if not earlier:
-            return
-        number = 1
-        while (self.path / f"previous-{number}").exists():
-            number += 1
-        aside = self.path / f"previous-{number}"
-        aside.mkdir()
-        for path in earlier:
-            path.rename(aside / path.name)
-        print(f"moved the earlier run in {self.path} to {aside}")
+        mine = [*(self.path / name for name in names), *self.path.glob("epoch-*.pth")]
+        earlier = [path for path in mine if os.path.lexists(path)]
+        if earlier:
+            places = (self.path / f"previous-{number}" for number in itertools.count(1))
+            aside = next(place for place in places if not place.exists())
+            aside.mkdir()
+            for path in earlier:
+                path.rename(aside / path.name)
+            print(f"moved the earlier run in {self.path} to {aside}")
 
     def log(self, line: str) -> None:
         """Print a line, and add it to ``results.txt``."""
         if self.writes:
             print(line, flush=True)
-            append_line(self.path / "results.txt", line)
+            utils.append_line(self.path / "results.txt", line)
 
     def scalars(self, step: int, **values: float) -> None:
         """Send scalars to TensorBoard, as ``data/<name>``."""
@@ -185,9 +142,7 @@ class RunFolder:
         if self.writes:
             content = io.BytesIO()
             Image.fromarray(pixels).save(content, "png")
-            folder = self.path / "images" / name
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / f"epoch-{epoch}.png", content.getbuffer())
+            utils.write_atomically(self.path / "images" / name / f"epoch-{epoch}.png", content.getbuffer())
             self.writer.add_image(f"images/{name}", pixels, epoch, dataformats="HWC")
 
     def record(self, **values: Any) -> None:
@@ -207,18 +162,17 @@ class RunFolder:
 
     def is_finished(self, max_epoch: int) -> bool:
         """Whether the run that was resumed has nothing left to do."""
-        return bool(
-            self.state and self.state.get("finished") and self.state.get("progress", {}).get("epoch", 0) > max_epoch
-        )
+        state = self.state or {}
+        return bool(state.get("finished") and state.get("progress", {}).get("epoch", 0) > max_epoch)
 
     def _write_curves(self) -> None:
-        write_json(self.path / "trlog.json", self.curves)
+        utils.write_json(self.path / "trlog.json", self.curves)
 
     def save_weights(self, name: str, state: dict[str, Tensor]) -> None:
         """Write ``{"params": state}``, as the published checkpoints have it."""
         if self.writes:
             params = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-            save_plain(self.path / name, {"params": params})
+            utils.save_plain(self.path / name, {"params": params})
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write ``last.pth``: the state of the training, which consists of plain data, and how long the logs are."""
@@ -232,16 +186,13 @@ class RunFolder:
                 os.fsync(log.fileno())
                 sizes[name] = log.seek(0, os.SEEK_END)
         curves = json.loads(json.dumps(self.curves))
-        save_plain(
-            self.path / LAST_STATE, {"format": STATE_FORMAT, "state": state, "curves": curves, "log_sizes": sizes}
-        )
+        utils.save_plain(self.path / LAST_STATE, {"format": 2, "state": state, "curves": curves, "log_sizes": sizes})
 
 
 def hold_lock(path: Path, advice: str) -> Any:
-    """Lock a file for as long as the returned object lives. The system releases the lock when the process ends, however it ends.
+    """Lock a file for as long as the returned object lives; the system releases the lock however the process ends.
 
-    Raises:
-        InputError: another process holds it; the message ends with ``advice``.
+    If another process holds it, an InputError names that, and ends with ``advice``.
     """
     try:
         import fcntl
@@ -253,13 +204,13 @@ def hold_lock(path: Path, advice: str) -> Any:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        holder = printable(file.read().strip()) or "another process"
+        holder = utils.printable(file.read().strip()) or "another process"
         raise InputError(f"{path.parent} is in use by {holder}. {advice}") from None
     except OSError:  # a file system without locks
         return None
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()} (started {time.strftime('%Y-%m-%d %H:%M:%S')})\n")
-    file.flush()
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    print(f"process {os.getpid()} on {platform.node()} (started {started})", file=file, flush=True)
     return file
 
 
@@ -267,10 +218,8 @@ def environment() -> dict[str, str]:
     """Versions of Python, of the libraries that compute, and the commit of this project where git knows it."""
     found = {"python": platform.python_version()}
     for name in ("torch", "torchvision", "numpy", "opencv-python", "numba", "qpth", "pillow"):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     git = ["git", "-C", str(Path(__file__).parents[1]), "describe", "--always", "--dirty", "--abbrev=40"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -278,11 +227,7 @@ def environment() -> dict[str, str]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The content of ``run.json``.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
+    """The content of ``run.json``; InputError if it is missing or damaged."""
 
     def check(content: dict[str, Any]) -> dict[str, Any]:
         flags = content["flags"]
@@ -290,7 +235,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             raise TypeError("its flags have other types")
         return {**content, "data": dict(content.get("data") or {}), "resumed": list(content.get("resumed") or [])}
 
-    return read_json(folder / RECORD, "the flags of a run", check)
+    return utils.read_json(folder / RECORD, "the flags of a run", check)
 
 
 def open_run(
@@ -303,32 +248,29 @@ def open_run(
     data: dict[str, Any],
     started_from: dict[str, str | None] | None = None,
 ) -> RunFolder:
-    """The folder of the run, new or resumed; the first rank alone writes to it, and to ``run.json`` in it.
+    """The folder of the run, new or resumed, and ``run.json`` in it; the first rank alone writes.
 
     Args:
         weights: the module whose weights the run is going to save.
-        data: fingerprints of the data; a resumed run needs the same data as before.
+        data: fingerprints of the data; a resumed run needs the same data as before, or it is an InputError.
         started_from: path and hash of the weights that a new run starts from.
-
-    Raises:
-        InputError: see :class:`RunFolder`; or the data of a resumed run has changed.
     """
-    ranks.gather([0])  # no rank is still reading what an earlier run left in the folder
-    kept = args.max_epoch if args.save_all else 0
-    resume = args.resume is not None
-    run = RunFolder(folder, vars(args), resume=resume, weights=weights, kept=kept, writes=ranks.is_first)
+    ranks.gather(None)  # no rank is still reading what an earlier run left in the folder
+    # The best weights, the state (as large again for the momentum), and the successor of either.
+    copies = 5 + (args.max_epoch if args.save_all else 0)
+    room = copies * sum(value.nbytes for value in weights.state_dict().values())
+    run = RunFolder(folder, vars(args), resume=args.resume is not None, room=room, writes=ranks.is_first)
     if ranks.is_first:
         start = {"versions": environment(), "device": str(ranks.device), "processes": ranks.size}
         record = {"script": script, **start, "data": data, "weights": started_from}
         if run.state:
             record = read_record(folder)
-            changed = [split for split in data if record["data"].get(split, data[split]) != data[split]]
-            if changed:
-                raise InputError(
-                    f"-resume: the data of the run in {folder} has changed: its {changed[0]} images have other names or sizes"
-                )
+            for split in data:
+                if record["data"].get(split, data[split]) != data[split]:
+                    changed = f"the data of the run in {folder} has changed"
+                    raise InputError(f"-resume: {changed}: its {split} images have other names or sizes")
             record["resumed"].append(start)
-        write_json(folder / RECORD, {**record, "flags": vars(args)})
+        utils.write_json(folder / RECORD, {**record, "flags": vars(args)})
     run.state = ranks.from_first(run.state)
     return run
 
@@ -343,4 +285,4 @@ def fingerprint(weights: str | Path) -> dict[str, str | None] | None:
     if str(weights) == "none":
         return None
     path = Path(weights) / BEST_WEIGHTS if Path(weights).is_dir() else Path(weights)
-    return {"path": str(path), "sha256": file_hash(path) if path.is_file() else None}
+    return {"path": str(path), "sha256": utils.file_hash(path) if path.is_file() else None}

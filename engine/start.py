@@ -7,32 +7,28 @@ import re
 import numpy as np
 import torch
 
+import utils
 from engine.distributed import Launch, Ranks, join, read_launch
-from utils import InputError, Process, set_process, status
+from utils import InputError, status
 
 
 def start(args: argparse.Namespace, *, one_process: bool = False) -> tuple[Ranks, torch.device, list[int]]:
     """Join the other processes of the run, if there are any, choose the device, and seed everything.
 
-    Args:
-        args: the flags of :func:`engine.arguments.add_run_arguments`. A ``seed`` of 0 is replaced by a drawn one, which is the
-            same on every rank.
-        one_process: for scripts that ignore a launcher.
+    A ``seed`` of 0 is replaced by a drawn one, the same on every rank. ``one_process`` is for scripts that ignore a launcher.
 
     Returns:
         The ranks, this process's device, and the CUDA ids that DataParallel spreads over (one process only).
 
     Raises:
-        InputError: a ``-gpu`` that this machine does not have, fewer GPUs than processes, or launcher variables that make no
-            sense.
+        InputError: a ``-gpu`` that this machine does not have, fewer GPUs than processes, or senseless launcher variables.
     """
-    launch = None if one_process else read_launch()
-    if launch is None or launch.size == 1:
-        set_process(Process())
+    launch = (None if one_process else read_launch()) or Launch(0, 1, 0, 1)
+    utils.process.rank, utils.process.size, utils.process.local_size = launch.rank, launch.size, launch.local_size
+    if launch.size == 1:
         device, device_ids = choose_device(args.gpu)
         ranks = Ranks(device=device)
     else:
-        set_process(Process(launch.rank, launch.size, launch.local_size))
         device, device_ids = _device_of_rank(args.gpu, launch), []
         ranks = join(launch, device)
     args.seed = ranks.from_first(choose_seed(args.seed))
@@ -42,33 +38,28 @@ def start(args: argparse.Namespace, *, one_process: bool = False) -> tuple[Ranks
 
 def _device_of_rank(gpu: str | None, launch: Launch) -> torch.device:
     ids = gpu_numbers(gpu)
-    if ids:
-        # srun can show each task a GPU of its own, which is then the only one that it sees.
-        is_bound = launch.by_slurm and gpu is None and len(ids) == 1
-        if len(ids) < launch.local_size and not is_bound:
-            raise InputError(
-                f"{launch.local_size} processes on this machine need as many GPUs; there are {len(ids)} to use. Start fewer "
-                "processes (torchrun --nproc_per_node), name more GPUs with -gpu, or use -gpu cpu"
-            )
-        ids = [ids[0 if is_bound else launch.local_rank]]
-    return choose_device(",".join(map(str, ids)) or "cpu")[0]
+    if not ids:
+        return choose_device("cpu")[0]
+    # srun can show each task a GPU of its own, which is then the only one that it sees.
+    is_bound = launch.by_slurm and gpu is None and len(ids) == 1
+    if len(ids) < launch.local_size and not is_bound:
+        raise InputError(
+            f"{launch.local_size} processes on this machine need as many GPUs; there are {len(ids)} to use. Start fewer "
+            "processes (torchrun --nproc_per_node), name more GPUs with -gpu, or use -gpu cpu"
+        )
+    return choose_device(str(ids[0 if is_bound else launch.local_rank]))[0]
 
 
 def choose_seed(seed: int) -> int:
     """The seed itself, or a drawn one for 0, which is printed."""
-    if seed:
-        return seed
-    seed = int.from_bytes(os.urandom(4), "big") or 1
-    status(f"seed: {seed}")
+    if not seed:
+        seed = int.from_bytes(os.urandom(4), "big") or 1
+        status(f"seed: {seed}")
     return seed
 
 
 def set_seed(seed: int, *, deterministic: bool = False) -> None:
-    """Seed everything.
-
-    Args:
-        deterministic: on a GPU, take deterministic kernels instead of the fastest ones.
-    """
+    """Seed everything; ``deterministic`` takes deterministic kernels on a GPU, instead of the fastest ones."""
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
     if deterministic:
@@ -79,11 +70,7 @@ def set_seed(seed: int, *, deterministic: bool = False) -> None:
 
 
 def gpu_numbers(gpu: str | None) -> list[int]:
-    """The CUDA ids that ``-gpu`` names, or all there are; none for the CPU.
-
-    Raises:
-        InputError: an id that this machine does not have.
-    """
+    """The CUDA ids that ``-gpu`` names, or all there are; none for the CPU. InputError for one that is not there."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu is None:
         return list(range(count))
@@ -91,23 +78,21 @@ def gpu_numbers(gpu: str | None) -> list[int]:
         return []
     if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", gpu.strip()):
         raise InputError(f'-gpu {gpu}: expected GPU numbers joined by commas, as in 0,1, or "cpu"')
-    ids = list(dict.fromkeys(int(part) for part in gpu.split(",")))
-    missing = [number for number in ids if number >= count]
-    if missing:
+    ids = list(dict.fromkeys(map(int, gpu.split(","))))
+    if max(ids) >= count:
         there = f"0 to {count - 1}" if count > 1 else "only 0" if count else "none"
         raise InputError(
-            f"-gpu {gpu}: there is no GPU {missing[0]}; CUDA devices here: {there}. Leave -gpu out, or give -gpu cpu"
+            f"-gpu {gpu}: there is no GPU {max(ids)}; CUDA devices here: {there}. Leave -gpu out, or give -gpu cpu"
         )
     return ids
 
 
 def choose_device(gpu: str | None) -> tuple[torch.device, list[int]]:
     """``-gpu`` to the main device and the CUDA ids to spread over; none on the CPU. Says which device is used."""
-    ids = gpu_numbers(gpu)
+    ids, more = gpu_numbers(gpu), ""
     if not ids:
         status("device: cpu" + ("" if gpu else " (no CUDA device found)"))
         return torch.device("cpu"), []
-    more = ""
     if gpu is None and len(ids) > 1:
         more, ids = f" ({len(ids)} found; -gpu 0,1 spreads over two)", ids[:1]
     torch.cuda.set_device(ids[0])

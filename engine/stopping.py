@@ -8,9 +8,7 @@ from contextlib import contextmanager
 
 from engine.distributed import read_launch
 
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-
+SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
 SECONDS_TO_FORWARD = 5.0
 
 
@@ -27,8 +25,7 @@ class Stopped(Exception):
 class StopRequest:
     """Whether a signal has asked this process to stop, and which."""
 
-    signal_number = 0
-    since = 0.0
+    signal_number, since = 0, 0.0
 
     def __init__(self, *, is_launched: bool = False) -> None:
         self.is_launched = is_launched
@@ -44,15 +41,13 @@ class StopRequest:
 
 @contextmanager
 def stop_request(resume_command: str | None = None) -> Iterator[StopRequest]:
-    """Turn signals into a request to stop for as long as the context lasts. Signals that are ignored stay so, as under nohup.
+    """Turn signals into a request to stop; those that are ignored stay so, as under nohup or in a background job.
 
-    Args:
-        resume_command: the command line that resumes the run, printed when it is stopped.
+    ``resume_command``, the command line that resumes the run, is printed when it is stopped.
     """
     request = StopRequest(is_launched=read_launch() is not None)
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-    for number in handled:
+    before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    for number in before:
         signal.signal(number, request.handle)
     try:
         yield request
@@ -61,8 +56,8 @@ def stop_request(resume_command: str | None = None) -> Iterator[StopRequest]:
             print(f"continue: {resume_command}", flush=True)
         raise
     finally:
-        for number in handled:
-            signal.signal(number, before[number] or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def ignore_signals(_worker: int = 0) -> None:

@@ -1,14 +1,18 @@
 """A training run: epochs of steps, each followed by validation."""
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import SGD
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -17,7 +21,7 @@ from engine.evaluation import DivergenceError, Evaluation, Score
 from engine.loading import progress_bar, stream
 from engine.run import LAST_STATE, RunFolder
 from engine.stopping import Stopped, StopRequest
-from utils import BEST_WEIGHTS, InputError, Stopwatch
+from utils import BEST_WEIGHTS, InputError, duration
 
 # After this many skipped steps in a row the run stops.
 MAX_SKIPPED_IN_A_ROW = 10
@@ -29,36 +33,27 @@ Forward = Callable[[Tensor, Tensor, tuple[int, int]], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How a network is trained.
-
-    Attributes:
-        max_epoch: epochs to train.
-        lr, step_size, gamma: the learning rate, which is multiplied by ``gamma`` every ``step_size`` epochs.
-        accumulate: batches per optimiser step over all ranks, which takes their mean gradient. The last step of an epoch may
-            have fewer.
-        half_precision: float16 is in use, so scale the loss.
-        save_all: keep the weights of every epoch.
-        save_every: steps between saves of the state within an epoch; 0 for none.
-        skip_on: errors in a batch, forward or backward, that cost its step and not the run.
-    """
+    """How a network is trained."""
 
     max_epoch: int
-    lr: float
+    lr: float  # multiplied by gamma every step_size epochs
     step_size: int
     gamma: float
-    accumulate: int = 1
-    half_precision: bool = False
-    save_all: bool = False
-    save_every: int = 0
-    skip_on: tuple[type[Exception], ...] = ()
+    accumulate: int = (
+        1  # batches per step over all ranks, which takes their mean gradient; the last step may have fewer
+    )
+    half_precision: bool = False  # float16 is in use, so scale the loss
+    save_all: bool = False  # keep the weights of every epoch
+    save_every: int = 0  # steps between saves of the state within an epoch; 0 for none
+    skip_on: tuple[
+        type[Exception], ...
+    ] = ()  # errors in a batch, forward or backward, that cost its step and not the run
 
 
-def make_optimizer(
-    network: nn.Module, settings: FitSettings
-) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.StepLR]:
+def make_optimizer(network: nn.Module, settings: FitSettings) -> tuple[SGD, StepLR]:
     """The published optimiser: SGD with Nesterov momentum, and a learning rate that drops in steps."""
-    optimizer = torch.optim.SGD(network.parameters(), lr=settings.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, settings.step_size, settings.gamma)
+    optimizer = SGD(network.parameters(), lr=settings.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    return optimizer, StepLR(optimizer, settings.step_size, settings.gamma)
 
 
 @dataclass
@@ -73,23 +68,9 @@ class Progress:
     skipped: int = 0  # steps, over the whole run
     in_a_row: list[str] = field(default_factory=list)  # the steps skipped since the last one taken
 
-    def next_epoch(self) -> None:
-        """Move on to the next epoch."""
-        self.epoch, self.batch = self.epoch + 1, 0
-        self.losses, self.accuracies = [], []
-
-
-def to_state(progress: Progress, parts: dict[str, Any]) -> dict[str, Any]:
-    """The state of a run in tensors and plain values; ``parts`` are what has a ``state_dict``, by name."""
-    return {"progress": dict(vars(progress)), **{name: part.state_dict() for name, part in parts.items()}}
-
 
 def from_state(run: RunFolder, parts: dict[str, Any]) -> Progress:
-    """Restore the parts from the state of a run, and return its progress.
-
-    Raises:
-        InputError: the state is that of another network, or is damaged.
-    """
+    """Restore what has a ``load_state_dict`` from the state of a run, and return its progress; InputError if it does not fit."""
     try:
         progress = Progress(**run.state["progress"])
         for name, default in vars(Progress()).items():
@@ -104,42 +85,30 @@ def from_state(run: RunFolder, parts: dict[str, Any]) -> Progress:
     return progress
 
 
+@dataclass(eq=False)
 class StepGuard:
     """Takes an optimiser step if the gradient is complete and finite; otherwise leaves the network as it was.
 
-    Args:
-        network: the module in training. A skipped step also takes back what its batches did to its buffers: one batch that
-            overflows would otherwise leave NaN in the running statistics for good.
-        optimizer: of the network's weights.
-        scaler: scales the loss, where half precision needs it.
-        progress: counts the skipped steps.
-        ranks: buffers are averaged over them.
+    A skipped step also takes back what its batches did to the network's buffers: one batch that overflows would otherwise
+    leave NaN in the running statistics for good.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler | None = None,
-        progress: Progress | None = None,
-        ranks: Ranks | None = None,
-    ) -> None:
-        self.optimizer = optimizer
-        self.scaler = scaler or torch.amp.GradScaler(enabled=False)
-        self.progress, self.ranks = progress or Progress(), ranks or Ranks()
-        self.buffers = list(network.buffers())
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))  # of the loss
+    progress: Progress = field(default_factory=Progress)  # counts the skipped steps
+    ranks: Ranks = field(default_factory=Ranks)  # buffers are averaged over them
+
+    def __post_init__(self) -> None:
+        self.buffers = list(self.network.buffers())
         self.before = [buffer.clone() for buffer in self.buffers]
 
     @torch.no_grad()
     def step(self, where: str, failure: str | None = None) -> bool:
         """Step or skip, and clear the gradients. Returns whether the step was taken.
 
-        Args:
-            where: names the step in messages.
-            failure: what went wrong on the way to it, if anything did.
-
-        Raises:
-            DivergenceError: after :data:`MAX_SKIPPED_IN_A_ROW` skipped steps in a row.
+        ``where`` names the step; ``failure`` is what went wrong on the way to it, if anything did. After
+        :data:`MAX_SKIPPED_IN_A_ROW` skipped steps in a row, DivergenceError is raised.
         """
         if failure is None:
             self.scaler.unscale_(self.optimizer)
@@ -161,11 +130,9 @@ class StepGuard:
         progress.in_a_row.append(where)
         if self.ranks.is_first:
             tqdm.write(f"{where}: step skipped ({progress.skipped} so far): {failure}")
-        if len(progress.in_a_row) >= MAX_SKIPPED_IN_A_ROW:
-            raise DivergenceError(
-                f"{len(progress.in_a_row)} steps in a row were skipped since {progress.in_a_row[0]}, the last because "
-                f"{failure}. Lower -lr, or try another -solver"
-            )
+        if (count := len(progress.in_a_row)) >= MAX_SKIPPED_IN_A_ROW:
+            skipped = f"{count} steps in a row were skipped since {progress.in_a_row[0]}, the last because {failure}"
+            raise DivergenceError(f"{skipped}. Lower -lr, or try another -solver")
         return False
 
 
@@ -193,12 +160,11 @@ def train_epoch(
     Args:
         network: what is trained; ``forward`` calls it.
         loader: of this rank's batches; its ``batch_sampler`` is a :class:`engine.distributed.Shard`.
-        stop: whether this process has been asked to stop.
         after_step: called with the signal by which any rank has been asked to stop, or 0.
     """
     progress, ranks, shard = guard.progress, guard.ranks, loader.batch_sampler
-    batches = stream(loader)
-    title = f"epoch {progress.epoch}"
+    batches, title = stream(loader), f"epoch {progress.epoch}"
+    stop = stop or StopRequest()
     with progress_bar(title, total=len(shard), initial=progress.batch, disable=not ranks.is_first) as bar:
         while progress.batch < len(shard):
             first, window = progress.batch, min(settings.accumulate, len(shard) - progress.batch)
@@ -206,12 +172,16 @@ def train_epoch(
             places = [(progress.epoch, first + number) for number in own]
             own_scores, failure = _differentiate(forward, batches, places, guard, settings)
 
-            scores, failure, signal_number = _agree(ranks, len(places), own_scores, failure, stop)
+            failures, parts, signals = zip(*ranks.gather((failure, own_scores, stop.signal_number)), strict=True)
+            failure = next(filter(None, failures), None)
+            scores = list(chain.from_iterable(zip(*parts, strict=False)))  # in the order of the batches
             if failure is None:
                 weight = 1.0
                 if shard.by_image:  # the ranks have parts of one batch, which may differ in size
-                    scores = [_whole(scores)]
-                    weight = own_scores[0].queries * ranks.size / scores[0].queries
+                    queries = sum(part.queries for part in scores)
+                    weight = own_scores[0].queries * ranks.size / queries
+                    loss = sum(part.loss * part.queries for part in scores) / queries
+                    scores = [Score(loss, sum(part.hits for part in scores), queries)]
                 gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
                 ranks.average(gradients, weight=weight)
 
@@ -222,24 +192,18 @@ def train_epoch(
                     progress.accuracies.append(score.accuracy)
                     step = (progress.epoch - 1) * len(shard.batches) + number
                     run.scalars(step, loss=score.loss, acc=score.accuracy, total_loss=score.loss / window)
-            bar.set_postfix_str(
-                f"loss {_mean(progress.losses):.4f}, acc {_mean(progress.accuracies):.2f} %", refresh=False
-            )
+            shown = f"loss {_mean(progress.losses):.4f}, acc {_mean(progress.accuracies):.2f} %"
+            bar.set_postfix_str(shown, refresh=False)
             bar.update(window)
-            after_step(signal_number)
+            after_step(max(signals))
 
 
 def _differentiate(
-    forward: Forward,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    places: list[tuple[int, int]],
-    guard: StepGuard,
-    settings: FitSettings,
+    forward: Forward, batches: Iterator[Any], places: list[tuple[int, int]], guard: StepGuard, settings: FitSettings
 ) -> tuple[list[Score], str | None]:
     """Add up the gradients of this rank's batches of a step. Returns their scores, and what went wrong if anything did."""
     scores: list[Score] = []
-    failure = None
-    device = guard.ranks.device
+    failure, device = None, guard.ranks.device
     for place in places:
         images, labels = next(batches)
         if failure is not None:
@@ -258,24 +222,6 @@ def _differentiate(
     return scores, failure
 
 
-def _agree(
-    ranks: Ranks, count: int, scores: list[Score], failure: str | None, stop: StopRequest | None
-) -> tuple[list[Score], str | None, int]:
-    """The scores of all ranks' batches in order, the failure of any rank, and the signal that any has received."""
-    values = [value for score in scores for value in score] if failure is None else [0.0] * 3 * count
-    table = ranks.gather([failure is not None, stop.signal_number if stop else 0, *values])
-    if any(row[0] for row in table):
-        failure = next(filter(None, ranks.gather_objects(failure)))
-    everyone = [Score(*row[k : k + 3]) for k in range(2, 2 + 3 * count, 3) for row in table]
-    return everyone, failure, max(int(row[1]) for row in table)
-
-
-def _whole(parts: list[Score]) -> Score:
-    """The score of a batch from those of its parts."""
-    queries = sum(part.queries for part in parts)
-    return Score(sum(part.loss * part.queries for part in parts) / queries, sum(part.hits for part in parts), queries)
-
-
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
@@ -292,16 +238,12 @@ def fit(
     ranks: Ranks | None = None,
     stop: StopRequest | None = None,
 ) -> None:
-    """Train epoch by epoch; after each, validate, write the logs, and keep the best weights.
-
-    A resumed run continues from the state in its folder.
+    """Train epoch by epoch, from the state in the folder of a resumed run; validate, log, and keep the best weights.
 
     Args:
-        network: what is trained; in training mode during an epoch.
-        loader: of the training batches; see :func:`train_epoch`.
+        network, forward, loader, stop: as for :func:`train_epoch`.
         validate: evaluates the network after an epoch. Of equal accuracies the later epoch wins.
         weights_of: the module whose state dict is the checkpoint.
-        stop: whether this process has been asked to stop.
 
     Raises:
         DivergenceError: the numbers are no longer finite.
@@ -315,59 +257,52 @@ def fit(
     progress = from_state(run, parts) if run.state else Progress()
     guard = StepGuard(network, optimizer, scaler, progress, ranks)
 
+    def save() -> None:
+        run.save_state({"progress": vars(progress).copy(), **{name: part.state_dict() for name, part in parts.items()}})
+
     def after_step(signal_number: int) -> None:
         steps = -(-progress.batch // settings.accumulate)
         if signal_number or (settings.save_every and steps % settings.save_every == 0):
-            run.save_state(to_state(progress, parts))
+            save()
         if signal_number:
             raise Stopped(signal_number)
 
     while progress.epoch <= settings.max_epoch:
-        watch, rate = Stopwatch(), optimizer.param_groups[0]["lr"]
+        start, rate = time.monotonic(), optimizer.param_groups[0]["lr"]
         if progress.batch < len(loader.batch_sampler):
             network.train()
             loader.batch_sampler.set_epoch(progress.epoch, progress.batch)
             train_epoch(network, forward, loader, guard, run, settings, stop=stop, after_step=after_step)
-            run.save_state(to_state(progress, parts))  # validation may take long, and may fail
+            save()  # validation may take long, and may fail
         try:
             result = validate(progress.epoch)
         except DivergenceError as error:
             since = f"; steps were skipped since {progress.in_a_row[0]}" if progress.in_a_row else ""
-            raise DivergenceError(
-                f"validation after epoch {progress.epoch}: {error}{since}. Lower -lr, now {rate:g}"
-            ) from error
+            message = f"validation after epoch {progress.epoch}: {error}{since}. Lower -lr, now {rate:g}"
+            raise DivergenceError(message) from error
         with warnings.catch_warnings():  # torch misses the optimiser's steps if all were skipped, or preceded a stop
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
             scheduler.step()
-        is_best = result.accuracy >= progress.best
-        if is_best:
+        if is_best := result.accuracy >= progress.best:
             progress.best = result.accuracy
             run.save_weights(BEST_WEIGHTS, weights_of.state_dict())
         if settings.save_all:
             run.save_weights(f"epoch-{progress.epoch}.pth", weights_of.state_dict())
-        _log_epoch(run, progress, result, rate, is_best, settings.max_epoch, watch)
-        progress.next_epoch()
-        run.save_state(to_state(progress, parts))
+        _log_epoch(run, progress, result, rate, is_best, f"{progress.epoch}/{settings.max_epoch}", start)
+        progress.epoch, progress.batch, progress.losses, progress.accuracies = progress.epoch + 1, 0, [], []
+        save()
 
 
 def _log_epoch(
-    run: RunFolder, progress: Progress, result: Evaluation, rate: float, is_best: bool, max_epoch: int, watch: Stopwatch
+    run: RunFolder, progress: Progress, result: Evaluation, rate: float, is_best: bool, title: str, start: float
 ) -> None:
-    loss, accuracy = _mean(progress.losses), _mean(progress.accuracies)
+    loss, accuracy, skipped = _mean(progress.losses), _mean(progress.accuracies), progress.skipped
     run.scalars(progress.epoch, val_loss=result.loss, val_acc=result.accuracy)
-    run.record(
-        epoch=progress.epoch,
-        lr=rate,
-        train_loss=loss,
-        train_acc=accuracy,
-        val_loss=result.loss,
-        val_acc=result.accuracy,
-        val_interval=result.interval,
-        best=is_best,
-        skipped_steps=progress.skipped,
-    )
-    skipped = f", {progress.skipped} steps skipped" if progress.skipped else ""
+    trained = {"epoch": progress.epoch, "lr": rate, "train_loss": loss, "train_acc": accuracy}
+    validated = {"val_loss": result.loss, "val_acc": result.accuracy, "val_interval": result.interval}
+    run.record(**trained, **validated, best=is_best, skipped_steps=skipped)
     run.log(
-        f"epoch {progress.epoch}/{max_epoch}: train loss {loss:.4f} acc {accuracy:.2f} %, validation loss "
-        f"{result.loss:.4f} acc {result}{' (best)' if is_best else ''}, lr {rate:.4g}, {watch}{skipped}"
+        f"epoch {title}: train loss {loss:.4f} acc {accuracy:.2f} %, validation loss {result.loss:.4f} acc {result}"
+        f"{' (best)' * is_best}, lr {rate:.4g}, {duration(time.monotonic() - start)}"
+        + (f", {skipped} steps skipped" if skipped else "")
     )

@@ -18,12 +18,11 @@ TRAINED_FLAGS = (
 def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, ignore: Sequence[str] = ()) -> None:
     """Replace the defaults of :data:`TRAINED_FLAGS` by those in ``run.json`` beside the weights of ``-model_dir``.
 
-    Prints a line that lists the flags taken from there, and a warning that lists those on the command line that differ. Without
-    such a file, as beside the published weights, nothing changes. A damaged one is ignored with a warning.
+    A line lists the flags taken from there, and a warning those on the command line that differ. Without such a file, as
+    beside the published weights, nothing changes; a damaged one is ignored with a warning.
 
     Args:
-        parser, argv: what ``args`` was parsed from.
-        args: changed in place.
+        parser, argv: what ``args``, which is changed in place, was parsed from.
         ignore: flags that are left alone.
     """
     weights = Path(args.model_dir or "none")
@@ -32,12 +31,12 @@ def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, i
         return
     actions = {action.dest: action for action in _actions(parser, args)}
     names = [name for name in TRAINED_FLAGS if name in actions and name not in ignore]
+
+    def parse(run: Any) -> dict[str, Any]:
+        return {name: _parse(actions[name], run["flags"][name]) for name in names if name in run["flags"]}
+
     try:
-        trained = read_json(
-            path,
-            "the flags of a run",
-            lambda run: {name: _parse(actions[name], run["flags"][name]) for name in names if name in run["flags"]},
-        )
+        trained = read_json(path, "the flags of a run", parse)
     except InputError as error:
         warn(f"{error}. It is ignored: flags that are not given keep their defaults")
         return
@@ -50,8 +49,7 @@ def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, i
     if adopted:
         status(f"flags of the run that trained the weights ({path}): {as_words(adopted)}")
         vars(args).update(adopted)
-    if len(changed) > len(adopted):
-        differing = {name: value for name, value in changed.items() if name in given}
+    if differing := {name: value for name, value in changed.items() if name in given}:
         here = as_words({name: getattr(args, name) for name in differing})
         warn(f"{here} differs from the run that trained the weights ({path}): {as_words(differing)}")
 
@@ -78,8 +76,8 @@ def _parse(action: Any, value: Any) -> Any:
     """A value of ``run.json`` as the parser would have it; ValueError if it would not accept it."""
     if value is None and action.default is None:
         return None
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     try:
-        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         value = action.type(text) if action.type else text
     except Exception as error:  # a type of argparse has an exception of its own
         raise ValueError(f"-{action.dest}: {error}") from error

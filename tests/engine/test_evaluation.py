@@ -48,6 +48,9 @@ class FixedLogits(nn.Module):
     def folded(self):
         return self
 
+    def settle(self):
+        pass
+
     def encode(self, images):
         self.encoded.append(len(images))
         return images.unsqueeze(2)  # (B, C, 1)
@@ -164,6 +167,25 @@ def test_features_that_are_not_finite_are_reported(fails):
 
     with pytest.raises(DivergenceError, match="not finite: .*diverged"):
         Evaluator(Samples(), **SHAPE)(Diverged(), with_hits(0))
+
+
+@pytest.mark.parametrize("worth", [math.nan, 1.0])
+def test_a_solver_that_reports_late_is_asked_before_the_weights_are_blamed(worth):
+    """Only if the logits are not finite: to ask means to wait for the device."""
+
+    class Late(FixedLogits):
+        def match(self, support, query, **settings):
+            return worth * super().match(support, query, **settings)
+
+        def settle(self):
+            raise ArithmeticError("no solution on the device")
+
+    evaluator = Evaluator(Samples(), **SHAPE)
+    if math.isfinite(worth):
+        assert evaluator(Late(), with_hits(4)).accuracy == 100
+        return
+    with pytest.raises(ArithmeticError, match="no solution on the device"):
+        evaluator(Late(), with_hits(4))
 
 
 # --- what is encoded, loaded and drawn when ---

@@ -16,7 +16,7 @@ from engine.evaluation import DivergenceError, Evaluation
 from engine.loading import LoaderError, make_loader, stream
 from engine.run import RunFolder
 from engine.training import MAX_SKIPPED_IN_A_ROW, FitSettings, StepGuard, fit, make_optimizer, train_epoch
-from utils import InputError, Process, make_parser, set_process, whole_numbers
+from utils import InputError, make_parser, process, whole_numbers
 
 CPU = torch.device("cpu")
 
@@ -74,7 +74,7 @@ def settings(**changed):
 
 
 def guard_of(network, ranks=None):
-    return StepGuard(network, make_optimizer(network, settings())[0], ranks=ranks)
+    return StepGuard(network, make_optimizer(network, settings())[0], ranks=ranks or Ranks())
 
 
 def classify(network):
@@ -284,13 +284,10 @@ def test_losses_of_skipped_steps_are_not_logged(run):
 
 def test_loader_processes_are_shared_by_the_ranks(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(24), raising=False)
-    try:
-        for local_size, workers in ((1, 8), (4, 6), (48, 1)):
-            set_process(Process(0, local_size, local_size))
-            assert arguments.loader_processes(argparse.Namespace(num_workers=None)) == workers
-        assert arguments.loader_processes(argparse.Namespace(num_workers=0)) == 0
-    finally:
-        set_process(Process())
+    for local_size, workers in ((1, 8), (4, 6), (48, 1)):
+        monkeypatch.setattr(process, "local_size", local_size)
+        assert arguments.loader_processes(argparse.Namespace(num_workers=None)) == workers
+    assert arguments.loader_processes(argparse.Namespace(num_workers=0)) == 0
 
 
 def test_divergence_in_validation_names_the_steps(run):

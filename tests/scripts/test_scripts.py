@@ -5,6 +5,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -357,7 +358,7 @@ GOOD = ["-dataset", "folder", "-data_dir", "good", "-model_dir", "none", *SMALL]
         (["-deepemd", "grid", "-feature_pyramid", "2,1"], 1, "-feature_pyramid requires -deepemd fcn"),
         (["-compile", "-checkpoint_activations"], 1, "-compile and -checkpoint_activations exclude each other"),
         (["-extra_dir", "../elsewhere"], 2, "expected the name of a folder below checkpoint/"),
-        (["-extra_dir", "n" * 300], 1, "cannot write to checkpoint/eval/nnn"),
+        (["-extra_dir", "n" * 300], 1, "cannot write checkpoint/eval/nnn"),
     ],
 )  # fmt: skip
 def test_bad_input(bad_place, flags, status, message):
@@ -378,7 +379,7 @@ def test_an_error_has_a_line_of_its_own(bad_place, monkeypatch):
     def fails(self, *args, **settings):
         raise engine.run.InputError("it broke")
 
-    monkeypatch.setattr(Evaluator, "_match", fails)
+    monkeypatch.setattr(Evaluator, "_score", fails)
     done = run("eval.py", *GOOD, cwd=bad_place)
     assert "test:   0%" in done.err
     assert done.err.replace("\r", "\n").splitlines()[-1] == "error: it broke"
@@ -467,6 +468,20 @@ def test_ctrl_c_while_importing_is_quiet(bad_place):
     assert "Traceback" not in rest
     assert "interrupted" not in rest  # that is said once the script runs
     assert process.wait(60) == -signal.SIGINT
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])
+@pytest.mark.parametrize("script", ["train_pretrain.py", "train_meta.py", "eval.py", "predict.py", "visualize.py"])
+def test_an_ignored_interrupt_stays_ignored(monkeypatch, capsys, script, handler):
+    """As in a background job, whose terminal sends Ctrl-C to what runs in front."""
+    monkeypatch.setattr(sys, "argv", [script, "-h"])
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_full_disk_is_one_line_and_costs_nothing(data, tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = data.open_dataset(args, args.set, train=False)
     episodes = data.draw_episodes(args, dataset, args.test_episode, seed=args.seed, name=args.set)
 
-    command = arguments.resume_command("eval.py", parser, args) if ranks.is_first and args.json != "-" else None
+    command = arguments.resume_command("eval.py", argv, args) if ranks.is_first and args.json != "-" else None
     with stop_request(command) as stop:
         evaluator = arguments.make_evaluator(args, dataset, device=device, ranks=ranks, stop=stop)
         settings = {"weights": weights, "data": dataset.fingerprint(), "resume": args.resume, "title": args.set}

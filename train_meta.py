@@ -26,7 +26,16 @@ from Models.arguments import add_model_arguments, build_model, solver_choice
 from Models.emd import ProblemError, SolverError
 from Models.weights import load_encoder_weights
 from pictures.matches import FixedMatches, check_head
-from utils import BEST_WEIGHTS, InputError, make_parser, named_generator, number_at_least, run_script, status
+from utils import (
+    BEST_WEIGHTS,
+    InputError,
+    make_parser,
+    named_generator,
+    number_at_least,
+    number_between,
+    run_script,
+    status,
+)
 
 SCRIPT = "train_meta.py"
 # Flags that eval.py does not have, and -set, which means the validation split here.
@@ -52,7 +61,7 @@ def build_parser() -> ArgumentParser:
     group.add_argument("-val_episode", type=count, default=1000, help="validation episodes per epoch")
     arguments.add_test_episode_argument(group, help="episodes of the final test")
     log_images = "validation episodes of which one match is drawn every epoch, for TensorBoard"
-    group.add_argument("-log_images", type=number_at_least(0, int), default=0, help=log_images)
+    group.add_argument("-log_images", type=number_between(0, 100, int), default=0, help=log_images)
     shown = {"metavar": "NAME[:OPTION=VALUE,...]", "help": "solver of validation and final test, as -solver"}
     group.add_argument("-val_solver", type=solver_choice, default="opencv", **shown)
     group.add_argument(
@@ -123,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         order = named_generator(args.seed, "train", "sfc", *place)
         return model(images, way=args.way, shot=args.shot, generator=order), labels
 
-    with stop_request(arguments.resume_command(SCRIPT, parser, args) if ranks.is_first else None) as stop:
+    with stop_request(arguments.resume_command(SCRIPT, argv, args) if ranks.is_first else None) as stop:
         evaluator = arguments.make_evaluator(args, val_set, device=device, keep_pixels=True, ranks=ranks, stop=stop)
         drawn = data.draw_episodes(
             args, val_set, args.log_images if ranks.is_first else 0, seed=args.seed, name=args.set

@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def forward(images, labels, _):
         return network(images), labels
 
-    with stop_request(arguments.resume_command(SCRIPT, parser, args) if ranks.is_first else None) as stop:
+    with stop_request(arguments.resume_command(SCRIPT, argv, args) if ranks.is_first else None) as stop:
         evaluator = arguments.make_evaluator(args, val_set, device=device, keep_pixels=True, ranks=ranks, stop=stop)
 
         def validate(epoch):

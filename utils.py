@@ -57,20 +57,21 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def number_at_least(minimum: float, kind: type) -> Callable[[str], Any]:
-    """An argparse type: ``int`` or ``float``, finite and not below ``minimum``."""
-    return number_between(minimum, math.inf, kind)
+    """An argparse type: ``int`` or ``float`` from ``minimum`` to a billion or a million, which no experiment exceeds."""
+    return number_between(minimum, 10**9 if kind is int else 1e6, kind)
 
 
 def number_between(minimum: float, maximum: float, kind: type) -> Callable[[str], Any]:
     """An argparse type: ``int`` or ``float``, finite and from ``minimum`` to ``maximum``."""
-    limits = f"from {minimum} to {maximum}" if maximum < math.inf else f"of {minimum} or more"
 
     def parse(text: str) -> Any:
         with contextlib.suppress(ValueError, OverflowError):
             value = kind(text)
             if math.isfinite(value) and minimum <= value <= maximum:
                 return value
-        raise argparse.ArgumentTypeError(f"expected a {'whole ' * (kind is int)}number {limits}; got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a {'whole ' * (kind is int)}number from {minimum} to {maximum}; got {text!r}"
+        )
 
     return parse
 

@@ -6,7 +6,7 @@ from dataloader.catalog import CATALOG
 from dataloader.dataset import ImageDataset
 from dataloader.episodes import EpisodeSampler, SeededEpisodes
 from dataloader.views import CROP_TO, VIEWS, View, make_view
-from utils import InputError, number_at_least, number_between, whole_numbers
+from utils import InputError, number_between, whole_numbers
 
 # Four halvings lie between an image and its feature map. The upper bounds guard against slips of the keyboard.
 SMALLEST_IMAGE, LARGEST_IMAGE = 16, 1024
@@ -28,7 +28,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, has_splits: bool = Tr
             "processes that load images; results do not depend on it (default: the cores that this process may use, at "
             "most 8, divided by the processes of the run on this machine)"
         )
-        data.add_argument("-num_workers", type=number_at_least(0, int), help=text)
+        data.add_argument("-num_workers", type=number_between(0, 256, int), help=text)
 
     views.add_argument("-deepemd", choices=VIEWS, default="fcn", help="what becomes a node")
     text = f"pixels along an edge of what the encoder sees, {SMALLEST_IMAGE} to {LARGEST_IMAGE}; less for quick runs"

@@ -29,7 +29,7 @@ def add_training_arguments(
     count, steps, rate = number_at_least(1, int), number_at_least(0, int), number_at_least(1e-12, float)
     group = parser.add_argument_group("training")
     group.add_argument("-max_epoch", type=count, default=max_epoch, help="epochs to train")
-    group.add_argument("-bs", type=count, default=bs, help=bs_help)
+    group.add_argument("-bs", type=number_between(1, 10_000, int), default=bs, help=bs_help)
     group.add_argument("-lr", type=rate, default=lr, help="learning rate")
     group.add_argument("-step_size", type=count, default=step_size, help="epochs between drops of the learning rate")
     group.add_argument("-gamma", type=rate, default=gamma, help="factor of a drop")
@@ -105,7 +105,7 @@ def add_evaluation_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("speed of evaluation")
     auto = "auto: encode each image once per set of weights, where its view is not random"
     group.add_argument("-feature_cache", choices=("auto", "off"), default="auto", help=auto)
-    group.add_argument("-episode_batch", type=number_at_least(1, int), default=8, help="episodes matched together")
+    group.add_argument("-episode_batch", type=number_between(1, 1000, int), default=8, help="episodes matched together")
 
 
 def add_run_arguments(parser: ArgumentParser, *, has_folder: bool = True) -> None:
@@ -170,10 +170,11 @@ def encoder_suffix(args: Namespace) -> str:
     return "" if name == "resnet12" else "-" + re.sub(r"[^\w.-]+", "-", name)
 
 
-def resume_command(script: str, parser: ArgumentParser, args: Namespace) -> str:
-    """The command line that resumes a run that was stopped."""
-    given = vars(args) | {"resume": args.resume or True}  # without a value if it has none
-    return shlex.join(["python", script, *_words(parser, given)])
+def resume_command(script: str, argv: Sequence[str] | None, args: Namespace) -> str:
+    """The command line that resumes a run that was stopped: as it was given, with the seed that was drawn."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    words += [] if str(args.seed) in words else ["-seed", str(args.seed)]
+    return shlex.join(["python", script, *words, *([] if "-resume" in words else ["-resume"])])
 
 
 def next_command(

@@ -93,7 +93,7 @@ def read_launch() -> Launch | None:
         # "4(x2),3" is four tasks on each of two nodes and three on the last: at most four on this one.
         counts = re.findall(r"(\d+)(?:\(x\d+\))?", environ.get(names[3], ""))
         environ[names[3]] = max(counts, key=int, default="")
-    elif environ["WORLD_SIZE"] == "1" and not {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} & set(environ):
+    elif environ["WORLD_SIZE"] == "1":
         return None
     numbers = [int(text) if re.fullmatch("[0-9]{1,6}", text := environ.get(name, "")) else -1 for name in names]
     rank, size, local_rank, local_size = numbers
@@ -110,10 +110,13 @@ def join(launch: Launch, device: torch.device) -> Ranks:
     """Connect to the other processes of the run. InputError if the environment does not say where the first one is."""
     environ = os.environ
     if launch.by_slurm:
-        environ.setdefault("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000))
+        environ.setdefault(
+            "MASTER_PORT", str(20000 + int(re.sub(r"\D", "", environ.get("SLURM_JOB_ID", "")) or 0) % 20000)
+        )
         if environ.get("SLURM_STEP_NUM_NODES", "1") == "1":
             environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if not environ.get("MASTER_ADDR") or not re.fullmatch("[0-9]{1,5}", environ.get("MASTER_PORT", "")):
+    port = environ.get("MASTER_PORT", "")
+    if not environ.get("MASTER_ADDR") or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise InputError(
             "several processes need MASTER_ADDR, the host of the first, and MASTER_PORT in the environment. torchrun sets "
             "them; for srun on several nodes: export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1)"

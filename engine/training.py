@@ -218,7 +218,7 @@ def _differentiate(
                 raise FloatingPointError("the loss is not finite")
             guard.scaler.scale(loss / len(places)).backward()
         except (FloatingPointError, *settings.skip_on) as error:
-            failure = str(error) or type(error).__name__
+            failure = " ".join(str(error).split()) or type(error).__name__
     return scores, failure
 
 

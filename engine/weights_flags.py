@@ -1,5 +1,6 @@
 """The flags that a checkpoint was trained with, from the ``run.json`` of its run."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,13 +28,13 @@ def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, i
     """
     weights = Path(args.model_dir or "none")
     path = (weights if weights.is_dir() else weights.parent) / "run.json"
-    if args.model_dir in (None, "none") or not path.is_file():
+    if args.model_dir in (None, "none") or not os.path.lexists(path):
         return
     actions = {action.dest: action for action in _actions(parser, args)}
     names = [name for name in TRAINED_FLAGS if name in actions and name not in ignore]
 
     def parse(run: Any) -> dict[str, Any]:
-        return {name: _parse(actions[name], run["flags"][name]) for name in names if name in run["flags"]}
+        return {name: _parse(actions[name], value) for name, value in run["flags"].items() if name in names}
 
     try:
         trained = read_json(path, "the flags of a run", parse)

@@ -113,7 +113,7 @@ def test_the_seed_does_not_choose_the_kernels():
 @pytest.mark.parametrize(
     ("kind", "text", "message"),
     [
-        (number_at_least(0, int), "-1", "expected a whole number of 0 or more; got '-1'"),
+        (number_at_least(0, int), "-1", "expected a whole number from 0 to 1000000000; got '-1'"),
         (number_at_least(1, int), "1.5", "whole number"),
         (number_at_least(1e-12, float), "inf", "expected a number of 1e-12 or more"),
         (number_between(0, 9, int), "10", "expected a whole number from 0 to 9"),

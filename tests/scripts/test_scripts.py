@@ -354,7 +354,7 @@ GOOD = ["-dataset", "folder", "-data_dir", "good", "-model_dir", "none", *SMALL]
         (["-image_size", "8"], 2, "from 16 to 1024; got '8'"),
         (["-image_size", "100000"], 2, "from 16 to 1024; got '100000'"),
         (["-seed", "9" * 24], 2, "expected a whole number from 0 to 9223372036854775807; got"),
-        (["-test_episode", "9" * 5000], 2, "expected a whole number of 1 or more"),
+        (["-test_episode", "9" * 5000], 2, "expected a whole number from 1 to 1000000000"),
         (["-deepemd", "grid", "-feature_pyramid", "2,1"], 1, "-feature_pyramid requires -deepemd fcn"),
         (["-compile", "-checkpoint_activations"], 1, "-compile and -checkpoint_activations exclude each other"),
         (["-extra_dir", "../elsewhere"], 2, "expected the name of a folder below checkpoint/"),

@@ -56,14 +56,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
     sizes = "fcn only: sizes of further maps that the feature map is pooled to, as in 2,1 (default: none)"
     group.add_argument("-feature_pyramid", type=whole_numbers, metavar="SIZES", help=sizes)
 
-    title = "solver of the optimal transport, for -head deepemd; other heads ignore it"
-    group = parser.add_argument_group(title)
+    group = parser.add_argument_group("solver of the optimal transport, for -head deepemd; other heads ignore it")
     group.add_argument("-solver", type=solver_choice, default="opencv", help=_rows(SOLVERS), **named)
     group.add_argument("-form", choices=FORMS, default="L2", help="form of the quadratic program of qpth and ipm")
     group.add_argument("-l2_strength", type=rate, default=1e-6, help="weight of the quadratic term of form L2")
-    group.add_argument(
-        "-emd_gradient", choices=GRADIENTS, default="full", help=f"gradient of simplex: {_words(GRADIENTS)}"
-    )
+    gradients = f"gradient of simplex: {_words(GRADIENTS)}"
+    group.add_argument("-emd_gradient", choices=GRADIENTS, default="full", help=gradients)
     cores = "threads of the solvers on the CPU (default: this process's share of the cores)"
     group.add_argument("-solver_threads", type=threads, help=cores)
 
@@ -93,14 +91,12 @@ def build_model(
 ) -> DeepEMD:
     """The model that the flags of :func:`add_model_arguments` describe; also sets the threads of the solvers.
 
-    Args:
-        device_ids: see :class:`Models.deepemd.DeepEMD`.
-        val_solver: a second solver that the script is going to use, which is checked too.
-        statistics: ``mean`` and ``std`` of the pixels.
+    ``device_ids``, and ``mean`` and ``std`` of the pixels, are for :class:`Models.deepemd.DeepEMD`. ``val_solver`` is a second
+    solver that the script is going to use.
 
     Raises:
         InputError: flags that exclude each other.
-        EmdError: a solver that the flags name cannot be used here.
+        EmdError: one of the solvers cannot be used here.
     """
     if args.feature_pyramid and args.deepemd != "fcn":
         raise InputError(f"-feature_pyramid requires -deepemd fcn; with -deepemd {args.deepemd}, the nodes are patches")
@@ -124,11 +120,10 @@ def build_model(
 def open_model(
     args: argparse.Namespace, *, device: torch.device, device_ids: Sequence[int], **statistics: Any
 ) -> tuple[DeepEMD, str]:
-    """The model that the flags describe with the weights of ``-model_dir``, and what those are: a path, or "none".
+    """The model of :func:`build_model` with the weights of ``-model_dir``, and what those are: a path, or "none".
 
     Raises:
-        InputError: flags that exclude each other, or weights that cannot be loaded.
-        EmdError: as :func:`build_model`.
+        InputError: weights that cannot be loaded; and as :func:`build_model`.
     """
     model = build_model(args, device_ids=device_ids, **statistics).to(device)
     weights = args.model_dir or f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
@@ -140,11 +135,7 @@ def open_model(
 
 
 def check_solver(settings: HeadSettings) -> None:
-    """Solve one small problem, so that a missing or broken library, or a bad option, is reported before the run.
-
-    Raises:
-        EmdError, InputError: the solver cannot be used here.
-    """
+    """Solve one small problem, so that a missing or broken library, or a bad option, is an error before the run."""
     one = torch.ones(2)
     try:
         emd(torch.eye(2), one, one, solver=settings.solver, **settings.solver_options)

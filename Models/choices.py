@@ -21,11 +21,9 @@ def check_choice(what: str, name: str, known: Mapping[str, Any]) -> None:
 def parse_choice(
     what: str, text: str, known: Mapping[str, Any], given: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """``NAME[:OPTION=VALUE[,OPTION=VALUE]]`` to the name and its options.
+    """``NAME[:OPTION=VALUE[,OPTION=VALUE]]`` to the name and its options, which override those ``given`` beside it.
 
-    Args:
-        known: the rows to choose from. The ``options`` of a row are those that it takes, with their defaults.
-        given: further options, which those in the text override.
+    Each row of ``known`` has ``options``: those that it takes, with their defaults.
 
     Raises:
         ValueError: an unknown name or option, a value of another type than the default, or a whole number below 1.

@@ -86,7 +86,6 @@ class DeepEMD(nn.Module):
         Args:
             images: ``(W*K + W*Q, 3, H, W)``, or ``(W*K + W*Q, P, 3, H, W)`` as patches, 8-bit or normalised floats; support
                 first, and both parts class-interleaved: ``c0 c1 .. c0 c1 ..``.
-            way, shot: W and K.
             solver: overrides the one given to the constructor; ignored by heads without a solver.
             generator: draws the order of the support images in the structured fully connected layer.
 
@@ -94,7 +93,7 @@ class DeepEMD(nn.Module):
             ``(W*Q, W)``; the label of query i is ``i % W``.
 
         Raises:
-            ValueError: images of another shape, or too few of them.
+            ValueError: images of another shape or type, or too few of them.
         """
         nodes = self.encode(images)  # support and queries in one batch, so batch norm sees the whole episode
         support, query = nodes[: way * shot], nodes[way * shot :]
@@ -104,10 +103,7 @@ class DeepEMD(nn.Module):
         """Images to nodes (section 3.1): ``(B, 3, H, W)`` or ``(B, P, 3, H, W)`` to ``(B, C, N)``.
 
         A whole image becomes the cells of its feature map, row by row, behind those of its feature pyramid.
-        Patches are encoded on their own and averaged to one node each, so N = P.
-
-        Raises:
-            ValueError: images of another shape or type.
+        Patches are encoded on their own and averaged to one node each, so N = P. ValueError as for :meth:`forward`.
         """
         if images.dim() == 5:
             maps = self._run_encoder(images.flatten(0, 1))  # (B*P, C, h, w)
@@ -143,10 +139,7 @@ class DeepEMD(nn.Module):
         solver: str | None = None,
         generator: Draws = None,
     ) -> Tensor:
-        """The sets of nodes that stand for the classes: ``(..., K*W, C, N)`` to ``(..., W, C, N)``.
-
-        Where classes have different numbers of images, ``labels (S,)`` are the classes of ``support (..., S, C, N)``.
-        """
+        """The sets of nodes that stand for the classes, ``(..., W, C, N)``. Arguments as for :func:`fit_prototypes`."""
         if self.kshot == "mean" or shot == 1 or support.shape[-3] == way:
             return mean_prototypes(support, way=way, shot=shot, labels=labels)  # of one image, the image itself
         # Section 3.5: the structured fully connected layer.
@@ -154,11 +147,7 @@ class DeepEMD(nn.Module):
         return fit_prototypes(support, way=way, shot=shot, labels=labels, **draws, **asdict(self.sfc))
 
     def matching(self, proto: Tensor, query: Tensor, *, solver: str | None = None) -> Matching:
-        """How the head ``deepemd`` matches queries ``(..., Q, C, M)`` with prototypes ``(..., W, C, N)``: the flow too.
-
-        Raises:
-            ValueError: another head, which has no flow.
-        """
+        """How queries ``(..., Q, C, M)`` are matched with prototypes ``(..., W, C, N)``; ValueError for other heads."""
         if self.settings.head != "deepemd":
             raise ValueError(f"only the head deepemd has a flow; this model has the head {self.settings.head}")
         return match_with(proto, query, self._settings(solver))

@@ -21,7 +21,7 @@ from Models.matching import METRICS, NORMS, Matching, check_nodes, cosine_simila
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """How queries are compared with prototypes. A head uses the settings that mean something to it, and ignores the others.
+    """How queries are compared with prototypes. A head ignores settings that mean nothing to it.
 
     Args:
         head: a key of :data:`HEADS`, which may carry options of its own: ``knn:k=3``.
@@ -67,7 +67,6 @@ class HeadSettings:
 
     @property
     def uses_solver(self) -> bool:
-        """Whether the head solves transportation problems."""
         return HEADS[self.head].uses_solver
 
 
@@ -75,8 +74,7 @@ def head_logits(proto: Tensor, query: Tensor, settings: HeadSettings | None = No
     """Logits ``(..., Q, W)`` by the head that the settings name, or plain keywords as :meth:`HeadSettings.of` takes them.
 
     Raises:
-        ValueError: shapes that do not fit, or invalid settings.
-        EmdError: see :func:`Models.emd.emd`.
+        ValueError, EmdError: shapes that do not fit, or invalid settings; see also :func:`Models.emd.emd`.
     """
     settings = settings or HeadSettings.of(**keywords)
     check_nodes(proto, query)
@@ -85,8 +83,8 @@ def head_logits(proto: Tensor, query: Tensor, settings: HeadSettings | None = No
 
 def match_with(proto: Tensor, query: Tensor, settings: HeadSettings) -> Matching:
     """:func:`Models.matching.match_nodes` with the settings of the head ``deepemd``."""
-    names = ("temperature", "metric", "norm", "solver")
-    return match_nodes(proto, query, **{name: getattr(settings, name) for name in names}, **settings.solver_options)
+    published = {"temperature": settings.temperature, "metric": settings.metric, "norm": settings.norm}
+    return match_nodes(proto, query, **published, solver=settings.solver, **settings.solver_options)
 
 
 def deepemd_logits(proto: Tensor, query: Tensor, settings: HeadSettings) -> Tensor:
@@ -110,9 +108,7 @@ def knn_logits(proto: Tensor, query: Tensor, settings: HeadSettings) -> Tensor:
     """Nearest local features: ``temperature * mean_i sum_{j in kNN(i)} cos(query_i, proto_j)`` (as DN4, with k = 3 there).
 
     With the default k = 1 each query node is matched with the node most like it, which is the optimal matching of DeepEMD
-    without the demand that every prototype node be matched too, and means the same for every number of nodes. Three
-    neighbours out of the 2 x 2 cells of a 32-pixel image would be nearly all of them. A prototype with fewer than k nodes
-    counts all it has.
+    without the demand that every prototype node be matched too. A prototype with fewer than k nodes counts all it has.
     """
     k = min(settings.head_options.get("k", 1), proto.shape[-1])
     similarity = cosine_similarity_map(query, proto, norm="none")  # (..., Q, W, M, N)

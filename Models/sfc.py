@@ -95,11 +95,10 @@ def fit_prototypes(
         support: ``(..., K*W, C, N)``, class-interleaved: image i is of class ``i % W``. Leading axes are episodes.
         way, shot: W and K.
         labels: ``(S,)``, instead of ``shot``: the classes of ``support (..., S, C, N)`` where they have different numbers of
-            images. A class with one image is that image; the others are fitted beside it.
+            images. A class with one image is that image.
         lr, weight_decay, steps, batch_size: as in :class:`FitSettings`.
-        permutations: ``(steps, K*W)`` or ``(..., steps, K*W)``, the order of the images in each pass. Drawn from
-            ``generator``, episode after episode, when not given.
-        generator: a CPU generator, or one per episode; torch's global one when not given.
+        permutations: ``(steps, K*W)`` or ``(..., steps, K*W)``, the order of the images in each pass. None: drawn from
+            ``generator``, episode after episode; a CPU generator, one per episode, or torch's global one if None.
         settings, head: of the head, as for :func:`Models.heads.head_logits`.
 
     Returns:
@@ -113,10 +112,9 @@ def fit_prototypes(
     settings = settings or HeadSettings.of(**head)
     start = mean_prototypes(support.detach(), way=way, shot=shot, labels=labels)
     images, device = support.shape[-3], support.device
-    # A class with one image is not fitted.
-    is_fixed = torch.zeros(way, dtype=torch.bool) if labels is None else labels.bincount(minlength=way) == 1
-    is_fixed = is_fixed.view(way, 1, 1).to(device)
-    labels = (torch.arange(images) % way if labels is None else labels).to(device)
+    labels = torch.arange(images) % way if labels is None else labels
+    is_fixed = (labels.bincount() == 1).view(way, 1, 1).to(device)  # a class with one image is not fitted
+    labels = labels.to(device)
     episode_shape, node_shape = support.shape[:-3], support.shape[-2:]
     support = support.detach().reshape(-1, images, *node_shape)  # (E, K*W, C, N)
     order = _orders(permutations, len(support), fit.steps, images, generator).to(device)  # (E, steps, K*W)
@@ -145,10 +143,8 @@ def fit_prototypes(
     # Prototypes may be finite and yet too large to be compared with anything.
     is_finite = proto.isfinite().all() and head_logits(proto, support[:, :1], settings).isfinite().all()
     if not bool(is_finite) and bool(support.isfinite().all()):
-        raise FitError(
-            f"the prototypes diverged with a learning rate of {lr:g}. Lower -sfc_lr (squared distances, as in -head proto, "
-            "need about 0.1), or use -kshot mean"
-        )
+        cure = "Lower -sfc_lr (squared distances, as in -head proto, need about 0.1), or use -kshot mean"
+        raise FitError(f"the prototypes diverged with a learning rate of {lr:g}. {cure}")
     return proto.reshape(*episode_shape, way, *node_shape)
 
 

@@ -17,17 +17,16 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") -> None:
-    """Load an encoder from any of the published checkpoint formats.
+    """Load an encoder, or the ``encoder`` of a model, from any of the published checkpoint formats.
 
     Args:
-        model: a module whose ``encoder`` is to be filled, or an encoder itself.
         path: a file ``{"params": state_dict}``: keys of the encoder as they are (pre-trained), or behind ``encoder.`` or
             ``module.encoder.`` (meta-trained). A folder stands for the ``max_acc.pth`` in it.
         hint: what to do if there is no such file.
 
     Raises:
-        InputError: no such file, another format, the weights of another architecture, or weights that no training leaves (of
-            other than floating-point numbers, not finite, negative variances). The model is then unchanged.
+        InputError: no such file, another format or architecture, or weights that no training leaves (not of floating-point
+            numbers, not finite, negative variances). The model is then unchanged.
     """
     encoder = getattr(model, "encoder", model)
     path = Path(path)
@@ -46,10 +45,10 @@ def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") 
         raise InputError(f"{path} does not hold the weights of {type(encoder).__name__}: {'; '.join(faults)}")
     for key, value in given.items():
         given[key] = value = value.detach().to(wanted[key].dtype)  # in which a large number may be infinite
-        if not value.isfinite().all():
-            raise InputError(f"{path} is not the result of a training: {key} has NaN or infinite entries")
-        if key.endswith("running_var") and (value < 0).any():
-            raise InputError(f"{path} is not the result of a training: {key} has negative entries")
+        is_negative = key.endswith("running_var") and (value < 0).any()
+        if is_negative or not value.isfinite().all():
+            fault = "negative" if is_negative else "NaN or infinite"
+            raise InputError(f"{path} is not the result of a training: {key} has {fault} entries")
     encoder.load_state_dict(given, strict=False)
 
 

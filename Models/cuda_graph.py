@@ -13,8 +13,7 @@ EAGER_CALLS = 3  # compile kernels, fill the allocator and load libraries, none 
 class GraphedStep:
     """Calls ``step(batch)`` as CUDA graphs, one per size of the batch ``(E, b)``. It must not wait for the device.
 
-    The first :data:`EAGER_CALLS` of a size are ordinary calls and do their work as such. If a capture fails, this is reported
-    as a warning and all calls are ordinary ones.
+    The first :data:`EAGER_CALLS` of a size are ordinary calls; so are all if a capture fails, which is a warning.
     """
 
     def __init__(self, step: Callable[[Tensor], None]) -> None:

@@ -18,9 +18,7 @@ from Models.emd import SOLVERS, settle
 from Models.encoder import Encoder
 from Models.heads import HeadSettings, head_logits, match_with
 from Models.matching import Matching
-from Models.sfc import KSHOT, FitSettings, fit_prototypes, mean_prototypes
-
-_NOT_IN_CONFIG = ("self", "__class__", "encoder", "device_ids")
+from Models.sfc import KSHOT, Draws, FitSettings, fit_prototypes, mean_prototypes
 
 
 class DeepEMD(nn.Module):
@@ -32,19 +30,16 @@ class DeepEMD(nn.Module):
         form, l2_strength, emd_gradient: given to every solver that has such an option (``emd_gradient`` is its ``gradient``),
             unless ``solver`` sets the option itself.
         kshot: a key of :data:`Models.sfc.KSHOT`: where prototypes come from, for ``shot > 1``.
-        sfc_lr, sfc_wd, sfc_update_step, sfc_bs: learning rate, weight decay, passes and batch size of
-            :func:`Models.sfc.fit_prototypes`, for ``shot > 1`` and ``kshot`` ``sfc``.
-        encoder: a ResNet-12 with the four settings that follow if None; otherwise those are the encoder's own.
-        mean, std, amp, checkpoint_activations: see :class:`Models.encoder.Encoder`. The head is always in float32 and float64.
-        compiled: run the encoder through ``torch.compile``.
+        sfc_lr, sfc_wd, sfc_update_step, sfc_bs: learning rate, weight decay, passes and batch size of the fit by ``sfc``.
+        encoder: a ResNet-12 if None.
+        compiled: run the encoder through ``torch.compile``; on one device, without ``checkpoint_activations``.
         device_ids: with more than one CUDA device, the encoder is spread over them by torch's DataParallel, and so is the
             head if its solver works on the device. The module itself is on the first.
-
-    Attributes:
-        config: the arguments above as plain values, without ``encoder`` and ``device_ids``.
+        encoder_settings: of that ResNet-12: ``mean``, ``std``, ``amp`` and ``checkpoint_activations``, as for
+            :class:`Models.encoder.Encoder`. The head is always in float32 and float64.
 
     Raises:
-        ValueError: an unknown choice, or settings that exclude each other.
+        ValueError: an unknown choice, a number out of range, or settings for an encoder that is given.
     """
 
     def __init__(
@@ -65,56 +60,32 @@ class DeepEMD(nn.Module):
         sfc_update_step: int = 100,
         sfc_bs: int = 4,
         encoder: Encoder | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        amp: str = "off",
-        checkpoint_activations: bool = False,
         compiled: bool = False,
         device_ids: Sequence[int] = (),
+        **encoder_settings: Any,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name not in _NOT_IN_CONFIG}
         super().__init__()
-        if encoder is None:
-            settings = {"mean": mean, "std": std, "amp": amp, "checkpoint_activations": checkpoint_activations}
-            encoder = BACKBONES["resnet12"](**settings)
-        elif (mean, std, amp, checkpoint_activations) != (None, None, "off", False):
-            raise ValueError("mean, std, amp and checkpoint_activations are settings of the encoder; set them there")
-        if compiled and encoder.checkpoint_activations:
-            raise ValueError("compiled and checkpoint_activations exclude each other")
-        if compiled and len(device_ids) > 1:
-            raise ValueError(
-                f"compiled works on one device, not on {len(device_ids)}: the replicas of DataParallel cannot be compiled"
-            )
+        if encoder is not None and encoder_settings:
+            raise ValueError(f"{', '.join(encoder_settings)}: set this where the encoder is made, which is given")
         check_choice("kshot", kshot, KSHOT)
-        self.feature_pyramid = tuple(feature_pyramid or ())
-        if any(size < 1 for size in self.feature_pyramid):
-            raise ValueError(f"the sizes of feature_pyramid must be 1 or more; got {self.feature_pyramid}")
-        self.encoder, self.compiled, self.kshot, self.device_ids = encoder, compiled, kshot, list(device_ids)
+        self.encoder = BACKBONES["resnet12"](**encoder_settings) if encoder is None else encoder
+        self.feature_pyramid, self.kshot = tuple(feature_pyramid or ()), kshot
+        self.compiled, self.device_ids = compiled, list(device_ids)
         if compiled:
-            encoder.compile()  # in place: no other module, no other key names
+            self.encoder.compile()  # in place: no other module, no other key names
         self.solver_options = {"form": form, "l2_strength": l2_strength, "gradient": emd_gradient}
         settings = HeadSettings(head=head, temperature=temperature, metric=metric, norm=norm)
         self.settings = settings.with_solver(solver, self.solver_options)
         self.sfc = FitSettings(sfc_lr, sfc_wd, sfc_update_step, sfc_bs)
-        plain = {"feature_pyramid": list(self.feature_pyramid), "mean": list(encoder.mean), "std": list(encoder.std)}
-        self.config: dict[str, Any] = given | plain
-        self.config |= {"amp": encoder.amp, "checkpoint_activations": encoder.checkpoint_activations}
 
     def forward(
-        self,
-        images: Tensor,
-        *,
-        way: int,
-        shot: int,
-        solver: str | None = None,
-        generator: torch.Generator | None = None,
+        self, images: Tensor, *, way: int, shot: int, solver: str | None = None, generator: Draws = None
     ) -> Tensor:
         """One episode: the logits of its queries.
 
         Args:
             images: ``(W*K + W*Q, 3, H, W)``, or ``(W*K + W*Q, P, 3, H, W)`` as patches, 8-bit or normalised floats; support
                 first, and both parts class-interleaved: ``c0 c1 .. c0 c1 ..``.
-            way, shot: W and K.
             solver: overrides the one given to the constructor; ignored by heads without a solver.
             generator: draws the order of the support images in the structured fully connected layer.
 
@@ -122,12 +93,8 @@ class DeepEMD(nn.Module):
             ``(W*Q, W)``; the label of query i is ``i % W``.
 
         Raises:
-            ValueError: images of another shape or number.
+            ValueError: images of another shape or type, or too few of them.
         """
-        if images.dim() > 0 and len(images) <= way * shot:
-            raise ValueError(
-                f"{way} way {shot} shot needs {way * shot} support images and queries; got {len(images)} images"
-            )
         nodes = self.encode(images)  # support and queries in one batch, so batch norm sees the whole episode
         support, query = nodes[: way * shot], nodes[way * shot :]
         return self.match(support, query, way=way, shot=shot, solver=solver, generator=generator)
@@ -136,15 +103,8 @@ class DeepEMD(nn.Module):
         """Images to nodes (section 3.1): ``(B, 3, H, W)`` or ``(B, P, 3, H, W)`` to ``(B, C, N)``.
 
         A whole image becomes the cells of its feature map, row by row, behind those of its feature pyramid.
-        Patches are encoded on their own and averaged to one node each, so N = P.
-
-        Raises:
-            ValueError: images of another shape, or smaller than the feature pyramid needs.
+        Patches are encoded on their own and averaged to one node each, so N = P. ValueError as for :meth:`forward`.
         """
-        if images.dim() not in (4, 5) or 0 in images.shape[1:]:
-            raise ValueError(
-                f"images must have the shape (B, 3, H, W), or (B, P, 3, H, W) as patches; got {tuple(images.shape)}"
-            )
         if images.dim() == 5:
             maps = self._run_encoder(images.flatten(0, 1))  # (B*P, C, h, w)
             return maps.mean((-2, -1)).unflatten(0, images.shape[:2]).transpose(1, 2)  # (B, C, P)
@@ -153,14 +113,7 @@ class DeepEMD(nn.Module):
         return torch.cat([level.flatten(2) for level in (*levels, maps)], dim=2)
 
     def match(
-        self,
-        support: Tensor,
-        query: Tensor,
-        *,
-        way: int,
-        shot: int,
-        solver: str | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        self, support: Tensor, query: Tensor, *, way: int, shot: int, solver: str | None = None, generator: Draws = None
     ) -> Tensor:
         """Nodes to logits: ``(..., K*W, C, N)`` and ``(..., Q, C, N)`` to ``(..., Q, W)``, for one or many episodes.
 
@@ -184,26 +137,17 @@ class DeepEMD(nn.Module):
         shot: int | None = None,
         labels: Tensor | None = None,
         solver: str | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Draws = None,
     ) -> Tensor:
-        """The sets of nodes that stand for the classes: ``(..., K*W, C, N)`` to ``(..., W, C, N)``.
-
-        Where classes have different numbers of images, ``labels (S,)`` are the classes of ``support (..., S, C, N)``.
-        """
+        """The sets of nodes that stand for the classes, ``(..., W, C, N)``. Arguments as for :func:`fit_prototypes`."""
         if self.kshot == "mean" or shot == 1 or support.shape[-3] == way:
             return mean_prototypes(support, way=way, shot=shot, labels=labels)  # of one image, the image itself
         # Section 3.5: the structured fully connected layer.
-        settings = self._settings(solver)
-        return fit_prototypes(
-            support, way=way, shot=shot, labels=labels, generator=generator, settings=settings, **asdict(self.sfc)
-        )
+        draws = {"generator": generator, "settings": self._settings(solver)}
+        return fit_prototypes(support, way=way, shot=shot, labels=labels, **draws, **asdict(self.sfc))
 
     def matching(self, proto: Tensor, query: Tensor, *, solver: str | None = None) -> Matching:
-        """How the head ``deepemd`` matches queries ``(..., Q, C, M)`` with prototypes ``(..., W, C, N)``: the flow too.
-
-        Raises:
-            ValueError: another head, which has no flow.
-        """
+        """How queries ``(..., Q, C, M)`` are matched with prototypes ``(..., W, C, N)``; ValueError for other heads."""
         if self.settings.head != "deepemd":
             raise ValueError(f"only the head deepemd has a flow; this model has the head {self.settings.head}")
         return match_with(proto, query, self._settings(solver))
@@ -246,12 +190,8 @@ def _pool(maps: Tensor, size: int) -> Tensor:
 
     Cell k averages rows ``floor(k h / size)`` to ``ceil((k + 1) h / size)``, then columns likewise.
     """
-    if size > min(maps.shape[-2:]):
-        height, width = maps.shape[-2:]
-        raise ValueError(f"feature_pyramid has the size {size}, but the feature map is {height} x {width}")
     for dim in (-2, -1):
         edge = maps.shape[dim]
         bounds = [(k * edge // size, -(-(k + 1) * edge // size)) for k in range(size)]
-        means = [maps.narrow(dim, first, last - first).mean(dim, keepdim=True) for first, last in bounds]
-        maps = torch.cat(means, dim)
+        maps = torch.cat([maps.narrow(dim, a, b - a).mean(dim, keepdim=True) for a, b in bounds], dim)
     return maps

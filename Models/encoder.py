@@ -20,13 +20,13 @@ class Encoder(nn.Module, ABC):
     ``folded``, and is a row of :data:`Models.backbones.BACKBONES`.
 
     Args:
-        mean, std: of the three channels, for pixels in [0, 1]: what 8-bit images are normalised with. None takes :data:`MEAN`
-            and :data:`STD`.
+        mean, std: of the channels, for pixels in [0, 1]: what 8-bit images are normalised with. None: those of the published
+            models.
         amp: a key of :data:`AMP`, the number format of the convolutions. The map is float32 in any case.
-        checkpoint_activations: in training, recompute activations in the backward pass instead of keeping them.
+        checkpoint_activations: in training, keep only the input of each block, and recompute the rest for the gradient.
 
     Raises:
-        ValueError: ``amp`` is no key of :data:`AMP`, or ``mean`` and ``std`` are not three numbers each.
+        ValueError: an unknown ``amp``, or ``mean`` and ``std`` that are not three numbers each.
     """
 
     out_channels: int  # C of the map
@@ -53,11 +53,7 @@ class Encoder(nn.Module, ABC):
         return super().__call__(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)``, 8-bit pixels or floats that are normalised already, to ``(B, C, h, w)``.
-
-        Raises:
-            ValueError: images of another shape or type.
-        """
+        """``(B, 3, H, W)``, 8-bit pixels or floats that are normalised already, to ``(B, C, h, w)``."""
         images = images if images.is_floating_point() else self.normalize(images)
         if self.amp == "off":
             return self.maps(images)
@@ -68,9 +64,8 @@ class Encoder(nn.Module, ABC):
     def check_images(self, images: Tensor) -> None:
         """Raise ValueError unless ``images`` are ``(B, 3, H, W)``, large enough, and 8-bit pixels or floats."""
         if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < self.stride:
-            raise ValueError(
-                f"images must have the shape (B, 3, H, W), H and W at least {self.stride}; got {tuple(images.shape)}"
-            )
+            shape = f"(B, 3, H, W), H and W at least {self.stride}"
+            raise ValueError(f"images must have the shape {shape}; got {tuple(images.shape)}")
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise ValueError(f"images must be 8-bit pixels (torch.uint8) or normalised floats; got {images.dtype}")
 

@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
-from Models.choices import check_choice, check_option, parse_choice
+from Models.choices import check_choice, parse_choice
 from Models.emd import SOLVERS
 from Models.matching import METRICS, NORMS, Matching, check_nodes, cosine_similarity_map, match_nodes
 
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """How queries are compared with prototypes. A head uses the settings that mean something to it, and ignores the others.
+    """How queries are compared with prototypes. A head ignores settings that mean nothing to it.
 
     Args:
         head: a key of :data:`HEADS`, which may carry options of its own: ``knn:k=3``.
@@ -43,37 +43,30 @@ class HeadSettings:
 
     def __post_init__(self) -> None:
         for what, known in (("head", HEADS), ("solver", SOLVERS)):
-            name, options = parse_choice(what, getattr(self, what), known)
-            options = {**getattr(self, f"{what}_options"), **options}
-            for option in options:
-                check_option(f"{what} {name}", option, known[name].options)
+            name, options = parse_choice(what, getattr(self, what), known, getattr(self, f"{what}_options"))
             object.__setattr__(self, what, name)
             object.__setattr__(self, f"{what}_options", options)
         check_choice("metric", self.metric, METRICS)
         check_choice("norm", self.norm, NORMS)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be above 0 and finite; got {self.temperature}")
-        HEADS[self.head].check(**self.head_options)
 
     @classmethod
     def of(cls, **keywords: Any) -> "HeadSettings":
-        """Settings from plain keywords: the fields above, and beside them the options of the head and of its solver."""
+        """Settings from plain keywords: the fields above, and beside them the options of the head, or of its solver."""
         given = {part.name: keywords.pop(part.name) for part in fields(cls) if part.name in keywords}
-        name, _ = parse_choice("head", given.get("head", cls.head), HEADS)
-        for option, value in keywords.items():
-            owner = "solver" if HEADS[name].uses_solver and option not in HEADS[name].options else "head"
-            given[f"{owner}_options"] = {**given.get(f"{owner}_options", {}), option: value}
-        return cls(**given)
+        head = HEADS.get(given.get("head", cls.head).partition(":")[0])
+        owner = "solver_options" if head and head.uses_solver else "head_options"
+        return cls(**{**given, owner: {**given.get(owner, {}), **keywords}})
 
     def with_solver(self, solver: str, options: Mapping[str, Any]) -> "HeadSettings":
         """The same with another solver, and of ``options`` those that it takes."""
-        name, _ = parse_choice("solver", solver, SOLVERS)
-        taken = {option: value for option, value in options.items() if option in SOLVERS[name].options}
+        row = SOLVERS.get(solver.partition(":")[0])
+        taken = {name: value for name, value in options.items() if row and name in row.options}
         return replace(self, solver=solver, solver_options=taken)
 
     @property
     def uses_solver(self) -> bool:
-        """Whether the head solves transportation problems."""
         return HEADS[self.head].uses_solver
 
 
@@ -81,8 +74,7 @@ def head_logits(proto: Tensor, query: Tensor, settings: HeadSettings | None = No
     """Logits ``(..., Q, W)`` by the head that the settings name, or plain keywords as :meth:`HeadSettings.of` takes them.
 
     Raises:
-        ValueError: shapes that do not fit, or invalid settings.
-        EmdError: see :func:`Models.emd.emd`.
+        ValueError, EmdError: shapes that do not fit, or invalid settings; see also :func:`Models.emd.emd`.
     """
     settings = settings or HeadSettings.of(**keywords)
     check_nodes(proto, query)
@@ -91,8 +83,8 @@ def head_logits(proto: Tensor, query: Tensor, settings: HeadSettings | None = No
 
 def match_with(proto: Tensor, query: Tensor, settings: HeadSettings) -> Matching:
     """:func:`Models.matching.match_nodes` with the settings of the head ``deepemd``."""
-    names = ("temperature", "metric", "norm", "solver")
-    return match_nodes(proto, query, **{name: getattr(settings, name) for name in names}, **settings.solver_options)
+    published = {"temperature": settings.temperature, "metric": settings.metric, "norm": settings.norm}
+    return match_nodes(proto, query, **published, solver=settings.solver, **settings.solver_options)
 
 
 def deepemd_logits(proto: Tensor, query: Tensor, settings: HeadSettings) -> Tensor:
@@ -116,9 +108,7 @@ def knn_logits(proto: Tensor, query: Tensor, settings: HeadSettings) -> Tensor:
     """Nearest local features: ``temperature * mean_i sum_{j in kNN(i)} cos(query_i, proto_j)`` (as DN4, with k = 3 there).
 
     With the default k = 1 each query node is matched with the node most like it, which is the optimal matching of DeepEMD
-    without the demand that every prototype node be matched too, and means the same for every number of nodes. Three
-    neighbours out of the 2 x 2 cells of a 32-pixel image would be nearly all of them. A prototype with fewer than k nodes
-    counts all it has.
+    without the demand that every prototype node be matched too. A prototype with fewer than k nodes counts all it has.
     """
     k = min(settings.head_options.get("k", 1), proto.shape[-1])
     similarity = cosine_similarity_map(query, proto, norm="none")  # (..., Q, W, M, N)
@@ -134,11 +124,6 @@ def fusion_logits(proto: Tensor, query: Tensor, settings: HeadSettings) -> Tenso
     return (settings.temperature * similarity).log_softmax(-2).logsumexp(-1) - math.log(query.shape[-1])
 
 
-def _check_neighbours(k: int = 1) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"head knn: k must be a whole number of 1 or more; got {k}")
-
-
 @dataclass(frozen=True)
 class Head:
     """One row of :data:`HEADS`."""
@@ -146,15 +131,13 @@ class Head:
     logits: Callable[[Tensor, Tensor, HeadSettings], Tensor]
     summary: str
     uses_solver: bool = False  # solves transportation problems, by the solver of the settings
-    reads_node_order: bool = False  # the logits depend on the order of the nodes of an image
     options: Mapping[str, Any] = field(default_factory=dict)  # the head's own options, and their defaults
-    check: Callable[..., None] = lambda **options: None  # raises ValueError for bad values of those that are given
 
 
 HEADS: dict[str, Head] = {
     "deepemd": Head(deepemd_logits, "the optimal matching of all nodes", uses_solver=True),
     "proto": Head(proto_logits, "squared distance of the mean nodes"),
     "cosine": Head(cosine_logits, "cosine similarity of the mean nodes"),
-    "knn": Head(knn_logits, "each query node by its k nearest nodes", options={"k": 1}, check=_check_neighbours),
+    "knn": Head(knn_logits, "each query node by its k nearest nodes", options={"k": 1}),
     "fusion": Head(fusion_logits, "each query node classified on its own"),
 }

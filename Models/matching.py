@@ -7,7 +7,6 @@ what a node weighs (3.4), what it costs to match two nodes (3.3), and the matchi
 Axes: W way (prototypes), Q queries, C channels, N and M nodes. Any leading axes (episodes) come before them.
 """
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -42,7 +41,7 @@ def cross_reference_weights(nodes: Tensor, other: Tensor) -> Tensor:
         other: ``(..., B, C, M)``, with the same leading axes.
 
     Returns:
-        ``(..., A, B, N)``: the weights of the nodes of each A against each B, at least 1e-3, not scaled.
+        ``(..., A, B, N)``, at least 1e-3, not scaled.
     """
     return F.relu(other.mean(-1).unsqueeze(-3) @ nodes) + WEIGHT_FLOOR  # (..., 1, B, C) x (..., A, C, N)
 
@@ -60,9 +59,6 @@ def cosine_similarity_map(query: Tensor, proto: Tensor, *, norm: str = "center")
 
     Returns:
         ``(..., Q, W, N, M)``, in [-1, 1].
-
-    Raises:
-        ValueError: ``norm`` is no key of ``NORMS``.
     """
     check_choice("norm", norm, NORMS)
     if norm == "center":
@@ -71,14 +67,12 @@ def cosine_similarity_map(query: Tensor, proto: Tensor, *, norm: str = "center")
     # the nodes.
     left = query.transpose(-2, -1).flatten(-3, -2)  # (..., Q*N, C)
     right = proto.transpose(-3, -2).flatten(-2)  # (..., C, W*M)
-    lengths = (
-        left.norm(dim=-1).unsqueeze(-1).clamp_min(SMALLEST_NORM),
-        right.norm(dim=-2).unsqueeze(-2).clamp_min(SMALLEST_NORM),
-    )
-    similarity = left @ right / lengths[0] / lengths[1]  # (..., Q*N, W*M)
-    nodes = (query.shape[-3], query.shape[-1]), (proto.shape[-3], proto.shape[-1])
+    similarity = left @ right  # (..., Q*N, W*M)
+    similarity = similarity / left.norm(dim=-1).unsqueeze(-1).clamp_min(SMALLEST_NORM)
+    similarity = similarity / right.norm(dim=-2).unsqueeze(-2).clamp_min(SMALLEST_NORM)
     # (..., Q*N, W*M) -> (..., Q*N, W, M) -> (..., Q, N, W, M) -> (..., Q, W, N, M)
-    return similarity.unflatten(-1, nodes[1]).unflatten(-3, nodes[0]).transpose(-3, -2)
+    similarity = similarity.unflatten(-1, (proto.shape[-3], proto.shape[-1]))
+    return similarity.unflatten(-3, (query.shape[-3], query.shape[-1])).transpose(-3, -2)
 
 
 # --- Section 3.2: optimal matching -> logits --------------------------------------------------------------------------
@@ -127,7 +121,7 @@ def match_nodes(
     similarity = cosine_similarity_map(query, proto, norm=norm)  # (..., Q, W, M, N)
     supply = cross_reference_weights(query, proto)  # (..., Q, W, M)
     demand = cross_reference_weights(proto, query).transpose(-3, -2)  # (..., Q, W, N)
-    if _has_constant_weights(solver, options):
+    if "supply" not in SOLVERS[solver].differentiable or options.get("gradient") == "cost":  # no gradient for weights
         supply, demand = supply.detach() + OPENCV_FLOOR, demand.detach() + OPENCV_FLOOR
     mass = similarity.shape[-2]
     supply, demand = scale_to_mass(supply, mass), scale_to_mass(demand, mass)
@@ -143,15 +137,8 @@ def emd_logits(proto: Tensor, query: Tensor, **settings: Any) -> Tensor:
     return match_nodes(proto, query, **settings).logits
 
 
-def _has_constant_weights(solver: str, options: Mapping[str, Any]) -> bool:
-    """Whether no gradient reaches the weights, as on the published OpenCV path."""
-    return "supply" not in SOLVERS[solver].differentiable or options.get("gradient") == "cost"
-
-
 def check_nodes(proto: Tensor, query: Tensor) -> None:
     """Raise ValueError unless ``proto (..., W, C, N)`` and ``query (..., Q, C, M)`` have the same leading axes and C."""
     if min(proto.dim(), query.dim()) < 3 or proto.shape[:-3] != query.shape[:-3] or proto.shape[-2] != query.shape[-2]:
-        raise ValueError(
-            f"proto {tuple(proto.shape)} and query {tuple(query.shape)} do not fit: their shapes must be (..., W, C, N) and "
-            "(..., Q, C, M), with the same leading axes and C"
-        )
+        shapes = "their shapes must be (..., W, C, N) and (..., Q, C, M), with the same leading axes and C"
+        raise ValueError(f"proto {tuple(proto.shape)} and query {tuple(query.shape)} do not fit: {shapes}")

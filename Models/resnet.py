@@ -22,9 +22,8 @@ def _conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
 
 
 class ResidualBlock(nn.Module):
-    """Three 3x3 convolutions beside a 1x1 shortcut; their sum is activated, then halved in height and width.
+    """Three 3x3 convolutions beside a 1x1 shortcut: ``(B, channels_in, H, W) -> (B, channels_out, H // 2, W // 2)``.
 
-    ``(B, channels_in, H, W) -> (B, channels_out, H // 2, W // 2)``.
     The attribute names are the key names of the released checkpoints.
     """
 
@@ -62,11 +61,16 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
             norm.num_batches_tracked.copy_(count)
 
 
+def _checkpointed(layer: nn.Module, images: Tensor) -> Tensor:
+    # The second pass must not count the batch again.
+    contexts = lambda: (nullcontext(), _statistics_kept(layer))  # noqa: E731
+    return checkpoint(layer, images, use_reentrant=False, context_fn=contexts)
+
+
 class ResNet12(Encoder):
     """Images ``(B, 3, H, W)`` to a feature map ``(B, 640, H // 16, W // 16)``; 84 pixels give 5 x 5.
 
-    12,424,320 parameters. Settings as for :class:`Models.encoder.Encoder`; with ``checkpoint_activations``, only what enters
-    each block is kept for the backward pass.
+    12,424,320 parameters. Settings as for :class:`Models.encoder.Encoder`.
     """
 
     out_channels = WIDTHS[-1]
@@ -84,24 +88,15 @@ class ResNet12(Encoder):
             self.to(memory_format=torch.channels_last)  # the layout that tensor cores want
 
     def maps(self, images: Tensor) -> Tensor:
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            images = self._checkpointed(layer, images) if self._is_checkpointing() else layer(images)
+        keeps_less = self.checkpoint_activations and self.training and torch.is_grad_enabled()
+        for layer in self.children():
+            images = _checkpointed(layer, images) if keeps_less else layer(images)
         return images
-
-    def _is_checkpointing(self) -> bool:
-        return self.checkpoint_activations and self.training and torch.is_grad_enabled()
-
-    @staticmethod
-    def _checkpointed(layer: nn.Module, images: Tensor) -> Tensor:
-        # The second pass must not count the batch again.
-        contexts = lambda: (nullcontext(), _statistics_kept(layer))  # noqa: E731
-        return checkpoint(layer, images, use_reentrant=False, context_fn=contexts)
 
     def folded(self) -> "ResNet12":
         """A copy for evaluation: batch norm folded into the convolutions, channels last."""
         encoder = copy.deepcopy(self).eval().requires_grad_(False)
-        for layer in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
-            block = layer[0]
+        for (block,) in encoder.children():
             for number in (1, 2, 3):
                 conv = fuse_conv_bn_eval(getattr(block, f"conv{number}"), getattr(block, f"bn{number}"))
                 setattr(block, f"conv{number}", conv)

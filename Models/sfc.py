@@ -27,6 +27,7 @@ KSHOT = {
 # The published settings. The dampening scales every step but the first to a tenth, which is why the learning rates in
 # use look large.
 MOMENTUM, DAMPENING = 0.9, 0.9
+Draws = torch.Generator | Sequence[torch.Generator] | None
 
 
 class FitError(InputError):
@@ -35,44 +36,33 @@ class FitError(InputError):
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How the prototypes are fitted: passes over the support images, and the SGD steps in each.
+    """How the prototypes are fitted: by SGD with momentum 0.9 and dampening 0.9."""
 
-    Raises:
-        ValueError: a number out of range.
-    """
-
-    lr: float = 0.1
-    weight_decay: float = 0.0
-    steps: int = 100  # passes
-    batch_size: int = 4  # images per SGD step
+    lr: float
+    weight_decay: float
+    steps: int  # passes over the support images
+    batch_size: int  # images per SGD step; the last batch of a pass may be smaller
 
     def __post_init__(self) -> None:
-        if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf):
-            raise ValueError(f"lr must be above 0 and weight_decay 0 or more; got {self.lr} and {self.weight_decay}")
-        if self.steps < 0 or self.batch_size < 1:
-            raise ValueError(
-                f"steps must be 0 or more and batch_size 1 or more; got {self.steps} and {self.batch_size}"
-            )
+        are_rates = 0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf
+        if not are_rates or self.steps < 0 or self.batch_size < 1:
+            raise ValueError(f"lr must be above 0, weight_decay and steps 0 or more, batch_size 1 or more; got {self}")
 
 
 def mean_prototypes(support: Tensor, *, way: int, shot: int | None = None, labels: Tensor | None = None) -> Tensor:
     """The mean of each class's support nodes, node i with node i of each image: where the fit starts.
 
-    ``(..., K*W, C, N)``, class-interleaved, or ``(..., S, C, N)`` with ``labels`` to ``(..., W, C, N)``; the gradient reaches
-    the support. Arguments as for :func:`fit_prototypes`.
+    Arguments and result as for :func:`fit_prototypes`, but the gradient reaches the support.
 
     Raises:
         ValueError: another number of support images, or a class without any.
     """
-    if support.dim() < 3:
-        raise ValueError(f"support must have the shape (..., K*W, C, N); got {tuple(support.shape)}")
     images = support.shape[-3]
     if labels is not None:
         counts = labels.bincount(minlength=way)
-        if labels.shape != (images,) or len(counts) != way or not bool((counts > 0).all()):
-            raise ValueError(
-                f"labels must be {images} numbers from 0 to {way - 1}, with every class in them; got {labels.tolist()}"
-            )
+        if labels.shape != (images,) or len(counts) != way or not counts.all():
+            known = f"{images} numbers from 0 to {way - 1}, with every class in them"
+            raise ValueError(f"labels must be {known}; got {labels.tolist()}")
         return torch.stack([support[..., labels == number, :, :].mean(-3) for number in range(way)], dim=-3)
     shot = images // way if shot is None else shot
     if shot < 1 or images != way * shot:
@@ -91,7 +81,7 @@ def fit_prototypes(
     batch_size: int,
     weight_decay: float = 0.0,
     permutations: Tensor | None = None,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    generator: Draws = None,
     settings: HeadSettings | None = None,
     **head: Any,
 ) -> Tensor:
@@ -105,13 +95,10 @@ def fit_prototypes(
         support: ``(..., K*W, C, N)``, class-interleaved: image i is of class ``i % W``. Leading axes are episodes.
         way, shot: W and K.
         labels: ``(S,)``, instead of ``shot``: the classes of ``support (..., S, C, N)`` where they have different numbers of
-            images. A class with one image is that image; the others are fitted beside it.
-        lr, weight_decay: of SGD with momentum 0.9 and dampening 0.9.
-        steps: passes over the support.
-        batch_size: images per SGD step; the last batch of a pass may be smaller.
-        permutations: ``(steps, K*W)`` or ``(..., steps, K*W)``, the order of the images in each pass. Drawn from
-            ``generator``, episode after episode, when not given.
-        generator: a CPU generator, or one per episode; torch's global one when not given.
+            images. A class with one image is that image.
+        lr, weight_decay, steps, batch_size: as in :class:`FitSettings`.
+        permutations: ``(steps, K*W)`` or ``(..., steps, K*W)``, the order of the images in each pass. None: drawn from
+            ``generator``, episode after episode; a CPU generator, one per episode, or torch's global one if None.
         settings, head: of the head, as for :func:`Models.heads.head_logits`.
 
     Returns:
@@ -125,10 +112,9 @@ def fit_prototypes(
     settings = settings or HeadSettings.of(**head)
     start = mean_prototypes(support.detach(), way=way, shot=shot, labels=labels)
     images, device = support.shape[-3], support.device
-    # A class with one image is not fitted.
-    is_fixed = torch.zeros(way, dtype=torch.bool) if labels is None else labels.bincount(minlength=way) == 1
-    is_fixed = is_fixed.view(way, 1, 1).to(device)
-    labels = (torch.arange(images) % way if labels is None else labels).to(device)
+    labels = torch.arange(images) % way if labels is None else labels
+    is_fixed = (labels.bincount() == 1).view(way, 1, 1).to(device)  # a class with one image is not fitted
+    labels = labels.to(device)
     episode_shape, node_shape = support.shape[:-3], support.shape[-2:]
     support = support.detach().reshape(-1, images, *node_shape)  # (E, K*W, C, N)
     order = _orders(permutations, len(support), fit.steps, images, generator).to(device)  # (E, steps, K*W)
@@ -147,7 +133,8 @@ def fit_prototypes(
             proto.grad = torch.autograd.grad(loss / chosen.shape[1], proto)[0]
         optimizer.step()
 
-    if _never_waits(settings, support):
+    solver, count = SOLVERS[settings.solver], node_shape[1]
+    if device.type == "cuda" and (not settings.uses_solver or solver.never_waits(device, count, count, support.dtype)):
         step = GraphedStep(step)
     for number in range(fit.steps):
         for chosen in order[:, number].split(fit.batch_size, dim=1):
@@ -156,38 +143,18 @@ def fit_prototypes(
     # Prototypes may be finite and yet too large to be compared with anything.
     is_finite = proto.isfinite().all() and head_logits(proto, support[:, :1], settings).isfinite().all()
     if not bool(is_finite) and bool(support.isfinite().all()):
-        raise FitError(
-            f"the prototypes diverged with a learning rate of {lr:g}. Lower -sfc_lr (squared distances, as in -head proto, "
-            "need about 0.1), or use -kshot mean"
-        )
+        cure = "Lower -sfc_lr (squared distances, as in -head proto, need about 0.1), or use -kshot mean"
+        raise FitError(f"the prototypes diverged with a learning rate of {lr:g}. {cure}")
     return proto.reshape(*episode_shape, way, *node_shape)
 
 
-def _never_waits(settings: HeadSettings, nodes: Tensor) -> bool:
-    """Whether a step on these nodes ``(..., C, N)`` runs on a GPU from its start to its end."""
-    if nodes.device.type != "cuda" or not settings.uses_solver:
-        return nodes.device.type == "cuda"
-    count = nodes.shape[-1]
-    return SOLVERS[settings.solver].never_waits(nodes.device, count, count, nodes.dtype)
-
-
-def _orders(
-    permutations: Tensor | None,
-    episodes: int,
-    steps: int,
-    images: int,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-) -> Tensor:
+def _orders(permutations: Tensor | None, episodes: int, steps: int, images: int, generator: Draws) -> Tensor:
     """The order of the support images in every pass: ``(E, steps, K*W)``."""
     if permutations is not None:
-        if permutations.shape[-2:] != (steps, images):
-            raise ValueError(f"permutations must be (..., {steps}, {images}); got {tuple(permutations.shape)}")
         return permutations.reshape(-1, steps, images).expand(episodes, -1, -1)
     generators = generator if isinstance(generator, Sequence) else [generator] * episodes
-    if len(generators) != episodes:
-        raise ValueError(f"{episodes} episodes need one generator, or one each; got {len(generators)}")
-    order = torch.empty(episodes, steps, images, dtype=torch.long)
-    for episode, draws in enumerate(generators):
-        for step in range(steps):
-            order[episode, step] = torch.randperm(images, generator=draws)
-    return order
+    orders = torch.empty(episodes, steps, images, dtype=torch.long)
+    for passes, draws in zip(orders, generators, strict=True):
+        for order in passes:
+            torch.randperm(images, generator=draws, out=order)
+    return orders

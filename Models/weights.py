@@ -11,24 +11,22 @@ from utils import BEST_WEIGHTS, InputError, first_few, load_plain, printable
 
 # What published checkpoints put before the keys of an encoder.
 _PREFIX = re.compile(r"^(module\.)?(encoder\.(module\.)?)?")
-# Keys that a checkpoint may have or lack without being of another network: the pre-training classifier, and counters
-# that no computation reads.
+# What a checkpoint may have or lack: the pre-training classifier, and counters that no computation reads.
 _CLASSIFIER, _COUNTER = re.compile(r"^(fc|classifier)\."), re.compile(r"\.num_batches_tracked$")
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") -> None:
-    """Load an encoder from any of the published checkpoint formats.
+    """Load an encoder, or the ``encoder`` of a model, from any of the published checkpoint formats.
 
     Args:
-        model: a module whose ``encoder`` is to be filled, or an encoder itself.
         path: a file ``{"params": state_dict}``: keys of the encoder as they are (pre-trained), or behind ``encoder.`` or
             ``module.encoder.`` (meta-trained). A folder stands for the ``max_acc.pth`` in it.
         hint: what to do if there is no such file.
 
     Raises:
-        InputError: no such file, another format, the weights of another architecture, or weights that no training leaves (of
-            other than floating-point numbers, not finite, negative variances). The model is then unchanged.
+        InputError: no such file, another format or architecture, or weights that no training leaves (not of floating-point
+            numbers, not finite, negative variances). The model is then unchanged.
     """
     encoder = getattr(model, "encoder", model)
     path = Path(path)
@@ -36,64 +34,55 @@ def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") 
         path = path / BEST_WEIGHTS
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}. {hint}".strip())
-    wanted = encoder.state_dict()
-    given = _read_params(path, wanted)
+    wanted, given = encoder.state_dict(), _read_params(path)
     missing = [key for key in wanted if key not in given and not _COUNTER.search(key)]
-    unknown = [_shown(key) for key in given if key not in wanted and not _COUNTER.search(key)]
+    unknown = [_shown(key) for key in given if key not in wanted]
     misshapen = [key for key in wanted if key in given and given[key].shape != wanted[key].shape]
     if missing or unknown or misshapen:
         faults = [f"it lacks {first_few(missing)}"] if missing else []
         faults += [f"it has unknown {first_few(unknown)}"] if unknown else []
         faults += [f"{key} is {tuple(given[key].shape)}, not {tuple(wanted[key].shape)}" for key in misshapen[:1]]
         raise InputError(f"{path} does not hold the weights of {type(encoder).__name__}: {'; '.join(faults)}")
-    # In the encoder's own number format, in which a large number may be infinite.
-    given = {key: given[key].detach().to(value.dtype) if key in given else value for key, value in wanted.items()}
     for key, value in given.items():
-        if not bool(value.isfinite().all()):
-            raise InputError(f"{path} is not the result of a training: {key} has NaN or infinite entries")
-        if key.endswith("running_var") and bool((value < 0).any()):
-            raise InputError(f"{path} is not the result of a training: {key} has negative entries")
-    encoder.load_state_dict(given)
+        given[key] = value = value.detach().to(wanted[key].dtype)  # in which a large number may be infinite
+        is_negative = key.endswith("running_var") and (value < 0).any()
+        if is_negative or not value.isfinite().all():
+            fault = "negative" if is_negative else "NaN or infinite"
+            raise InputError(f"{path} is not the result of a training: {key} has {fault} entries")
+    encoder.load_state_dict(given, strict=False)
 
 
-def _read_params(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+def _read_params(path: Path) -> dict[str, Tensor]:
     """The tensors in a checkpoint, by the names that they have in an encoder."""
     content = load_plain(path, "checkpoint")
     if not isinstance(content, dict) or not isinstance(content.get("params"), dict):
         raise InputError(f'{path} must contain {{"params": state_dict}}; it contains {_describe(content)}')
     params: dict[str, Tensor] = {}
     for name, value in content["params"].items():
-        if not isinstance(name, str):
-            raise InputError(f"the names of the weights in {path} must be strings; one is {_describe(name)}")
-        key = _PREFIX.sub("", name)
-        if _CLASSIFIER.match(key):
+        key = _PREFIX.sub("", str(name))
+        is_counter = bool(_COUNTER.search(key))
+        is_good = _is_dense(value) and (value.dtype == torch.int64 if is_counter else value.dtype in _FLOATS)
+        if _CLASSIFIER.match(key) or is_counter and not is_good:
             continue
         if key in params:
             raise InputError(f"{path} has two entries for {_shown(key)}, behind different prefixes")
-        is_counter = bool(_COUNTER.search(key))
-        integers = (wanted[key].dtype,) if key in wanted and not wanted[key].is_floating_point() else ()
-        fault = _fault(value, integers or _FLOATS)
-        if fault and not is_counter:
-            raise InputError(f"the weights in {path} must be dense floating-point tensors; {_shown(key)} is {fault}")
-        if not fault and not (is_counter and value.dim()):
-            params[key] = value
+        if not is_good:
+            what = f"{_shown(key)} is {_describe(value)}"
+            raise InputError(f"the weights in {path} must be dense floating-point tensors; {what}")
+        params[key] = value
     return params
 
 
-def _fault(value: Any, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """Why this is no dense tensor of one of the types, if it is none."""
-    if not isinstance(value, Tensor):
-        return _describe(value)
-    if value.device.type == "meta":
-        return "a tensor without values"
-    if value.is_nested or value.layout != torch.strided:
-        return "a nested tensor" if value.is_nested else f"a {value.layout} tensor"
-    return None if value.dtype in dtypes else f"a {value.dtype} tensor"
+def _is_dense(value: Any) -> bool:
+    is_strided = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+    return is_strided and value.device.type != "meta"
 
 
 def _describe(content: Any) -> str:
     if isinstance(content, dict):
         return f"a dict with the keys {first_few([_shown(key) for key in content])}"
+    if isinstance(content, Tensor):
+        return f"a {content.dtype} tensor" if _is_dense(content) else "a sparse, nested or empty tensor"
     return f"a {type(content).__name__}"
 
 

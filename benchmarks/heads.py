@@ -14,6 +14,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +24,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dataloader import episode_labels
-from dataloader.arguments import (
-    add_data_arguments,
-    add_episode_arguments,
-    draw_episodes,
-    open_dataset,
-    pixel_statistics,
-)
+from dataloader import add_data_arguments, add_episode_arguments, draw_episodes, episode_labels, open_dataset
+from dataloader.arguments import pixel_statistics
 from engine import arguments
 from engine.run import environment, fingerprint
 from engine.start import set_seed, start
 from engine.weights_flags import adopt_trained_flags
 from Models import DeepEMD
-from Models.arguments import (
-    add_model_arguments,
-    add_weights_arguments,
-    build_model,
-    head_choice,
-    open_model,
-    weights_path,
-)
+from Models.arguments import add_model_arguments, add_weights_arguments, build_model, head_choice, open_model
 from Models.choices import check_choice
 from Models.heads import HEADS
 from Models.sfc import KSHOT, FitError
@@ -61,21 +50,15 @@ Name = tuple[str, str | None]  # of a row: the head, and kshot if there is more 
 
 
 class Comparison:
-    """Several models with one encoder, as one :class:`engine.evaluation.Model`; records how each of them does.
-
-    Attributes:
-        accuracies: of each episode, in percent, by row.
-        seconds: spent on matching, prototypes included, by row.
-        failed: rows whose prototypes diverged.
-    """
+    """Several models with one encoder, as one :class:`engine.evaluation.Model`; records how each of them does, by row."""
 
     device_ids = ()
 
     def __init__(self, models: dict[Name, DeepEMD]) -> None:
         self.models, self.encoder = models, next(iter(models.values()))
-        self.accuracies: dict[Name, list[float]] = {name: [] for name in models}
-        self.seconds = dict.fromkeys(models, 0.0)
-        self.failed: dict[Name, str] = {}
+        self.accuracies: dict[Name, list[float]] = {name: [] for name in models}  # of each episode, in percent
+        self.seconds = dict.fromkeys(models, 0.0)  # spent on matching, prototypes included
+        self.failed: dict[Name, str] = {}  # whose prototypes diverged
 
     def folded(self) -> "Comparison":
         self.encoder = self.encoder.folded()
@@ -118,31 +101,26 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def choices(check: Callable[[str], Any]) -> Callable[[str], tuple[str, ...]]:
+def names(check: Callable[[str], Any], text: str) -> tuple[str, ...]:
     """An argparse type: names that ``check`` accepts, joined by commas; each may have options, as in ``proto,knn:k=3``."""
-
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(re.split(r",(?!\w+=)", text)))
-        try:
-            for name in names:
-                check(name)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-        return names
-
-    return parse
+    found = tuple(dict.fromkeys(re.split(r",(?!\w+=)", text)))
+    try:
+        for name in found:
+            check(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return found
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__.splitlines()[0])
     group = parser.add_argument_group("comparison")
-    kshots = choices(lambda name: check_choice("kshot", name, KSHOT))
-    group.add_argument("-heads", type=choices(head_choice), default=",".join(HEADS), help="heads to compare")
+    heads, kshots = partial(names, head_choice), partial(names, partial(check_choice, "kshot", known=KSHOT))
+    group.add_argument("-heads", type=heads, default=",".join(HEADS), help="heads to compare")
     group.add_argument("-shots", type=whole_numbers, default="1,5", help="support images per class")
     group.add_argument("-kshots", type=kshots, default=",".join(KSHOT), help="prototypes, for shots above 1")
-    group.add_argument(
-        "-episodes", type=whole_numbers, default="600,200", help="episodes for each of -shots, or one number for all"
-    )
+    counts = "episodes for each of -shots, or one number for all"
+    group.add_argument("-episodes", type=whole_numbers, default="600,200", help=counts)
     arguments.add_set_argument(group)
     arguments.add_json_argument(group)
     add_data_arguments(parser)
@@ -156,19 +134,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def compare(args: argparse.Namespace, device: torch.device, shot: int, count: int) -> list[dict[str, Any]]:
     """One row for each head and, above one shot, each way to prototypes."""
-    args = argparse.Namespace(**{**vars(args), "shot": shot})
+    args.shot, args.head = shot, args.heads[0]
     models: dict[Name, DeepEMD] = {}
-    for head in args.heads:
-        for kshot in args.kshots if shot > 1 else (None,):
-            flags = argparse.Namespace(**{**vars(args), "head": head, "kshot": kshot or args.kshot})
-            if models:
-                model = build_model(flags)
-                model.encoder = next(iter(models.values())).encoder
-            else:
-                # Random weights do not depend on what is compared.
-                set_seed(args.seed, deterministic=args.deterministic)
-                model, _ = open_model(flags, device=device, device_ids=(), **pixel_statistics(args))
-            models[head, kshot] = model
+    set_seed(args.seed, deterministic=args.deterministic)  # random weights do not depend on what is compared
+    shared, args.model_dir = open_model(args, device=device, device_ids=(), **pixel_statistics(args))
+    for head, kshot in product(args.heads, args.kshots if shot > 1 else (None,)):
+        flags = argparse.Namespace(**{**vars(args), "head": head, "kshot": kshot or args.kshot})
+        models[head, kshot] = build_model(flags)
+        models[head, kshot].encoder = shared.encoder
     dataset = open_dataset(args, args.set, train=False)
     episodes = draw_episodes(args, dataset, count, seed=args.seed, name=args.set)
     comparison = Comparison(models)
@@ -196,7 +169,7 @@ def heading(args: argparse.Namespace, device: torch.device) -> str:
         f"{args.dataset} {args.set}, {args.deepemd}, {args.image_size} pixels, {args.way}-way, {args.query} queries per "
         f"class, weights {args.model_dir}, seed {args.seed}. Accuracies in percent with 95 % intervals; differences from "
         f"deepemd (above one shot: deepemd, {args.kshots[0]}) on the same episodes. Seconds per episode of the head alone, "
-        f"prototypes included, on {device.type}; encoding is not counted.\n\n"
+        f"prototypes included, on {device.type}.\n\n"
         "| shot | head | prototypes | episodes | accuracy | difference | seconds |\n|---|---|---|---|---|---|---|"
     )
 
@@ -225,8 +198,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json not in (None, "-"):
         check_writable(Path(args.json))
     _, device, _ = start(args, one_process=True)
-    adopt_trained_flags(parser, args, argv, ignore=("head", "kshot"))
-    args.model_dir = weights_path(args)
 
     rows = []
     for shot, count in zip(args.shots, counts, strict=True):

@@ -43,7 +43,7 @@ from engine.training import fit
 from Models.arguments import add_model_arguments, build_model, solver_choice
 from Models.emd import ProblemError, SolverError
 from Models.weights import load_encoder_weights
-from pictures.matches import FixedMatches, check_head
+from pictures.matches import check_head, draw_fixed
 from utils import BEST_WEIGHTS, InputError, make_parser, named_generator, number_at_least, run_script, status
 
 SCRIPT = "train_meta.py"
@@ -147,14 +147,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     with stop_request(resume_command(SCRIPT, parser, args) if ranks.is_first else None) as stop:
         evaluator = make_evaluator(args, val_set, device=device, keep_pixels=True, ranks=ranks, stop=stop)
         drawn = draw_episodes(args, val_set, args.log_images if ranks.is_first else 0, seed=args.seed, name=args.set)
-        matches = FixedMatches(
-            val_set, list(drawn), way=args.way, shot=args.shot, seed=args.seed, device=device, solver=args.val_solver
-        )
+        of_pictures = {
+            "way": args.way,
+            "shot": args.shot,
+            "seed": args.seed,
+            "device": device,
+            "solver": args.val_solver,
+        }
 
         def validate(epoch):
             val_episodes.set_epoch(epoch if args.random_val_task else 0)
             result = evaluator(model, val_episodes, solver=args.val_solver, title=args.set)
-            for name, pixels in matches.draw(model):
+            for name, pixels in draw_fixed(model, val_set, list(drawn), **of_pictures):
                 run.image(name, pixels, epoch)
             return result
 

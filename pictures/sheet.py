@@ -11,10 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
 
-from pictures.canvas import NEUTRAL, RIGHT, SERIES, WRONG, display_names, image_settings, make_figure, wrap
+from pictures.canvas import NEUTRAL, RIGHT, SERIES, WRONG, image_settings, make_figure, shorten, wrap
 
-LARGEST_SHEET = 26  # queries
+LARGEST_SHEET = 20  # queries
 CELL, ROW, THUMB, SUPPORT = 0.86, 0.52, 0.46, 0.76  # inches: width of a class, height of a query, edges of images
+KEY = (
+    "numbers: logits; shade: softmax probability\nsolid frame: predicted class; "
+    "dashed frame: true class, where another was predicted"
+)
 
 
 def rows_of_sheet(queries: int, way: int) -> list[int]:
@@ -29,10 +33,9 @@ def draw_sheet(
     *,
     names: Sequence[str],
     numbers: Sequence[int],
-    truths: Sequence[int],
     logits: Any,
     title: str,
-    subtitle: str = "",
+    subtitle: str,
 ) -> Figure:
     """A contact sheet.
 
@@ -40,44 +43,33 @@ def draw_sheet(
         supports: W lists of K images ``(height, width, 3)``.
         queries: the images of the queries that are shown.
         names: W names.
-        numbers: of those queries in the episode.
-        truths: the numbers of their true classes.
+        numbers: of those queries in the episode; query i is of class ``i % W``.
         logits: ``(Q, W)``, theirs.
     """
-    logits = np.asarray(logits, np.float64)
     way, count = len(names), len(queries)
-    blocks = 2 if count > 13 and way <= 6 else 1
-    rows = -(-count // blocks)
-    labels = [wrap(name, 11) for name in display_names(names, 30)]
-    width = max(blocks * (way * CELL + 2.0), 5.2)
-    figure = make_figure(width, rows * ROW + 0.15 * max(label.count("\n") for label in labels) + 2.1)
-    title = display_names([title], int(width * 11))[0]
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    plots = figure.subplots(1, blocks, squeeze=False)[0]
-    for block, axes in enumerate(plots):
-        axes.set_axis_off()
-        shown = range(block * rows, min((block + 1) * rows, count))
-        _draw_table(axes, logits[shown.start : shown.stop], [truths[k] for k in shown], rows)
-        for row, k in enumerate(shown):
-            place = {"xy": (-1.1, row), "ha": "right", "va": "center", "annotation_clip": False}
-            axes.annotate(f"query {numbers[k]}", fontsize=8, **place)
-            _draw_thumbnail(axes, queries[k], THUMB, (-0.8, row))
-        for number, (images, label) in enumerate(zip(supports, labels, strict=True)):
-            columns = math.ceil(len(images) ** 0.5)
-            size, upper = SUPPORT / columns, -0.6 - SUPPORT / columns / ROW * -(-len(images) // columns)
-            for k, image in enumerate(images):
-                across = number + (k % columns - (columns - 1) / 2) * size / CELL
-                _draw_thumbnail(axes, image, 0.95 * size, (across, upper + (k // columns + 0.5) * size / ROW))
-            axes.annotate(label, (number, upper - 0.1), fontsize=8, ha="center", va="bottom", annotation_clip=False)
-    words = (f"{subtitle}; " if subtitle else "") + (
-        "numbers: logits; shade: softmax probability\nsolid frame: predicted class; "
-        "dashed frame: true class, where another was predicted"
-    )
-    figure.supxlabel(words, x=0.01, ha="left", fontsize=8)
+    labels = [wrap(shorten(name, 30), 11) for name in names]
+    width = max(way * CELL + 2.0, 5.2)
+    figure = make_figure(width, count * ROW + 0.15 * max(label.count("\n") for label in labels) + 2.1)
+    figure.suptitle(shorten(title, int(width * 11)), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    axes = figure.subplots()
+    axes.set_axis_off()
+    _draw_table(axes, np.asarray(logits, np.float64), [number % way for number in numbers])
+    for row, (number, image) in enumerate(zip(numbers, queries, strict=True)):
+        axes.text(-1.1, row, f"query {number}", fontsize=8, ha="right", va="center")
+        _draw_thumbnail(axes, image, THUMB, (-0.8, row))
+    for number, (images, label) in enumerate(zip(supports, labels, strict=True)):
+        columns = math.ceil(len(images) ** 0.5)
+        size = SUPPORT / columns
+        upper = -0.6 - size / ROW * -(-len(images) // columns)
+        for k, image in enumerate(images):
+            across = number + (k % columns - (columns - 1) / 2) * size / CELL
+            _draw_thumbnail(axes, image, 0.95 * size, (across, upper + (k // columns + 0.5) * size / ROW))
+        axes.text(number, upper - 0.1, label, fontsize=8, ha="center", va="bottom")
+    figure.supxlabel(f"{subtitle}; {KEY}", x=0.01, ha="left", fontsize=8)
     return figure
 
 
-def _draw_table(axes: Axes, logits: np.ndarray, truths: Sequence[int], rows: int) -> None:
+def _draw_table(axes: Axes, logits: np.ndarray, truths: Sequence[int]) -> None:
     """The logits of some queries, a cell of the axes each."""
     count, way = logits.shape
     probability = np.exp(logits - logits.max(1, keepdims=True))
@@ -85,20 +77,18 @@ def _draw_table(axes: Axes, logits: np.ndarray, truths: Sequence[int], rows: int
     shades = LinearSegmentedColormap.from_list("probability", ["#FFFFFF", SERIES[5]])
     mesh = {"edgecolors": "#CCCCCC", "linewidth": 0.6, "cmap": shades, "vmin": 0, "vmax": 1.15}
     axes.pcolormesh(np.arange(way + 1) - 0.5, np.arange(count + 1) - 0.5, probability, **mesh)
-    axes.set(xlim=(-1.7, way + 0.2), ylim=(rows - 0.5, -1.6))
+    axes.set(xlim=(-1.7, way + 0.2), ylim=(count - 0.5, -1.6))
     for row, (values, truth) in enumerate(zip(logits, truths, strict=True)):
         predicted = int(values.argmax())
         for number, value in enumerate(values):
             weight = "bold" if number == predicted else "normal"
             axes.text(number, row, f"{value:.2f}", fontsize=9, fontweight=weight, ha="center", va="center")
         word, color = ("right", RIGHT) if truth == predicted else ("wrong", WRONG)
-        frames = [(predicted, color, 2.2, "solid")]
-        frames += [(truth, NEUTRAL, 1.6, "dashed")] if truth != predicted else []
-        for number, edge, line, style in frames:
-            corner = (number - 0.46, row - 0.43)
-            frame = {"edgecolor": edge, "linewidth": line, "linestyle": style, "zorder": 4}
-            axes.add_patch(Rectangle(corner, 0.92, 0.86, fill=False, **frame))
         axes.text(way - 0.38, row, word, fontsize=9, color=color, va="center")
+        frames = {truth: (NEUTRAL, 1.6, "dashed"), predicted: (color, 2.2, "solid")}  # one where they are the same
+        for number, (edge, line, style) in frames.items():
+            frame = {"edgecolor": edge, "linewidth": line, "linestyle": style, "zorder": 4}
+            axes.add_patch(Rectangle((number - 0.46, row - 0.43), 0.92, 0.86, fill=False, **frame))
 
 
 def _draw_thumbnail(axes: Axes, pixels: np.ndarray, edge: float, place: tuple[float, float]) -> None:

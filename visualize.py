@@ -27,7 +27,7 @@ from engine.weights_flags import adopt_trained_flags
 from Models import DeepEMD, arguments
 from Models.arguments import add_model_arguments, add_weights_arguments
 from pictures import canvas, plots, sheet
-from pictures.matches import QUERIES, WRONG_QUERIES, check_head, choose_queries, match_episode, view_file, view_items
+from pictures.matches import QUERIES, check_head, choose_queries, match_episode, view_file, view_items
 from utils import InputError, make_parser, named_generator, number_at_least, run_script
 
 
@@ -58,10 +58,8 @@ def build_parser() -> ArgumentParser:
     group = added.add_argument_group("which episode")
     which = "its number, from 0, as in the accuracies of results.json"
     group.add_argument("-episode", type=number_at_least(0, int), default=0, help=which)
-    which = (
-        f"as in 0,1,2; query i is of class i modulo -way (default: {QUERIES}, up to {WRONG_QUERIES} wrong ones first)"
-    )
-    group.add_argument("-queries", type=query_numbers, metavar="NUMBERS", help=f"queries to draw, from 0, {which}")
+    which = f"queries to draw, as in 0,1,2; query i is of class i modulo -way (default: {QUERIES}, wrong ones first)"
+    group.add_argument("-queries", type=query_numbers, metavar="NUMBERS", help=which)
     add_set_argument(group)
     add_test_episode_argument(group, "episodes of the evaluation; not all are computed")
     add_episode_arguments(added)
@@ -120,16 +118,8 @@ def draw_episode(args: Namespace) -> None:
     logits = episode.matching.logits
     hits = sum(found == number % args.way for number, found in enumerate(logits.argmax(1).tolist()))
     where = f"{args.dataset} {args.set}, episode {args.episode}"
-    rows = sheet.rows_of_sheet(count, args.way)
-    figure = sheet.draw_sheet(
-        [[panels[0].pixels for panels in shots] for shots in episode.supports],
-        [episode.queries[number][0].pixels for number in rows],
-        names=names,
-        numbers=rows,
-        logits=logits[rows],
-        title=f"{where}: {args.way}-way {args.shot}-shot, {hits} of {count} right",
-        subtitle=f"{count} queries" if len(rows) == count else f"{len(rows)} of {count} queries",
-    )
+    title = f"{where}: {args.way}-way {args.shot}-shot, {hits} of {count} right"
+    figure = sheet.draw_sheet(episode, names=names, title=title)
     print(canvas.save(figure, path))
     for number in args.queries or choose_queries(logits, args.way):
         title = f"{where}, query {number}"

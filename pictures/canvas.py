@@ -10,7 +10,6 @@ import re
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -106,8 +105,3 @@ def wrap(text: str, room: int) -> str:
     """Lines of up to ``room`` characters, broken behind blanks, underscores, hyphens and slashes where possible."""
     lines = re.findall(rf".{{1,{room}}}(?:(?<=[\s_/-])|$)|.{{1,{room}}}", text)
     return "\n".join(line.strip() for line in lines)
-
-
-def image_settings(pixels: np.ndarray) -> dict[str, Any]:
-    """How a raster is scaled: small ones keep their pixels."""
-    return {"interpolation": "nearest" if max(pixels.shape[:2]) < 200 else "antialiased"}

@@ -19,17 +19,16 @@ from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
 
 from Models.matching import Matching
-from pictures.canvas import NEUTRAL, RIGHT, SERIES, WRONG, image_settings, make_figure, shorten
+from pictures.canvas import NEUTRAL, RIGHT, SERIES, WRONG, make_figure, shorten
 
 GAP = 0.35  # between the images
 BELOW = 0.04  # between the largest panel of an image and the others
 DARKEST = 0.12  # brightness of a node without weight
+BRIGHTEST = 2.0  # the weight that is drawn brightest, and the flow that is drawn widest; the mean weight of a node is 1
 INSET = 0.007  # of the frame of a node, so that it does not cover that of its neighbour
 
 Boxes = Sequence[Sequence[float]]  # left, upper, right, lower
-
-
-# --- What is drawn of an image ----------------------------------------------------------------------------------------
+Place = tuple[float, float]  # x and y
 
 
 class Panel(NamedTuple):
@@ -37,7 +36,7 @@ class Panel(NamedTuple):
 
     pixels: np.ndarray  # (height, width, 3), uint8
     boxes: Boxes  # in the raster, one per node
-    places: list[tuple[float, float]]  # the centre of each node in the image: x and y, 0 to 1
+    places: list[Place]  # the centre of each node in the image, 0 to 1
     is_overview: bool = False  # boxes are outlined, and the nodes drawn in another panel
 
 
@@ -94,53 +93,19 @@ def _as_raster(pixels: Any, shape: str) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(pixels, -3, -1))
 
 
-def _centres(boxes: Boxes, width: int, height: int) -> list[tuple[float, float]]:
+def _centres(boxes: Boxes, width: int, height: int) -> list[Place]:
     return [((left + right) / 2 / width, (upper + lower) / 2 / height) for left, upper, right, lower in boxes]
 
 
-# --- What is drawn of a flow ------------------------------------------------------------------------------------------
-
-
-class Scales(NamedTuple):
-    """What is drawn brightest and widest, so that pictures of one episode can be compared."""
-
-    weight: float  # of a node, or more; the mean is 1
-    flow: float  # as a share of the mass
-
-
-def scales_of(matching: Matching) -> Scales:
-    """The scales for matched queries. That of flows is the largest; one in thirty weights exceeds that of weights."""
-    flow, supply, demand = (np.asarray(part, np.float64) for part in (matching.flow, matching.supply, matching.demand))
-    shares = flow / np.maximum(flow.sum((-2, -1), keepdims=True), 1e-12)
-    weights = np.concatenate([_relative(supply).ravel(), _relative(demand).ravel()])
-    return Scales(float(np.quantile(weights, 29 / 30)), float(shares.max()))
-
-
-def _relative(weights: np.ndarray) -> np.ndarray:
-    return weights / np.maximum(weights.mean(-1, keepdims=True), 1e-12)
-
-
-class Strongest(NamedTuple):
-    """The largest entries of a flow, the largest first."""
-
-    query: list[int]
-    proto: list[int]
-    shares: list[float]  # of the mass
-    count: int  # flows above zero, drawn or not
-
-    def __str__(self) -> str:
-        which = f"top {len(self.shares)} of" if len(self.shares) < self.count else "all"
-        return f"{which} {self.count} flows: {100 * sum(self.shares):.0f} % of the mass"
-
-
-def strongest(flow: Any, top: int) -> Strongest:
-    """The ``top`` largest entries of a flow ``(M, N)``, as shares of its sum."""
+def strongest(flow: Any, top: int) -> tuple[list[tuple[int, int, float]], str]:
+    """The ``top`` largest entries of a flow ``(M, N)`` as (row, column, share of the mass), and what they are, in words."""
     flow = np.asarray(flow, np.float64)
-    shares = (flow / max(flow.sum(), 1e-12)).ravel()
+    shares = flow / max(flow.sum(), 1e-12)
     count = int((shares > 1e-6).sum())  # iterative solvers leave traces everywhere
-    order = np.argsort(-shares, kind="stable")[: min(top, count)]
-    rows, columns = np.unravel_index(order, flow.shape)
-    return Strongest(rows.tolist(), columns.tolist(), shares[order].tolist(), count)
+    order = np.argsort(-shares, axis=None, kind="stable")[: min(top, count)]
+    found = [(*divmod(int(k), flow.shape[1]), float(shares.flat[k])) for k in order]
+    which = f"top {top} of" if top < count else "all"
+    return found, f"{which} {count} flows: {100 * shares.flat[order].sum():.0f} % of the mass"
 
 
 def place_color(x: float, y: float) -> tuple[float, float, float]:
@@ -149,9 +114,6 @@ def place_color(x: float, y: float) -> tuple[float, float, float]:
     distance = min(1.0, math.hypot(across, down) / 0.8)
     hue = math.atan2(down, across) / (2 * math.pi) % 1
     return colorsys.hsv_to_rgb(hue, 0.45 + 0.55 * distance if distance > 0.1 else 0.0, 1.0)
-
-
-# --- The picture ------------------------------------------------------------------------------------------------------
 
 
 def draw_match(
@@ -164,7 +126,6 @@ def draw_match(
     title: str = "",
     notes: Sequence[str] = (),
     top: int = 10,
-    scales: Scales | None = None,
 ) -> Figure:
     """A query beside each of its W prototypes, with the weights of their nodes and the strongest flows between them.
 
@@ -177,13 +138,11 @@ def draw_match(
         title: one line; with several classes, the prediction is written below it.
         notes: W remarks on the images of the prototypes, or none.
         top: flows drawn per prototype.
-        scales: of the episode; of this picture when not given.
     """
     matching = Matching(*(np.asarray(part, np.float64) for part in matching))
-    scales, way = scales or scales_of(matching), len(protos)
+    way, share_of_node = len(protos), 1 / matching.supply.shape[-1]
     predicted = int(matching.logits.argmax()) if way > 1 else None
-    columns = {1: 1, 2: 2, 4: 2}.get(way, 3)
-    rows = -(-way // columns)
+    columns, rows = min(way, 3), -(-way // 3)
     unit = 1.7 if way > 1 else 2.6  # inches
     height = max(upper + edge for panels in (query, *protos) for _, upper, edge in _layout(panels, 0))
     text = 0.2 * (2 + (way > 1) + bool(notes)) + 0.3
@@ -201,23 +160,24 @@ def draw_match(
     plots = classes.subplots(rows, columns, squeeze=False).ravel()
     for plot in plots[way:]:
         plot.set_axis_off()
+    places = [place for panel in query if not panel.is_overview for place in panel.places]
     for number, (axes, proto) in enumerate(zip(plots, protos, strict=False)):
         axes.set(xlim=(-0.05, 2.05 + GAP), ylim=(height + 0.05, -0.05), xticks=[], yticks=[], aspect="equal")
-        drawn = strongest(matching.flow[number], top)
-        starts = _draw_image(axes, query, 0, matching.supply[number], scales, colored=drawn.query)
-        ends = _draw_image(axes, proto, 1 + GAP, matching.demand[number], scales)
-        places = [place for panel in query if not panel.is_overview for place in panel.places]
-        for start, end, share in zip(*drawn[:3], strict=True):
-            _draw_flow(axes, starts[start], ends[end], places[start], share / scales.flow)
+        drawn, caption = strongest(matching.flow[number], top)
+        colored = {start for start, *_ in drawn}
+        starts = _draw_image(axes, query, 0, matching.supply[number], colored)
+        ends = _draw_image(axes, proto, 1 + GAP, matching.demand[number])
+        for start, end, share in drawn:
+            _draw_flow(axes, starts[start], ends[end], places[start], min(1.0, share / share_of_node / BRIGHTEST))
         role, color = _role(number, predicted, truth)
         style = "solid" if number == predicted else "dashed"
         axes.spines[:].set(visible=bool(role), color=color, linewidth=2.2, linestyle=style)
         label = f"{names[number]}\n" if way > 1 else ""
         label += f"logit {matching.logits[number]:.2f}   {role}".rstrip()
         axes.set_title(label, loc="left", fontsize=9.5, color=color)
-        caption = f"{drawn}\n{shorten(notes[number], 58)}" if notes else str(drawn)
+        caption += f"\n{shorten(notes[number], 58)}" if notes else ""
         axes.set_xlabel(caption, loc="left", fontsize=8.5)
-    _draw_key(key, scales)
+    _draw_key(key)
     return figure
 
 
@@ -243,16 +203,10 @@ def _layout(panels: Sequence[Panel], left: float) -> list[tuple[float, float, fl
 
 
 def _draw_image(
-    axes: Axes,
-    panels: Sequence[Panel],
-    left: float,
-    weights: np.ndarray,
-    scales: Scales,
-    *,
-    colored: Collection[int] = (),
-) -> list[tuple[float, float]]:
+    axes: Axes, panels: Sequence[Panel], left: float, weights: np.ndarray, colored: Collection[int] = ()
+) -> list[Place]:
     """Draw the panels of an image, some nodes outlined in their colour; returns the centres of the nodes."""
-    brightness = DARKEST + (1 - DARKEST) * np.minimum(1.0, _relative(weights) / scales.weight)
+    brightness = DARKEST + (1 - DARKEST) * np.minimum(1.0, weights / max(weights.mean(), 1e-12) / BRIGHTEST)
     centres = []
     for panel, (x, y, edge) in zip(panels, _layout(panels, left), strict=True):
         height, width = panel.pixels.shape[:2]
@@ -269,23 +223,21 @@ def _draw_image(
             begin, upper, end, lower = map(round, box)
             pixels[upper:lower, begin:end] *= brightness[number]
             line = {"edgecolor": color or "#FFFFFF", "linewidth": 1.3 if color else 0.6}
-            line["path_effects"] = [withStroke(linewidth=line["linewidth"] + 0.8, foreground="#000000", alpha=0.55)]
+            line["path_effects"] = [withStroke(linewidth=line["linewidth"] + 0.6, foreground="#000000", alpha=0.5)]
             corner, size = (x0 + INSET, y0 + INSET), (x1 - x0 - 2 * INSET, y1 - y0 - 2 * INSET)
             axes.add_patch(Rectangle(corner, *size, fill=False, zorder=3, **line))
             centres.append(((x0 + x1) / 2, (y0 + y1) / 2))
-        axes.imshow(pixels, extent=(x, x + scale * width, y + scale * height, y), **image_settings(pixels))
+        axes.imshow(pixels, extent=(x, x + scale * width, y + scale * height, y))
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
     return centres
 
 
-def _draw_flow(
-    axes: Axes, start: tuple[float, float], end: tuple[float, float], place: tuple[float, float], strength: float
-) -> None:
-    """A curve from one node to another. The strongest flows are on top; their strength is 1."""
+def _draw_flow(axes: Axes, start: Place, end: Place, place: Place, strength: float) -> None:
+    """A curve from one node to another, with a strength of up to 1; the strongest flows are on top."""
     bend = 0.27 * (place[0] - 0.5) * (1 if place[1] < 0.5 else -1)  # cells of a row leave it on curves of their own
     third = (end[0] - start[0]) / 3
     curve = Path([start, (start[0] + third, start[1] + bend), (end[0] - third, end[1] + bend), end], [1, 4, 4, 4])
-    line, color, order = _line(min(1.0, strength)), place_color(*place), 4 + 0.5 * min(1.0, strength)
+    line, color, order = _line(strength), place_color(*place), 4 + 0.5 * strength
     dark = [withStroke(linewidth=line["linewidth"] + 1.2, foreground="#000000", alpha=0.75 * line["alpha"])]
     axes.add_patch(PathPatch(curve, fill=False, edgecolor=color, path_effects=dark, zorder=order, **line))
     marker = {"markersize": 3.0 + line["linewidth"], "markeredgecolor": "#000000", "markeredgewidth": 0.7, "zorder": 5}
@@ -297,17 +249,17 @@ def _line(strength: float) -> dict[str, float]:
     return {"linewidth": 0.7 + 3.3 * strength, "alpha": 0.4 + 0.6 * strength}
 
 
-def _draw_key(figure: SubFigure, scales: Scales) -> None:
+def _draw_key(figure: SubFigure) -> None:
     """The scale of brightness and the scale of widths."""
     bar, lines = figure.subplots(1, 2)
     shades = np.linspace(DARKEST, 1, 256)[None]
-    bar.imshow(shades, cmap="gray", vmin=0, vmax=1, extent=(0, scales.weight, 0, 1), aspect="auto")
-    bar.set_yticks([])
+    bar.imshow(shades, cmap="gray", vmin=0, vmax=1, extent=(0, BRIGHTEST, 0, 1), aspect="auto")
+    bar.set(yticks=[], box_aspect=0.03)
     bar.tick_params(labelsize=8)
-    bar.set_title("brightness: weight of a node (mean 1); white: this or more", loc="left", fontsize=8.5)
+    bar.set_title("brightness: weight of a node (mean 1); white: 2 or more", loc="left", fontsize=8.5)
     lines.set_axis_off()
-    labels = {strength: f"{100 * strength * scales.flow:.2g}" for strength in (0.25, 0.5, 1.0)}
-    handles = [Line2D([], [], color="#000000", label=label, **_line(share)) for share, label in labels.items()]
-    title = "width: flow, in % of the mass; colour: where it\nleaves the query (left of the class it is matched with)"
+    flows = {"0.5": 0.25, "1": 0.5, "2 or more": 1.0}
+    handles = [Line2D([], [], color="#000000", label=flow, **_line(strength)) for flow, strength in flows.items()]
+    title = "width: flow, in mean weights; colour: where it\nleaves the query (left of the class it is matched with)"
     style = {"title_fontsize": 8.5, "fontsize": 8, "alignment": "left", "frameon": False}
     lines.legend(handles=handles, title=title, ncols=3, loc="upper left", **style)

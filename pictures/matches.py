@@ -18,12 +18,11 @@ from engine.evaluation import encode_images
 from Models import DeepEMD
 from Models.matching import Matching
 from pictures.canvas import to_pixels
-from pictures.match import Panel, Scales, cell_panels, draw_match, patch_panels, scales_of
+from pictures.match import Panel, cell_panels, draw_match, patch_panels
 from utils import InputError, named_generator, printable
 
 LARGEST_EDGE = 480  # photographs are drawn no larger than this, in pixels
-# Queries of an episode that are drawn by default: so many, of which at most so many are wrong where right ones remain.
-QUERIES, WRONG_QUERIES = 4, 2
+QUERIES = 4  # of an episode that are drawn by default
 
 
 class ViewedImage(NamedTuple):
@@ -87,7 +86,6 @@ class MatchedEpisode(NamedTuple):
     supports: list[list[list[Panel]]]  # W lists of K images
     queries: list[list[Panel]]
     nearest: list[int]  # of each class, the shot whose nodes are nearest to those of the prototype
-    scales: Scales
 
     def draw(self, number: int, *, names: Sequence[str], title: str, flows: int, truth: int | None) -> Figure:
         """A query beside every class. Of several support images, the one nearest to the prototype is shown."""
@@ -102,7 +100,6 @@ class MatchedEpisode(NamedTuple):
             title=title,
             notes=notes if shots > 1 else (),
             top=flows,
-            scales=self.scales,
         )
 
 
@@ -136,7 +133,7 @@ def match_episode(
     panels = [panels_of(one, view, nodes.shape[-1], model.feature_pyramid) for one in viewed]
     supports = [[panels[k * way + number] for k in range(shot)] for number in range(way)]
     nearest = similarity.argmax(0).tolist()
-    return MatchedEpisode(matching, supports, panels[way * shot :], nearest, scales_of(matching))
+    return MatchedEpisode(matching, supports, panels[way * shot :], nearest)
 
 
 def draw_fixed(
@@ -177,8 +174,6 @@ def check_head(head: str) -> None:
 
 
 def choose_queries(logits: Tensor, way: int) -> list[int]:
-    """A few queries: up to :data:`WRONG_QUERIES` wrong ones, then right ones, then further wrong ones."""
+    """The first few queries, wrong ones before right ones."""
     is_right = [int(row.argmax()) == number % way for number, row in enumerate(logits)]
-    right = [number for number, is_hit in enumerate(is_right) if is_hit]
-    wrong = [number for number, is_hit in enumerate(is_right) if not is_hit]
-    return sorted([*wrong[:WRONG_QUERIES], *right, *wrong[WRONG_QUERIES:]][:QUERIES])
+    return sorted(sorted(range(len(logits)), key=is_right.__getitem__)[:QUERIES])

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -20,17 +19,12 @@ SAME_EPISODES = ("dataset", "set", "way", "shot", "query", "seed", "verify_image
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
     """What tells paths apart: without the folders that all of them begin or end with."""
-    rows = [list(path.parts) for path in paths]
-    if len(rows) > 1:
-        for end in (0, -1):
-            while all(len(row) > 1 for row in rows) and len({row[end] for row in rows}) == 1:
-                for row in rows:
-                    row.pop(end)
-    names = [str(Path(*row)) for row in rows]
-    return [name if names.count(name) == 1 else f"{name} ({k + 1})" for k, name in enumerate(names)]
-
-
-# --- Curves of runs ---------------------------------------------------------------------------------------------------
+    rows = [path.parts for path in paths]
+    while len({row[0] for row in rows}) == 1 and min(map(len, rows)) > 1:
+        rows = [row[1:] for row in rows]
+    while len({row[-1] for row in rows}) == 1 and min(map(len, rows)) > 1:
+        rows = [row[:-1] for row in rows]
+    return [str(Path(*row)) for row in rows]
 
 
 class Curves(NamedTuple):
@@ -72,19 +66,20 @@ def draw_curves(names: Sequence[str], runs: Sequence[Curves]) -> Figure:
     plots = figure.subplots(1, 2)
     last = max(max(run.epochs) for run in runs)
     hollow = {"linestyle": "dashed", "linewidth": 1.1, "marker": "o", "markersize": 4, "markerfacecolor": "white"}
-    filled = {"linewidth": 1.6, "marker": "o", "markersize": 4, "elinewidth": 0.8, "capsize": 2}
-    diamond = {"linestyle": "none", "marker": "D", "markersize": 5, "elinewidth": 1.6, "capsize": 3}
+    filled = {"linewidth": 1.6, "marker": "o", "markersize": 4}
+    diamond = {"linestyle": "none", "marker": "D", "markersize": 5}
+    bars = {"elinewidth": 1.0, "capsize": 3}
     handles = []
     for number, (name, run) in enumerate(zip(names, runs, strict=True)):
         color = SERIES[number % len(SERIES)]
         handles.append(Line2D([], [], color=color, linewidth=3, label=shorten(name, 60)))
         plots[0].plot(run.epochs, run.train_loss, color=color, **hollow)
-        plots[0].errorbar(run.epochs, run.val_loss, color=color, **filled)
+        plots[0].plot(run.epochs, run.val_loss, color=color, **filled)
         plots[1].plot(run.epochs, run.train_acc, color=color, **hollow)
-        plots[1].errorbar(run.epochs, run.val_acc, run.val_interval, color=color, **filled)
+        plots[1].errorbar(run.epochs, run.val_acc, run.val_interval, color=color, **filled, **bars)
         if run.test:
             place = last + max(0.6, 0.06 * last) + number * max(0.15, 0.015 * last)
-            plots[1].errorbar(place, *run.test, color=color, **diamond)
+            plots[1].errorbar(place, *run.test, color=color, **diamond, **bars)
     for axes, what in zip(plots, ("loss", "accuracy (%)"), strict=True):
         axes.set(xlabel="epoch", ylabel=what)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -92,17 +87,9 @@ def draw_curves(names: Sequence[str], runs: Sequence[Curves]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(handles=handles, loc="outside upper left", fontsize=9, frameon=False)
     kinds = {"training": hollow, "validation, with 95 % interval": filled, "final test": diamond}
-    with_test = any(run.test for run in runs)
-    key = [
-        plots[0].errorbar([], [], [], color=NEUTRAL, label=kind, **style)
-        for kind, style in kinds.items()
-        if with_test or style is not diamond
-    ]
+    key = [Line2D([], [], color=NEUTRAL, label=kind, **style) for kind, style in kinds.items()]
     figure.legend(handles=key, loc="outside lower center", fontsize=9, frameon=False, ncols=3)
     return figure
-
-
-# --- Evaluations side by side -----------------------------------------------------------------------------------------
 
 
 class Results(NamedTuple):
@@ -133,7 +120,10 @@ def read_results(file: Path) -> Results:
         accuracies = [float(value) for value in content["accuracies"]]
         if not accuracies or not all(map(math.isfinite, accuracies)):
             raise ValueError("it has no accuracies, or some that are not finite")
-        return Results(accuracies, dict(content["flags"]), content.get("data"))
+        flags = dict(content["flags"])
+        if "pretrain_dir" in flags:  # the final test of train_meta.py is on the test split, whatever -set validated on
+            flags["set"] = "test"
+        return Results(accuracies, flags, content.get("data"))
 
     return read_json(file, "the results of an evaluation", parse)
 
@@ -141,10 +131,7 @@ def read_results(file: Path) -> Results:
 def why_not_paired(base: Results, other: Results) -> str:
     """What keeps episode k of one evaluation from being episode k of the other; empty where nothing does."""
     for name in SAME_EPISODES:
-        # The final test of train_meta.py is on the test split, whatever -set validated on.
-        wanted, found = (
-            "test" if name == "set" and "pretrain_dir" in one.flags else one.flags.get(name) for one in (base, other)
-        )
+        wanted, found = base.flags.get(name), other.flags.get(name)
         if wanted != found:
             return f"-{name} {found}, not {wanted}"
     return "other images" if base.data and other.data and base.data != other.data else ""
@@ -177,37 +164,28 @@ def table(evaluations: Sequence[Compared]) -> list[str]:
 
 
 def draw_comparison(evaluations: Sequence[Compared]) -> Figure:
-    """Distributions of the accuracies of episodes, and of the paired differences from the first evaluation."""
-    rows = [(wrap(shorten(one.name, 56), 28), SERIES[k % len(SERIES)]) for k, one in enumerate(evaluations)]
-    upper = [(*row, one.accuracies) for row, one in zip(rows, evaluations, strict=True)]
-    lower = [(*row, one.differences) for row, one in zip(rows, evaluations, strict=True) if one.differences]
-    heights = [0.5 * len(part) + 0.5 for part in (upper, lower) if part]
-    figure = make_figure(8.2, 1.3 + sum(heights))
-    plots = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    _draw_distributions(plots[0], upper)
-    title = "line: from 5 % to 95 % of the episodes; bar: the middle half; mark: mean with its 95 % interval"
-    plots[0].set_title(title, fontsize=9, loc="left", color="#222222")
-    plots[0].set_xlabel("accuracy of an episode (%)")
-    if lower:
-        _draw_distributions(plots[1], lower, sign="+")
-        plots[1].axvline(0, color="#000000", linewidth=1)
-        base = shorten(evaluations[0].name, 40)
-        plots[1].set_xlabel(f"accuracy minus that of {base}, on the same episodes (points)")
-    return figure
-
-
-def _draw_distributions(axes: Axes, rows: Sequence[tuple[str, str, list[float]]], sign: str = "") -> None:
-    """A row each of name, colour and values."""
-    for row, (_, color, values) in enumerate(rows):
-        mean, interval = mean_confidence_interval(values)
-        lowest, low, high, highest = np.quantile(values, (0.05, 0.25, 0.75, 0.95))
+    """The distributions of the accuracies of episodes, with means and paired differences from the first evaluation."""
+    figure = make_figure(8.2, 1.5 + 0.5 * len(evaluations))
+    axes = figure.subplots()
+    for row, one in enumerate(evaluations):
+        color = SERIES[row % len(SERIES)]
+        mean, interval = mean_confidence_interval(one.accuracies)
+        lowest, low, high, highest = np.quantile(one.accuracies, (0.05, 0.25, 0.75, 0.95))
         axes.hlines(row, lowest, highest, color=color, linewidth=1, alpha=0.6)
         axes.barh(row, high - low, left=low, height=0.5, color=color, alpha=0.35)
         axes.errorbar(mean, row, xerr=interval, color=color, marker="D", markersize=5, capsize=3, linewidth=1.8)
+        text = f"{mean:.2f} ± {interval:.2f}"
+        if one.differences:
+            difference, interval = mean_confidence_interval(one.differences)
+            text += f"\n({difference:+.2f} ± {interval:.2f})"
         place = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
-        axes.annotate(f"{mean:{sign}.2f} ± {interval:.2f}", (1.01, row), fontsize=9, color=color, **place)
-    axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+        axes.annotate(text, (1.01, row), fontsize=9, color=color, **place)
+    axes.set_yticks(range(len(evaluations)), [wrap(shorten(one.name, 56), 28) for one in evaluations])
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set(xlabel="accuracy of an episode (%)", ylim=(len(evaluations) - 0.4, -0.6))
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
+    key = "line: from 5 % to 95 % of the episodes; bar: the middle half; mark: mean with its 95 % interval"
+    key += "\nin brackets: difference from the first evaluation, on the same episodes"
+    figure.supxlabel(key, x=0.01, ha="left", fontsize=9)
+    return figure

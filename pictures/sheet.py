@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
 
-from pictures.canvas import NEUTRAL, RIGHT, SERIES, WRONG, image_settings, make_figure, shorten, wrap
+from pictures.canvas import NEUTRAL, RIGHT, SERIES, WRONG, make_figure, shorten, wrap
+from pictures.match import Panel
+from pictures.matches import MatchedEpisode
 
 LARGEST_SHEET = 20  # queries
 CELL, ROW, THUMB, SUPPORT = 0.86, 0.52, 0.46, 0.76  # inches: width of a class, height of a query, edges of images
@@ -21,43 +22,22 @@ KEY = (
 )
 
 
-def rows_of_sheet(queries: int, way: int) -> list[int]:
-    """The queries in a contact sheet: all, or the first ones of each class, class by class."""
-    per_class = min(queries // way, max(1, LARGEST_SHEET // way))
-    return [way * k + number for number in range(way) for k in range(per_class)]
-
-
-def draw_sheet(
-    supports: Sequence[Sequence[np.ndarray]],
-    queries: Sequence[np.ndarray],
-    *,
-    names: Sequence[str],
-    numbers: Sequence[int],
-    logits: Any,
-    title: str,
-    subtitle: str,
-) -> Figure:
-    """A contact sheet.
-
-    Args:
-        supports: W lists of K images ``(height, width, 3)``.
-        queries: the images of the queries that are shown.
-        names: W names.
-        numbers: of those queries in the episode; query i is of class ``i % W``.
-        logits: ``(Q, W)``, theirs.
-    """
-    way, count = len(names), len(queries)
+def draw_sheet(episode: MatchedEpisode, *, names: Sequence[str], title: str) -> Figure:
+    """A contact sheet of an episode of W named classes: all queries, or the first ones of each class, class by class."""
+    way, total = len(names), len(episode.queries)
+    per_class = min(total // way, max(1, LARGEST_SHEET // way))
+    numbers = [way * k + number for number in range(way) for k in range(per_class)]
     labels = [wrap(shorten(name, 30), 11) for name in names]
     width = max(way * CELL + 2.0, 5.2)
-    figure = make_figure(width, count * ROW + 0.15 * max(label.count("\n") for label in labels) + 2.1)
+    figure = make_figure(width, len(numbers) * ROW + 0.15 * max(label.count("\n") for label in labels) + 2.1)
     figure.suptitle(shorten(title, int(width * 11)), x=0.01, ha="left", fontsize=11, fontweight="bold")
     axes = figure.subplots()
     axes.set_axis_off()
-    _draw_table(axes, np.asarray(logits, np.float64), [number % way for number in numbers])
-    for row, (number, image) in enumerate(zip(numbers, queries, strict=True)):
+    _draw_table(axes, episode.matching.logits[numbers].double().numpy(), [number % way for number in numbers])
+    for row, number in enumerate(numbers):
         axes.text(-1.1, row, f"query {number}", fontsize=8, ha="right", va="center")
-        _draw_thumbnail(axes, image, THUMB, (-0.8, row))
-    for number, (images, label) in enumerate(zip(supports, labels, strict=True)):
+        _draw_thumbnail(axes, episode.queries[number], THUMB, (-0.8, row))
+    for number, (images, label) in enumerate(zip(episode.supports, labels, strict=True)):
         columns = math.ceil(len(images) ** 0.5)
         size = SUPPORT / columns
         upper = -0.6 - size / ROW * -(-len(images) // columns)
@@ -65,7 +45,7 @@ def draw_sheet(
             across = number + (k % columns - (columns - 1) / 2) * size / CELL
             _draw_thumbnail(axes, image, 0.95 * size, (across, upper + (k // columns + 0.5) * size / ROW))
         axes.text(number, upper - 0.1, label, fontsize=8, ha="center", va="bottom")
-    figure.supxlabel(f"{subtitle}; {KEY}", x=0.01, ha="left", fontsize=8)
+    figure.supxlabel(f"{len(numbers)} of {total} queries; {KEY}", x=0.01, ha="left", fontsize=8)
     return figure
 
 
@@ -91,7 +71,8 @@ def _draw_table(axes: Axes, logits: np.ndarray, truths: Sequence[int]) -> None:
             axes.add_patch(Rectangle((number - 0.46, row - 0.43), 0.92, 0.86, fill=False, **frame))
 
 
-def _draw_thumbnail(axes: Axes, pixels: np.ndarray, edge: float, place: tuple[float, float]) -> None:
+def _draw_thumbnail(axes: Axes, panels: Sequence[Panel], edge: float, place: tuple[float, float]) -> None:
     """An image with its larger edge of that many inches, centred at a place of the axes."""
-    image = OffsetImage(pixels, zoom=72 * edge / max(pixels.shape[:2]), **image_settings(pixels))
+    pixels = panels[0].pixels
+    image = OffsetImage(pixels, zoom=72 * edge / max(pixels.shape[:2]))
     axes.add_artist(AnnotationBbox(image, place, frameon=False, pad=0, annotation_clip=False))

@@ -266,12 +266,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     adopt_trained_flags(parser, args, argv)
     if args.picture:
         check_head(args.head)
-    for path in (args.save, args.json if args.json != "-" else None):
-        if path:
-            check_writable(Path(path))
-    folder = Path(args.picture or ".")
-    if args.picture:
-        picture_path(folder, "picture", args.format)
+        picture_path(Path(args.picture), "picture", args.format)
+    for path in filter(None, (args.save, args.json if args.json != "-" else None)):
+        check_writable(Path(path))
 
     _, device, device_ids = start(args, one_process=True)
     model, weights = open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
@@ -300,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print_answer(answer, args.top, width)
         if args.picture:
             figure = classifier.draw(prototypes, answer, args.flows)
-            save(figure, path_for(answer.file, folder, args.format, taken))
+            save(figure, path_for(answer.file, Path(args.picture), args.format, taken))
     if args.json == "-":
         print(json.dumps(listed, indent=1))
     elif args.json:

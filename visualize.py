@@ -7,6 +7,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the script without a traceback
 
+import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,10 +83,9 @@ def build_parser() -> ArgumentParser:
 
 def query_numbers(text: str) -> tuple[int, ...]:
     """An argparse type: ``"0,3"`` to ``(0, 3)``."""
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and len(part) < 9 for part in parts):
+    if not re.fullmatch(r"\d{1,8}(,\d{1,8})*", text):
         raise ArgumentTypeError(f"expected whole numbers of 0 or more joined by commas, as in 0,1,2; got {text!r}")
-    return tuple(dict.fromkeys(int(part) for part in parts))
+    return tuple(map(int, text.split(",")))
 
 
 def output(args: Namespace, stem: str) -> Path:
@@ -129,14 +129,15 @@ def draw_episode(args: Namespace) -> None:
 
 
 def draw_pair(args: Namespace) -> None:
-    names = [Path(image) for image in args.images]
-    path = output(args, f"pair-{names[0].stem}-{names[1].stem}")
+    first, second = map(Path, args.images)
+    path = output(args, f"pair-{first.stem}-{second.stem}")
     view = view_of(args, train=False)
-    seeds = [named_generator(args.seed, "pair", number).initial_seed() for number in range(2)]
-    query, proto = (view_file(image, view, seed, advice="") for image, seed in zip(args.images, seeds, strict=True))
+    viewed = []
+    for number, image in enumerate(args.images):
+        viewed.append(view_file(image, view, named_generator(args.seed, "pair", number).initial_seed(), advice=""))
     model, device = open_model(args)
-    episode = match_episode(model, view, [proto, query], way=1, shot=1, device=device)
-    title = f"left: {names[0].name}, right: {names[1].name}"
+    episode = match_episode(model, view, viewed[::-1], way=1, shot=1, device=device)
+    title = f"left: {first.name}, right: {second.name}"
     print(canvas.save(episode.draw(0, names=[""], title=title, flows=args.flows, truth=None), path))
     logit = float(episode.matching.logits[0, 0])
     print(f"logit {logit:.4f}, cost of the match {1 - logit / args.temperature:.4f}")

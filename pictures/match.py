@@ -24,7 +24,7 @@ from pictures.canvas import NEUTRAL, RIGHT, SERIES, WRONG, make_figure, shorten
 GAP = 0.35  # between the images
 BELOW = 0.04  # between the largest panel of an image and the others
 DARKEST = 0.12  # brightness of a node without weight
-BRIGHTEST = 2.0  # the weight that is drawn brightest, and the flow that is drawn widest; the mean weight of a node is 1
+BRIGHTEST = 1.5  # the weight that is drawn brightest, and the flow that is drawn widest; the mean weight of a node is 1
 INSET = 0.007  # of the frame of a node, so that it does not cover that of its neighbour
 
 Boxes = Sequence[Sequence[float]]  # left, upper, right, lower
@@ -140,7 +140,7 @@ def draw_match(
         top: flows drawn per prototype.
     """
     matching = Matching(*(np.asarray(part, np.float64) for part in matching))
-    way, share_of_node = len(protos), 1 / matching.supply.shape[-1]
+    way, nodes = len(protos), matching.supply.shape[-1]
     predicted = int(matching.logits.argmax()) if way > 1 else None
     columns, rows = min(way, 3), -(-way // 3)
     unit = 1.7 if way > 1 else 2.6  # inches
@@ -168,7 +168,7 @@ def draw_match(
         starts = _draw_image(axes, query, 0, matching.supply[number], colored)
         ends = _draw_image(axes, proto, 1 + GAP, matching.demand[number])
         for start, end, share in drawn:
-            _draw_flow(axes, starts[start], ends[end], places[start], min(1.0, share / share_of_node / BRIGHTEST))
+            _draw_flow(axes, starts[start], ends[end], places[start], min(1.0, share * nodes / BRIGHTEST))
         role, color = _role(number, predicted, truth)
         style = "solid" if number == predicted else "dashed"
         axes.spines[:].set(visible=bool(role), color=color, linewidth=2.2, linestyle=style)
@@ -256,10 +256,10 @@ def _draw_key(figure: SubFigure) -> None:
     bar.imshow(shades, cmap="gray", vmin=0, vmax=1, extent=(0, BRIGHTEST, 0, 1), aspect="auto")
     bar.set(yticks=[], box_aspect=0.03)
     bar.tick_params(labelsize=8)
-    bar.set_title("brightness: weight of a node (mean 1); white: 2 or more", loc="left", fontsize=8.5)
+    bar.set_title(f"brightness: weight of a node (mean 1); white: {BRIGHTEST:g} or more", loc="left", fontsize=8.5)
     lines.set_axis_off()
-    flows = {"0.5": 0.25, "1": 0.5, "2 or more": 1.0}
-    handles = [Line2D([], [], color="#000000", label=flow, **_line(strength)) for flow, strength in flows.items()]
-    title = "width: flow, in mean weights; colour: where it\nleaves the query (left of the class it is matched with)"
+    flows = {"0.5": 0.5, "1": 1.0, f"{BRIGHTEST:g} or more": BRIGHTEST}
+    handles = [Line2D([], [], color="#000000", label=name, **_line(flow / BRIGHTEST)) for name, flow in flows.items()]
+    title = "width: flow, in the same unit; colour: where it\nleaves the query (left of the class it is matched with)"
     style = {"title_fontsize": 8.5, "fontsize": 8, "alignment": "left", "frameon": False}
     lines.legend(handles=handles, title=title, ncols=3, loc="upper left", **style)

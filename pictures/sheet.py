@@ -9,6 +9,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
+from torch import Tensor
 
 from pictures.canvas import NEUTRAL, RIGHT, SERIES, WRONG, make_figure, shorten, wrap
 from pictures.match import Panel
@@ -33,7 +34,7 @@ def draw_sheet(episode: MatchedEpisode, *, names: Sequence[str], title: str) -> 
     figure.suptitle(shorten(title, int(width * 11)), x=0.01, ha="left", fontsize=11, fontweight="bold")
     axes = figure.subplots()
     axes.set_axis_off()
-    _draw_table(axes, episode.matching.logits[numbers].double().numpy(), [number % way for number in numbers])
+    _draw_table(axes, episode.matching.logits[numbers], [number % way for number in numbers])
     for row, number in enumerate(numbers):
         axes.text(-1.1, row, f"query {number}", fontsize=8, ha="right", va="center")
         _draw_thumbnail(axes, episode.queries[number], THUMB, (-0.8, row))
@@ -49,17 +50,15 @@ def draw_sheet(episode: MatchedEpisode, *, names: Sequence[str], title: str) -> 
     return figure
 
 
-def _draw_table(axes: Axes, logits: np.ndarray, truths: Sequence[int]) -> None:
+def _draw_table(axes: Axes, logits: Tensor, truths: Sequence[int]) -> None:
     """The logits of some queries, a cell of the axes each."""
     count, way = logits.shape
-    probability = np.exp(logits - logits.max(1, keepdims=True))
-    probability /= probability.sum(1, keepdims=True)
     shades = LinearSegmentedColormap.from_list("probability", ["#FFFFFF", SERIES[5]])
     mesh = {"edgecolors": "#CCCCCC", "linewidth": 0.6, "cmap": shades, "vmin": 0, "vmax": 1.15}
-    axes.pcolormesh(np.arange(way + 1) - 0.5, np.arange(count + 1) - 0.5, probability, **mesh)
+    axes.pcolormesh(np.arange(way + 1) - 0.5, np.arange(count + 1) - 0.5, logits.softmax(1), **mesh)
     axes.set(xlim=(-1.7, way + 0.2), ylim=(count - 0.5, -1.6))
-    for row, (values, truth) in enumerate(zip(logits, truths, strict=True)):
-        predicted = int(values.argmax())
+    for row, (values, truth) in enumerate(zip(logits.tolist(), truths, strict=True)):
+        predicted = values.index(max(values))
         for number, value in enumerate(values):
             weight = "bold" if number == predicted else "normal"
             axes.text(number, row, f"{value:.2f}", fontsize=9, fontweight=weight, ha="center", va="center")

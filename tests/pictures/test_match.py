@@ -86,7 +86,7 @@ def test_the_prediction_is_in_words(way, truth, words):
 
 def test_a_node_is_as_bright_as_its_weight():
     white = match.cell_panels(np.full((3, 10, 10), 255, np.uint8), [2])
-    ones, weights = torch.ones(1, 4), torch.tensor([[0.0, 1.0, 2.0, 1.0]])
+    ones, weights = torch.ones(1, 4), torch.tensor([[0.0, 0.75, 2.5, 0.75]])
     matching = Matching(torch.ones(1), torch.eye(4)[None], torch.ones(1, 4, 4), weights, ones)
     figure = match.draw_match(white, [white], matching, names=[""])
     image = figure.findobj(lambda artist: hasattr(artist, "get_array") and np.ndim(artist.get_array()) == 3)[

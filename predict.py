@@ -191,9 +191,6 @@ class Classifier(NamedTuple):
         )
 
 
-# --- Files of prototypes ----------------------------------------------------------------------------------------------
-
-
 def save_prototypes(prototypes: Prototypes, path: str, *, settings: dict[str, Any], weights: str) -> None:
     content = prototypes._replace(nodes=prototypes.nodes.cpu())._asdict()
     content["examples"] = [example._asdict() for example in prototypes.examples]
@@ -230,9 +227,6 @@ def load_prototypes(path: str, *, settings: dict[str, Any], weights: str) -> Pro
     if different := {name: value for name, value in made_with.items() if settings.get(name) != value}:
         raise InputError(f"-prototypes {path}: made with other flags; set {as_words(different)}")
     return prototypes
-
-
-# --- The command ------------------------------------------------------------------------------------------------------
 
 
 def path_for(file: str, folder: Path, suffix: str, taken: set[Path]) -> Path:

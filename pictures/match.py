@@ -130,13 +130,10 @@ def draw_match(
     """A query beside each of its W prototypes, with the weights of their nodes and the strongest flows between them.
 
     Args:
-        query: from :func:`cell_panels` or :func:`patch_panels`.
-        protos: W images that stand for the classes.
+        query, protos: an image, and W that stand for the classes, from :func:`cell_panels` or :func:`patch_panels`.
         matching: of that query: logits ``(W,)``, flow ``(W, M, N)``, supply ``(W, M)``, demand ``(W, N)``.
-        names: W names.
         truth: the number of the true class, if known.
-        title: one line; with several classes, the prediction is written below it.
-        notes: W remarks on the images of the prototypes, or none.
+        names, notes: W names, and W remarks on the images of the prototypes or none.
         top: flows drawn per prototype.
     """
     matching = Matching(*(np.asarray(part, np.float64) for part in matching))
@@ -145,8 +142,8 @@ def draw_match(
     columns, rows = min(way, 3), -(-way // 3)
     unit = 1.7 if way > 1 else 2.6  # inches
     height = max(upper + edge for panels in (query, *protos) for _, upper, edge in _layout(panels, 0))
-    text = 0.2 * (2 + (way > 1) + bool(notes)) + 0.3
-    width, full_height = columns * ((2 + GAP) * unit + 0.35), rows * (height * unit + text) + (0.6 if way > 1 else 0.4)
+    text = 0.7 + 0.2 * (way > 1) + 0.2 * bool(notes)
+    width, full_height = columns * ((2 + GAP) * unit + 0.35), rows * (height * unit + text) + 0.5
     figure = make_figure(width, full_height + 0.85)
     classes, key = figure.subfigures(2, 1, height_ratios=(full_height, 0.85))
     names, title = [shorten(name, 44) for name in names], shorten(title, int(width * 9))
@@ -159,7 +156,7 @@ def draw_match(
     classes.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=color)
     plots = classes.subplots(rows, columns, squeeze=False).ravel()
     for plot in plots[way:]:
-        plot.set_axis_off()
+        plot.remove()
     places = [place for panel in query if not panel.is_overview for place in panel.places]
     for number, (axes, proto) in enumerate(zip(plots, protos, strict=False)):
         axes.set(xlim=(-0.05, 2.05 + GAP), ylim=(height + 0.05, -0.05), xticks=[], yticks=[], aspect="equal")

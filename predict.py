@@ -20,12 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from dataloader.arguments import add_data_arguments, pixel_statistics, view_of
 from dataloader.catalog import DatasetSpec
-from dataloader.images import read_image
 from dataloader.readers import image_files, read_split
 from dataloader.views import VIEWS, View
 from engine.arguments import add_json_argument, add_run_arguments
@@ -36,9 +34,9 @@ from engine.weights_flags import adopt_trained_flags, as_words
 from Models import DeepEMD
 from Models.arguments import add_model_arguments, add_weights_arguments, open_model
 from Models.matching import Matching
-from pictures.canvas import FORMATS, picture_path, save, short_names
+from pictures.canvas import FORMATS, picture_path, save, shorten
 from pictures.match import draw_match
-from pictures.matches import ViewedImage, check_head, panels_of, view_image
+from pictures.matches import ViewedImage, check_head, panels_of, view_file
 from utils import (
     InputError,
     available_cores,
@@ -84,19 +82,12 @@ def build_parser() -> ArgumentParser:
 
 
 class Prototypes(NamedTuple):
-    """What the classes are represented by.
+    """What the classes are represented by."""
 
-    Attributes:
-        nodes: ``(W, C, N)``.
-        classes: W names.
-        examples: W images that show the classes in pictures.
-        files: W names of the files that those were read from.
-    """
-
-    nodes: Tensor
-    classes: list[str]
-    examples: list[ViewedImage]
-    files: list[str]
+    nodes: Tensor  # (W, C, N)
+    classes: list[str]  # W names
+    examples: list[ViewedImage]  # W images that show the classes in pictures
+    files: list[str]  # the names of their files
 
 
 class Answer(NamedTuple):
@@ -127,33 +118,25 @@ class Classifier(NamedTuple):
 
     def read(self, file: str) -> ViewedImage:
         """Read an image as the network sees it; the random draws of the view depend on its name alone."""
-        image = read_image(file, advice="")
-        try:
-            return view_image(image, self.view, named_generator(self.seed, "predict", Path(file).name).initial_seed())
-        except InputError as error:
-            raise InputError(f"{printable(file)}: {error}") from None
+        seed = named_generator(self.seed, "predict", Path(file).name).initial_seed()
+        return view_file(file, self.view, seed, advice="")
 
     def read_all(
         self, files: Iterable[str], *, skip: bool = False
     ) -> Iterator[tuple[Sequence[str], Sequence[ViewedImage]]]:
         """Files and their images, some at a time. With ``skip``, files that cannot be read are named and left out."""
-
-        def attempt(file: str) -> ViewedImage | InputError:
-            try:
-                return self.read(file)
-            except InputError as error:
-                return error
-
         files = iter(files)
         with ThreadPoolExecutor(available_cores()) as pool:
             while batch := list(islice(files, READ_AHEAD)):
-                found = list(zip(batch, pool.map(attempt, batch), strict=True))
-                for _, error in found:
-                    if isinstance(error, InputError):
+                readable = []
+                for file, viewed in [(file, pool.submit(self.read, file)) for file in batch]:
+                    try:
+                        readable.append((file, viewed.result()))
+                    except InputError as error:
                         if not skip:
-                            raise error
+                            raise
                         warn(f"left out: {error}")
-                if readable := [pair for pair in found if isinstance(pair[1], ViewedImage)]:
+                if readable:
                     yield tuple(zip(*readable, strict=True))
 
     def encode(self, viewed: Sequence[ViewedImage]) -> Tensor:
@@ -195,8 +178,8 @@ class Classifier(NamedTuple):
         chosen = [prototypes.classes.index(name) for name, _ in answer.ranking[:2]]
         matching = self.model.matching(prototypes.nodes.to(self.device)[chosen], answer.nodes[None])
         images = (answer.viewed, *(prototypes.examples[k] for k in chosen))
-        nodes, pyramid = answer.nodes.shape[-1], self.model.feature_pyramid
-        query, *protos = (panels_of(one, self.view, nodes, pyramid) for one in images)
+        given = (self.view, answer.nodes.shape[-1], self.model.feature_pyramid)
+        query, *protos = (panels_of(one, *given) for one in images)
         return draw_match(
             query,
             protos,
@@ -208,9 +191,6 @@ class Classifier(NamedTuple):
         )
 
 
-# --- Files of prototypes ----------------------------------------------------------------------------------------------
-
-
 def save_prototypes(prototypes: Prototypes, path: str, *, settings: dict[str, Any], weights: str) -> None:
     content = prototypes._replace(nodes=prototypes.nodes.cpu())._asdict()
     content["examples"] = [example._asdict() for example in prototypes.examples]
@@ -219,7 +199,7 @@ def save_prototypes(prototypes: Prototypes, path: str, *, settings: dict[str, An
     write_output(Path(path), buffer.getbuffer())
 
 
-def load_prototypes(path: str, classifier: Classifier, *, settings: dict[str, Any], weights: str) -> Prototypes:
+def load_prototypes(path: str, *, settings: dict[str, Any], weights: str) -> Prototypes:
     """Prototypes that :func:`save_prototypes` wrote.
 
     Raises:
@@ -228,16 +208,17 @@ def load_prototypes(path: str, classifier: Classifier, *, settings: dict[str, An
     if not Path(path).is_file():
         raise InputError(f"-prototypes {path}: there is no such file. Write one with -support and -save")
     content = load_plain(Path(path), "file of prototypes")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"-prototypes {path} is not a file that -save wrote, or is of another version")
     try:
-        made_with, made_by = dict(content["settings"]), str(content["weights"])
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, not {FORMAT}")
         examples = [ViewedImage(**example) for example in content["examples"]]
         prototypes = Prototypes(content["nodes"], content["classes"], examples, content["files"])
-        if made_by == weights and made_with == settings:
-            _check(prototypes, classifier)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"-prototypes {path} is damaged ({type(error).__name__}: {error})") from error
+        if len(set(map(len, prototypes))) > 1:
+            raise ValueError("its parts are of different lengths")
+        made_with, made_by = dict(content["settings"]), content["weights"]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        kind = type(error).__name__
+        raise InputError(f"-prototypes {path} is damaged, or no file of -save ({kind}: {error})") from error
     if made_by != weights:
         raise InputError(
             f"-prototypes {path}: made with other weights ({made_by}, not {weights}). Set the same -model_dir, or make "
@@ -246,24 +227,6 @@ def load_prototypes(path: str, classifier: Classifier, *, settings: dict[str, An
     if different := {name: value for name, value in made_with.items() if settings.get(name) != value}:
         raise InputError(f"-prototypes {path}: made with other flags; set {as_words(different)}")
     return prototypes
-
-
-def _check(prototypes: Prototypes, classifier: Classifier) -> None:
-    """Raise ValueError unless they are what the model and the view make of images."""
-    nodes, classes, examples, files = prototypes
-    blank = view_image(Image.new("RGB", (1024, 1024)), classifier.view, 0)
-    wanted = (len(classes), *classifier.encode([blank]).shape[1:])
-    if nodes.shape != wanted or not nodes.is_floating_point() or not bool(nodes.isfinite().all()):
-        raise ValueError(f"expected finite nodes of shape {wanted}; got {nodes.dtype} of shape {tuple(nodes.shape)}")
-    if not len(classes) == len(examples) == len(files) or not all(isinstance(one, str) for one in (*classes, *files)):
-        raise ValueError("expected a name, an example and its file for each class")
-    for one in examples:
-        panels_of(one, classifier.view, wanted[2], classifier.model.feature_pyramid)
-        if one.pixels.shape != blank.pixels.shape:
-            raise ValueError(f"expected examples of shape {tuple(blank.pixels.shape)}; got {tuple(one.pixels.shape)}")
-
-
-# --- The command ------------------------------------------------------------------------------------------------------
 
 
 def path_for(file: str, folder: Path, suffix: str, taken: set[Path]) -> Path:
@@ -275,15 +238,14 @@ def path_for(file: str, folder: Path, suffix: str, taken: set[Path]) -> Path:
     return path
 
 
-def print_answer(answer: Answer, label: dict[str, str], top: int) -> None:
+def print_answer(answer: Answer, top: int, width: int) -> None:
     """A line of the table, and one for each further class."""
-    width = max(len("runner-up"), *map(len, label.values()))
+    (name, probability), *others = [(shorten(name, 40), 100 * share) for name, share in answer.ranking]
     cost = "-" if answer.cost is None else f"{answer.cost:.3f}"
-    second = label[answer.ranking[1][0]] if len(label) > 1 else "-"
-    more = f"  {cost:>6}  {second:{width}}  {printable(answer.file)}"
-    for name, probability in answer.ranking[:top]:
-        print(f"{label[name]:{width}}  {100 * probability:9.1f} %{more}", flush=True)
-        more = ""
+    second = others[0][0] if others else "-"
+    lines = [f"{name:{width}}  {probability:9.1f} %  {cost:>6}  {second:{width}}  {printable(answer.file)}"]
+    lines += [f"{name:{width}}  {probability:9.1f} %" for name, probability in others[: top - 1]]
+    print("\n".join(lines), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -298,21 +260,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     adopt_trained_flags(parser, args, argv)
     if args.picture:
         check_head(args.head)
-    folder = Path(args.picture or ".")
-    outputs = (args.save, None if args.json == "-" else args.json, args.picture and folder / f"picture.{args.format}")
-    for path in filter(None, outputs):
+        picture_path(Path(args.picture), "picture", args.format)
+    for path in filter(None, (args.save, args.json if args.json != "-" else None)):
         check_writable(Path(path))
 
     _, device, device_ids = start(args, one_process=True)
     model, weights = open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
     loaded = fingerprint(weights)
-    of_view = [name for name in VIEWS[args.deepemd][1] if name != "train"]
+    names = [*SETTINGS, *(name for name in VIEWS[args.deepemd][1] if name != "train")]
     made_with = {
-        "settings": {name: getattr(args, name) for name in (*SETTINGS, *of_view)},
+        "settings": {name: getattr(args, name) for name in names},
         "weights": f"sha256 {loaded['sha256']}" if loaded else f"random weights of seed {args.seed}",
     }
     classifier = Classifier(model.folded(), view_of(args, train=False), args.seed, device)
-    kept = args.prototypes and load_prototypes(args.prototypes, classifier, **made_with)
+    kept = args.prototypes and load_prototypes(args.prototypes, **made_with)
     prototypes = kept or classifier.fit(args.support)
     if args.save:
         save_prototypes(prototypes, args.save, **made_with)
@@ -320,19 +281,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.query:
         return
 
-    names = prototypes.classes
-    label = dict(zip(names, short_names([printable(name) for name in names], 40), strict=True))
+    width = max(len("runner-up"), *(len(shorten(name, 40)) for name in prototypes.classes))
     if args.json != "-":
-        width = max(len("runner-up"), *map(len, label.values()))
         print(f"{'class':{width}}  probability    cost  {'runner-up':{width}}  file")
     listed, taken = [], set()
     for answer in classifier.answers(prototypes, image_files(args.query)):
         listed.append(answer.as_json(args.top))
         if args.json != "-":
-            print_answer(answer, label, args.top)
+            print_answer(answer, args.top, width)
         if args.picture:
             figure = classifier.draw(prototypes, answer, args.flows)
-            save(figure, path_for(answer.file, folder, args.format, taken))
+            save(figure, path_for(answer.file, Path(args.picture), args.format, taken))
     if args.json == "-":
         print(json.dumps(listed, indent=1))
     elif args.json:

@@ -25,7 +25,7 @@ from engine.training import fit
 from Models.arguments import add_model_arguments, build_model, solver_choice
 from Models.emd import ProblemError, SolverError
 from Models.weights import load_encoder_weights
-from pictures.matches import FixedMatches, check_head
+from pictures.matches import check_head, draw_fixed
 from utils import (
     BEST_WEIGHTS,
     InputError,
@@ -137,13 +137,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         drawn = data.draw_episodes(
             args, val_set, args.log_images if ranks.is_first else 0, seed=args.seed, name=args.set
         )
-        shape = {"way": args.way, "shot": args.shot, "seed": args.seed}
-        matches = FixedMatches(val_set, list(drawn), **shape, device=device, solver=args.val_solver)
+        shape = {"way": args.way, "shot": args.shot, "seed": args.seed, "device": device, "solver": args.val_solver}
 
         def validate(epoch):
             val_episodes.set_epoch(epoch if args.random_val_task else 0)
             result = evaluator(model, val_episodes, solver=args.val_solver, title=args.set)
-            for name, pixels in matches.draw(model):
+            for name, pixels in draw_fixed(model, val_set, list(drawn), **shape):
                 run.image(name, pixels, epoch)
             return result
 

@@ -7,7 +7,8 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the script without a traceback
 
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
+import re
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,17 +22,14 @@ from dataloader.arguments import (
     pixel_statistics,
     view_of,
 )
-from dataloader.images import read_image
 from engine.arguments import add_evaluation_arguments, add_run_arguments, add_set_argument, add_test_episode_argument
 from engine.start import start
 from engine.weights_flags import adopt_trained_flags
 from Models import DeepEMD, arguments
 from Models.arguments import add_model_arguments, add_weights_arguments
 from pictures import canvas, plots, sheet
-from pictures.matches import QUERIES, WRONG_QUERIES, check_head, choose_queries, match_episode, view_image, view_items
-from utils import InputError, check_writable, make_parser, named_generator, number_at_least, run_script
-
-OUT = "checkpoint/pictures"
+from pictures.matches import QUERIES, check_head, choose_queries, match_episode, view_file, view_items
+from utils import InputError, make_parser, named_generator, number_at_least, run_script
 
 
 def build_parser() -> ArgumentParser:
@@ -41,15 +39,16 @@ def build_parser() -> ArgumentParser:
     def command(name: str, summary: str) -> ArgumentParser:
         added = commands.add_parser(name, help=summary, description=summary, formatter_class=parser.formatter_class)
         group = added.add_argument_group("pictures")
-        group.add_argument("-out", metavar="DIR", default=OUT, help="folder that the pictures are written to")
+        group.add_argument(
+            "-out", metavar="DIR", default="checkpoint/pictures", help="folder that the pictures are written to"
+        )
         group.add_argument("-format", choices=canvas.FORMATS, default="png", help="of the pictures")
         return added
 
     def add_matching_arguments(added: ArgumentParser) -> None:
-        count = number_at_least(1, int)
         group = added.add_argument_group("flows")
-        group.add_argument("-flows", type=count, default=10, help="flows drawn per class, the strongest first")
-        group.add_argument("-top", type=count, dest="flows", default=SUPPRESS, help=SUPPRESS)  # its earlier name
+        strongest = "flows drawn per class, the strongest first"
+        group.add_argument("-flows", type=number_at_least(1, int), default=10, help=strongest)
         add_weights_arguments(added)
         add_data_arguments(added)
         add_model_arguments(added, sfc_lr=100.0)
@@ -60,13 +59,8 @@ def build_parser() -> ArgumentParser:
     group = added.add_argument_group("which episode")
     which = "its number, from 0, as in the accuracies of results.json"
     group.add_argument("-episode", type=number_at_least(0, int), default=0, help=which)
-    group.add_argument(
-        "-queries",
-        type=query_numbers,
-        metavar="NUMBERS",
-        help="queries to draw, from 0, as in 0,1,2; query i is of class i modulo -way "
-        f"(default: {QUERIES} of them, up to {WRONG_QUERIES} wrong ones first)",
-    )
+    which = f"queries to draw, as in 0,1,2; query i is of class i modulo -way (default: {QUERIES}, wrong ones first)"
+    group.add_argument("-queries", type=query_numbers, metavar="NUMBERS", help=which)
     add_set_argument(group)
     add_test_episode_argument(group, "episodes of the evaluation; not all are computed")
     add_episode_arguments(added)
@@ -89,10 +83,14 @@ def build_parser() -> ArgumentParser:
 
 def query_numbers(text: str) -> tuple[int, ...]:
     """An argparse type: ``"0,3"`` to ``(0, 3)``."""
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and len(part) < 9 for part in parts):
+    if not re.fullmatch(r"\d{1,8}(,\d{1,8})*", text):
         raise ArgumentTypeError(f"expected whole numbers of 0 or more joined by commas, as in 0,1,2; got {text!r}")
-    return tuple(dict.fromkeys(int(part) for part in parts))
+    return tuple(map(int, text.split(",")))
+
+
+def output(args: Namespace, stem: str) -> Path:
+    """The path of a picture in the folder of -out and -extra_dir, which can be written."""
+    return canvas.picture_path(Path(args.out, getattr(args, "extra_dir", "")), stem, args.format)
 
 
 def open_model(args: Namespace) -> tuple[DeepEMD, torch.device]:
@@ -109,78 +107,53 @@ def draw_episode(args: Namespace) -> None:
         raise InputError(f"there is no -episode {args.episode}: the evaluation has -test_episode {args.test_episode}")
     if args.queries and max(args.queries) >= count:
         raise InputError(f"there is no query {max(args.queries)}: -way times -query are {count}, numbered from 0")
-    folder, stem = Path(args.out, args.extra_dir), f"episode-{args.episode}"
-    path = canvas.picture_path(folder, stem, args.format)
-    check_writable(path)
-
+    stem = f"episode-{args.episode}"
+    path = output(args, stem)
     model, device = open_model(args)
     dataset = open_dataset(args, args.set, train=False)
     items = draw_episodes(args, dataset, args.test_episode, seed=args.seed, name=args.set)[args.episode]
     names = [dataset.class_names[dataset.labels[index]] for index, _ in items[: args.way]]
-    episode = match_episode(
-        model,
-        dataset.view,
-        view_items(dataset, items),
-        way=args.way,
-        shot=args.shot,
-        device=device,
-        generator=named_generator(args.seed, "sfc", 0, args.episode),
-    )
+    given = {"device": device, "generator": named_generator(args.seed, "sfc", 0, args.episode)}
+    episode = match_episode(model, dataset.view, view_items(dataset, items), way=args.way, shot=args.shot, **given)
     logits = episode.matching.logits
     hits = sum(found == number % args.way for number, found in enumerate(logits.argmax(1).tolist()))
     where = f"{args.dataset} {args.set}, episode {args.episode}"
-    rows = sheet.rows_of_sheet(count, args.way)
-    figure = sheet.draw_sheet(
-        [[panels[0].pixels for panels in shots] for shots in episode.supports],
-        [episode.queries[number][0].pixels for number in rows],
-        names=names,
-        numbers=rows,
-        truths=[number % args.way for number in rows],
-        logits=logits[rows],
-        title=f"{where}: {args.way}-way {args.shot}-shot, {hits} of {count} right",
-        subtitle=f"{count} queries" if len(rows) == count else f"{len(rows)} of {count} queries",
-    )
+    title = f"{where}: {args.way}-way {args.shot}-shot, {hits} of {count} right"
+    figure = sheet.draw_sheet(episode, names=names, title=title)
     print(canvas.save(figure, path))
     for number in args.queries or choose_queries(logits, args.way):
         title = f"{where}, query {number}"
         figure = episode.draw(number, names=names, title=title, flows=args.flows, truth=number % args.way)
-        print(canvas.save(figure, canvas.picture_path(folder, f"{stem}-query-{number}", args.format)))
+        print(canvas.save(figure, output(args, f"{stem}-query-{number}")))
     print(f"{where}: {hits} of {count} queries right ({100 * hits / count:.2f} %)")
 
 
 def draw_pair(args: Namespace) -> None:
-    paths = [Path(image) for image in args.images]
-    stem = f"pair-{paths[0].stem}-{paths[1].stem}"
-    path = canvas.picture_path(Path(args.out, args.extra_dir), stem, args.format)
-    check_writable(path)
-    images = [read_image(image, advice="") for image in args.images]
-    model, device = open_model(args)
+    first, second = map(Path, args.images)
+    path = output(args, f"pair-{first.stem}-{second.stem}")
     view = view_of(args, train=False)
-    seeds = [named_generator(args.seed, "pair", number).initial_seed() for number in range(2)]
-    query, proto = (view_image(image, view, seed) for image, seed in zip(images, seeds, strict=True))
-    episode = match_episode(model, view, [proto, query], way=1, shot=1, device=device)
-    title = f"left: {paths[0].name}, right: {paths[1].name}"
+    viewed = []
+    for number, image in enumerate(args.images):
+        viewed.append(view_file(image, view, named_generator(args.seed, "pair", number).initial_seed(), advice=""))
+    model, device = open_model(args)
+    episode = match_episode(model, view, viewed[::-1], way=1, shot=1, device=device)
+    title = f"left: {first.name}, right: {second.name}"
     print(canvas.save(episode.draw(0, names=[""], title=title, flows=args.flows, truth=None), path))
     logit = float(episode.matching.logits[0, 0])
     print(f"logit {logit:.4f}, cost of the match {1 - logit / args.temperature:.4f}")
 
 
 def draw_curves(args: Namespace) -> None:
-    path = canvas.picture_path(Path(args.out), "curves", args.format)
-    check_writable(path)
-    paths = [Path(run) for run in args.runs]
-    figure = plots.draw_curves(plots.distinct_names(paths), [plots.read_curves(run) for run in paths])
-    print(canvas.save(figure, path))
+    path, runs = output(args, "curves"), [Path(run) for run in args.runs]
+    print(canvas.save(plots.draw_curves(plots.distinct_names(runs), [plots.read_curves(run) for run in runs]), path))
 
 
 def draw_comparison(args: Namespace) -> None:
-    path = canvas.picture_path(Path(args.out), "compare", args.format)
-    check_writable(path)
-    paths = [Path(file) for file in args.files]
-    names = args.names or plots.distinct_names(paths)
-    if len(names) != len(paths):
-        raise InputError(f"-names has {len(names)} names for {len(paths)} files; give one for each, joined by commas")
-    evaluations = plots.compare(names, [plots.read_results(file) for file in paths])
+    path, files = output(args, "compare"), [Path(file) for file in args.files]
+    names = args.names or plots.distinct_names(files)
+    if len(names) != len(files):
+        raise InputError(f"-names has {len(names)} names for {len(files)} files; give one for each, joined by commas")
+    evaluations = plots.compare(names, [plots.read_results(file) for file in files])
     print("\n".join(plots.table(evaluations)))
     print(canvas.save(plots.draw_comparison(evaluations), path))
 

@@ -8,21 +8,20 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager, get_font
 from matplotlib.text import Text
+from PIL import Image
 
-from utils import printable, write_output
+from utils import check_writable, printable, write_output
 
 RIGHT, WRONG, NEUTRAL = "#0072B2", "#D55E00", "#555555"
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-FORMATS = {"png": "pixels, 150 per inch", "pdf": "vector graphics"}
+FORMATS = ("png", "pdf")
 DOTS_PER_INCH = 150
 FONT = "DejaVu Sans"  # comes with matplotlib
 
@@ -35,8 +34,14 @@ def make_figure(width: float, height: float) -> Figure:
 
 
 def picture_path(folder: Path, stem: str, suffix: str) -> Path:
-    """The path of a picture; a stem that is too long for the file system is cut."""
-    return folder / f"{os.fsdecode(os.fsencode(stem)[:200])}.{suffix}"
+    """The path of a picture, which can be written; a stem that is too long for the file system is cut.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    path = folder / f"{os.fsdecode(os.fsencode(stem)[:200])}.{suffix}"
+    check_writable(path)
+    return path
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -45,103 +50,58 @@ def save(figure: Figure, path: Path) -> Path:
     Raises:
         InputError: the file cannot be written.
     """
-    content = io.BytesIO()
-    _use_plain_text(figure)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        figure.savefig(content, format=path.suffix[1:], dpi=DOTS_PER_INCH)
-    write_output(path, content.getbuffer())
+    write_output(path, _render(figure, path.suffix[1:]).getbuffer())
     return path
 
 
 def to_pixels(figure: Figure) -> np.ndarray:
     """A figure as ``(height, width, 3)`` uint8."""
-    canvas = FigureCanvasAgg(figure)
-    _use_plain_text(figure)
+    return np.asarray(Image.open(_render(figure, "png")).convert("RGB"))
+
+
+def _render(figure: Figure, suffix: str) -> io.BytesIO:
+    """The file of a figure. Text is drawn as it is, without formulas; "?" stands for what no font has."""
+    texts = figure.findobj(Text)
+    fonts = {character: find_font(character) for text in texts for character in text.get_text()}
+    families = [FONT, *sorted(set(fonts.values()) - {FONT, None})]
+    for text in texts:
+        drawn = "".join(one if one == "\n" or fonts[one] else "?" for one in text.get_text())
+        text.set(text=drawn, parse_math=False, usetex=False, fontfamily=families)
+    content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+        figure.savefig(content, format=suffix, dpi=DOTS_PER_INCH)
+    return content
 
 
-def _use_plain_text(figure: Figure) -> None:
-    """No formulas between the dollar signs of a name, and further fonts for what the usual one lacks."""
-    texts = figure.findobj(Text)
-    families = [FONT, *sorted(set(_find_fonts("".join(text.get_text() for text in texts)).values()) - {FONT, None})]
-    for text in texts:
-        lines = "\n".join(map(printable, text.get_text().split("\n")))
-        text.set(text=lines, parse_math=False, usetex=False, fontfamily=families)
+@cache
+def find_font(character: str) -> str | None:
+    """The family of the usual font, or of another installed one, that has a character; None where no font does."""
+    if not character.isprintable():
+        return None
+    fonts = sorted(fontManager.ttflist, key=lambda font: (font.name != FONT, font.name))
+    return next((font.name for font in fonts if ord(character) in _characters(font.fname)), None)
 
 
-# --- Names ------------------------------------------------------------------------------------------------------------
-
-_font_of: dict[str, str | None] = {}  # character: the family of a font that has it
-
-
-def _find_fonts(text: Iterable[str]) -> dict[str, str | None]:
-    """For each character, the usual font or the first installed one that has it; None where no font does."""
-    characters = set(text)
-    missing = characters - _font_of.keys()
-    for font in sorted(fontManager.ttflist, key=lambda font: (font.name != FONT, font.name)):
-        if not missing:
-            break
-        if "Last Resort" in font.name:  # a box for every character
-            continue
-        try:
-            face = get_font(font.fname)
-        except (OSError, RuntimeError):
-            continue
-        found = {one for one in missing if face.get_char_index(ord(one))} if face.scalable else set()
-        _font_of.update(dict.fromkeys(found, font.name))
-        missing -= found
-    _font_of.update(dict.fromkeys(missing))
-    return {character: _font_of[character] for character in characters}
+@cache
+def _characters(file: str) -> frozenset[int]:
+    """The codes of the characters that a font has; none for a font that cannot be used."""
+    try:
+        font = get_font(file)
+    except (OSError, RuntimeError):
+        return frozenset()
+    is_usable = font.scalable and "Last Resort" not in font.family_name  # that one has a box for every character
+    return frozenset(font.get_charmap() if is_usable else ())
 
 
-def display_names(names: Sequence[str], room: int) -> list[str]:
-    """Names that fit on one line and can be drawn: a character that no font has is written as its code."""
-    names = [printable(name) for name in names]
-    fonts = _find_fonts("".join(names))
-    drawable = [
-        "".join(one if fonts[one] else one.encode("ascii", "backslashreplace").decode() for one in name)
-        for name in names
-    ]
-    return short_names(drawable, room)
-
-
-def short_names(names: Sequence[str], room: int) -> list[str]:
-    """Names of up to ``room`` characters; if the cut takes away what tells them apart, their common beginning goes too."""
-    short = [shorten(name, room) for name in names]
-    if len(set(short)) == len(set(names)):
-        return short
-    alike = [name for name, cut in zip(names, short, strict=True) if short.count(cut) > 1]
-    common = len(os.path.commonprefix(alike))
-    return [
-        shorten(name, room) if name not in alike else "…" + shorten(name[common:], room - 1, from_end=True)
-        for name in names
-    ]
-
-
-def shorten(text: str, room: int, *, from_end: bool = False) -> str:
-    """Cut the middle (or the end) out of what is too long."""
-    if len(text) <= room:
-        return text
-    head = room - 1 if from_end else -(-(room - 1) // 2)
-    return text[:head] + "…" + text[len(text) - (room - 1 - head) :]
+def shorten(name: str, room: int) -> str:
+    """A name on one line of up to ``room`` characters: the middle of a longer one is cut out."""
+    name = printable(name)
+    tail = (room - 1) // 2
+    return name if len(name) <= room else f"{name[: room - 1 - tail]}…{name[len(name) - tail :]}"
 
 
 def wrap(text: str, room: int) -> str:
     """Lines of up to ``room`` characters, broken behind blanks, underscores, hyphens and slashes where possible."""
-    lines = [""]
-    for part in re.split(r"(?<=[\s_/-])", text):
-        for piece in (part[k : k + room] for k in range(0, len(part), room)):
-            if len(lines[-1]) + len(piece.rstrip()) <= room:
-                lines[-1] += piece
-            else:
-                lines.append(piece)
+    lines = re.findall(rf".{{1,{room}}}(?:(?<=[\s_/-])|$)|.{{1,{room}}}", text)
     return "\n".join(line.strip() for line in lines)
-
-
-def image_settings(pixels: np.ndarray) -> dict[str, Any]:
-    """How a raster is scaled: small ones keep their pixels."""
-    return {"interpolation": "nearest" if max(pixels.shape[:2]) < 200 else "antialiased"}

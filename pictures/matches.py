@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +18,11 @@ from engine.evaluation import encode_images
 from Models import DeepEMD
 from Models.matching import Matching
 from pictures.canvas import to_pixels
-from pictures.match import Panel, Scales, cell_panels, draw_match, patch_panels, scales_of
+from pictures.match import Panel, cell_panels, draw_match, patch_panels
 from utils import InputError, named_generator, printable
 
 LARGEST_EDGE = 480  # photographs are drawn no larger than this, in pixels
-# Queries of an episode that are drawn by default: so many, of which at most so many are wrong where right ones remain.
-QUERIES, WRONG_QUERIES = 4, 2
+QUERIES = 4  # of an episode that are drawn by default
 
 
 class ViewedImage(NamedTuple):
@@ -58,17 +57,18 @@ def view_image(image: Image.Image, view: View, seed: int) -> ViewedImage:
     return ViewedImage(pixels, torch.from_numpy(np.array(small)), scaled)
 
 
+def view_file(path: str, view: View, seed: int, **reading: Any) -> ViewedImage:
+    """Read an image file and apply a view to it; ``reading`` as for :func:`read_image`."""
+    image = read_image(path, **reading)
+    try:
+        return view_image(image, view, seed)
+    except InputError as error:
+        raise InputError(f"{printable(path)}: {error}") from None
+
+
 def view_items(dataset: ImageDataset, items: Sequence[tuple[int, int]]) -> list[ViewedImage]:
     """Images of a data set, given as pairs (index, seed of the view)."""
-    viewed = []
-    for index, seed in items:
-        path = dataset.paths[index]
-        image = read_image(path, upright=dataset.upright)
-        try:
-            viewed.append(view_image(image, dataset.view, seed))
-        except InputError as error:
-            raise InputError(f"{printable(path)}: {error}") from None
-    return viewed
+    return [view_file(dataset.paths[k], dataset.view, seed, upright=dataset.upright) for k, seed in items]
 
 
 def panels_of(viewed: ViewedImage, view: View, nodes: int, feature_pyramid: Sequence[int] = ()) -> list[Panel]:
@@ -86,7 +86,6 @@ class MatchedEpisode(NamedTuple):
     supports: list[list[list[Panel]]]  # W lists of K images
     queries: list[list[Panel]]
     nearest: list[int]  # of each class, the shot whose nodes are nearest to those of the prototype
-    scales: Scales
 
     def draw(self, number: int, *, names: Sequence[str], title: str, flows: int, truth: int | None) -> Figure:
         """A query beside every class. Of several support images, the one nearest to the prototype is shown."""
@@ -101,7 +100,6 @@ class MatchedEpisode(NamedTuple):
             title=title,
             notes=notes if shots > 1 else (),
             top=flows,
-            scales=self.scales,
         )
 
 
@@ -135,57 +133,38 @@ def match_episode(
     panels = [panels_of(one, view, nodes.shape[-1], model.feature_pyramid) for one in viewed]
     supports = [[panels[k * way + number] for k in range(shot)] for number in range(way)]
     nearest = similarity.argmax(0).tolist()
-    return MatchedEpisode(matching, supports, panels[way * shot :], nearest, scales_of(matching))
+    return MatchedEpisode(matching, supports, panels[way * shot :], nearest)
 
 
-class FixedMatches:
-    """The same query of each of the same episodes, drawn with whatever weights a model has at the time.
+def draw_fixed(
+    model: DeepEMD,
+    dataset: ImageDataset,
+    episodes: Sequence[Sequence[tuple[int, int]]],
+    *,
+    way: int,
+    shot: int,
+    seed: int,
+    device: torch.device,
+    solver: str | None = None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and pixels of a picture of query ``k % way`` of each episode k, as the model matches it.
 
     Args:
-        dataset: of the episodes.
-        episodes: lists of (index, seed of the view), support first. Of episode k, query ``k % way`` is drawn.
-        solver: overrides the model's own.
+        episodes: lists of (index, seed of the view), support first.
         seed: of the run.
-        top: flows drawn per class.
+        solver: overrides the model's own.
     """
-
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        episodes: Sequence[Sequence[tuple[int, int]]],
-        *,
-        way: int,
-        shot: int,
-        seed: int,
-        device: torch.device,
-        solver: str | None = None,
-        top: int = 10,
-    ) -> None:
-        self.view, self.way, self.shot, self.seed, self.top = dataset.view, way, shot, seed, top
-        self.device, self.solver = device, solver
-        support = way * shot
-        chosen = [[*items[:support], items[support + k % way]] for k, items in enumerate(episodes)]
-        self.viewed = [view_items(dataset, items) for items in chosen]
-        self.names = [[dataset.class_names[dataset.labels[index]] for index, _ in items[:way]] for items in chosen]
-
-    def draw(self, model: DeepEMD) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and pixels of each picture."""
-        model = model.folded() if self.viewed else model
-        for k, (viewed, names) in enumerate(zip(self.viewed, self.names, strict=True)):
-            episode = match_episode(
-                model,
-                self.view,
-                viewed,
-                way=self.way,
-                shot=self.shot,
-                device=self.device,
-                solver=self.solver,
-                generator=named_generator(self.seed, "sfc", 0, k),
-            )
-            query = k % self.way
-            title = f"validation episode {k}, query {query}"
-            figure = episode.draw(0, names=names, title=title, flows=self.top, truth=query)
-            yield f"episode-{k}-query-{query}", to_pixels(figure)
+    model = model.folded() if episodes else model
+    for k, items in enumerate(episodes):
+        query, support = k % way, way * shot
+        viewed = view_items(dataset, [*items[:support], items[support + query]])
+        order = named_generator(seed, "sfc", 0, k)
+        given = {"way": way, "shot": shot, "device": device, "generator": order, "solver": solver}
+        episode = match_episode(model, dataset.view, viewed, **given)
+        names = [dataset.class_names[dataset.labels[index]] for index, _ in items[:way]]
+        title = f"validation episode {k}, query {query}"
+        figure = episode.draw(0, names=names, title=title, flows=10, truth=query)
+        yield f"episode-{k}-query-{query}", to_pixels(figure)
 
 
 def check_head(head: str) -> None:
@@ -195,16 +174,6 @@ def check_head(head: str) -> None:
 
 
 def choose_queries(logits: Tensor, way: int) -> list[int]:
-    """A few queries: up to :data:`WRONG_QUERIES` wrong ones, then right ones, of different classes where possible."""
-    truths = [number % way for number in range(len(logits))]
-    is_right = [predicted == truth for predicted, truth in zip(logits.argmax(1).tolist(), truths, strict=True)]
-    wrong = [number for number, right in enumerate(is_right) if not right]
-    right = [number for number, right in enumerate(is_right) if right]
-    chosen: list[int] = []
-    for numbers, most in ((wrong, WRONG_QUERIES), (right, QUERIES), (wrong, QUERIES)):
-        for distinct in (True, False):
-            for number in numbers:
-                is_repeat = distinct and truths[number] in {truths[k] for k in chosen}
-                if len(chosen) < most and number not in chosen and not is_repeat:
-                    chosen.append(number)
-    return sorted(chosen)
+    """The first few queries, wrong ones before right ones."""
+    is_right = [int(row.argmax()) == number % way for number, row in enumerate(logits)]
+    return sorted(sorted(range(len(logits)), key=is_right.__getitem__)[:QUERIES])

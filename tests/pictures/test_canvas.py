@@ -13,20 +13,19 @@ from PIL import Image
 from pictures import canvas
 
 
-def test_long_names_stay_apart():
-    names = [f"{'x' * 40}_{kind}_{'y' * 40}" for kind in ("cat", "dog")] + ["short"]
-    short = canvas.short_names(names, 30)
-    assert len(set(short)) == 3
-    assert max(map(len, short)) <= 30
+def test_long_names_are_cut():
+    assert canvas.shorten("x" * 20 + "y" * 20, 8) == "xxxx…yyy"
+    assert canvas.shorten("short", 5) == "short"
     for room in (4, 11):
         text = "a_rather-long name/of something_and_more"
         lines = canvas.wrap(text, room).split("\n")
         assert max(map(len, lines)) <= room
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert canvas.wrap("armenian_054f", 11) == "armenian_\n054f"
 
 
 def test_any_name_can_be_drawn(tmp_path, capfd, recwarn):
-    names = canvas.display_names(ODD_NAMES, 40)
+    names = [canvas.shorten(name, 40) for name in ODD_NAMES]
     assert all(len(name) <= 40 and (name.isprintable() or not name) for name in names)
     assert len(set(names)) == len(ODD_NAMES)
     assert names[:2] == ["caf?", ODD_NAMES[1]]
@@ -51,16 +50,17 @@ def test_a_font_that_has_a_character_is_used(monkeypatch):
         figure.text(0.2, 0.2, character, fontsize=40)
         return canvas.to_pixels(figure)
 
-    assert canvas.display_names(["\u2335"], 40) == ["\u2335"]
     found = ink("\u2335")
-    monkeypatch.setitem(canvas._font_of, "\u2335", None)
-    assert not np.array_equal(found, ink("\u2335"))  # now a box
+    assert not np.array_equal(found, ink("?"))
+    monkeypatch.setattr(canvas, "find_font", lambda character: None)
+    assert np.array_equal(ink("\u2335"), ink("?"))
 
 
-def test_characters_that_no_font_has_are_written_as_codes(monkeypatch):
-    monkeypatch.setitem(canvas._font_of, "\u732b", None)
-    monkeypatch.setitem(canvas._font_of, "\u72ac", None)
-    assert canvas.display_names(["a\u732b", "a\u72ac", "ab"], 40) == ["a\\u732b", "a\\u72ac", "ab"]
+def test_a_character_that_no_font_has_is_a_question_mark():
+    figure = canvas.make_figure(1, 1)
+    figure.text(0.2, 0.2, "a\U0010fffeb\nc")
+    canvas.to_pixels(figure)
+    assert "a?b\nc" in [text.get_text() for text in figure.findobj(Text)]
 
 
 def test_settings_of_the_user_do_not_turn_names_into_formulas():

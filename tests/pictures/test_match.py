@@ -13,8 +13,9 @@ from pictures.canvas import to_pixels
 
 def test_cells_of_a_pyramid():
     coarse, fine = match.cell_panels(np.zeros((3, 84, 84), np.uint8), [1, 2])
-    assert (coarse.first, coarse.boxes) == (0, [(0, 0, 84, 84)])
-    assert (fine.first, fine.boxes[1], fine.boxes[2]) == (1, (42, 0, 84, 42), (0, 42, 42, 84))
+    assert (coarse.places, coarse.boxes) == ([(0.5, 0.5)], [(0, 0, 84, 84)])
+    assert fine.places == [(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)]
+    assert (len(fine.boxes), fine.boxes[1], fine.boxes[2]) == (4, (42, 0, 84, 42), (0, 42, 42, 84))
 
 
 @pytest.mark.parametrize(
@@ -37,13 +38,11 @@ def test_images_of_another_shape_or_type_are_rejected(pixels):
 
 
 def test_strongest_flows():
-    found = match.strongest(np.array([[0.0, 3.0], [1.0, 4.0]]), 2)
-    assert found.query == [1, 0]
-    assert found.proto == [1, 1]
-    assert found.shares == [0.5, 0.375]
-    assert str(found) == "top 2 of 3 flows: 88 % of the mass"
-    assert match.strongest(np.eye(2), 9).shares == [0.5, 0.5]
-    assert str(match.strongest(np.eye(2), 9)) == "all 2 flows: 100 % of the mass"
+    flow = np.array([[0.0, 3.0], [1.0, 4.0]])
+    assert match.strongest(flow, 2) == ([(1, 1, 0.5), (0, 1, 0.375)], "top 2 of 3 flows: 88 % of the mass")
+    both = [(0, 0, 0.5), (1, 1, 0.5)]
+    assert match.strongest(np.eye(2), 9) == (both, "all 2 flows: 100 % of the mass")
+    assert match.strongest(np.eye(2), 2) == (both, "all 2 flows: 100 % of the mass")
 
 
 def matched(way: int, cells: int) -> tuple[list, list, Matching]:
@@ -87,9 +86,9 @@ def test_the_prediction_is_in_words(way, truth, words):
 
 def test_a_node_is_as_bright_as_its_weight():
     white = match.cell_panels(np.full((3, 10, 10), 255, np.uint8), [2])
-    ones, weights = torch.ones(1, 4), torch.tensor([[0.0, 1.0, 2.0, 1.0]])
+    ones, weights = torch.ones(1, 4), torch.tensor([[0.0, 0.75, 2.5, 0.75]])
     matching = Matching(torch.ones(1), torch.eye(4)[None], torch.ones(1, 4, 4), weights, ones)
-    figure = match.draw_match(white, [white], matching, names=[""], scales=match.Scales(2.0, 1.0))
+    figure = match.draw_match(white, [white], matching, names=[""])
     image = figure.findobj(lambda artist: hasattr(artist, "get_array") and np.ndim(artist.get_array()) == 3)[
         0
     ].get_array()

@@ -105,26 +105,26 @@ def test_an_episode_is_the_one_that_eval_evaluates(data, tmp_path, monkeypatch, 
     assert re.search(r"\((\S+) %\)", done.out)[1] == f"{accuracy:.2f}"
 
     # The sheet has all logits, class by class; their argmax gives that accuracy.
-    ((images, sheet, words),) = done.sheets
+    (((episode,), sheet, words),) = done.sheets
     args = visualize.build_parser().parse_args(["episode", *map(str, flags)])
     dataset = open_dataset(args, "test", train=False)
     items = draw_episodes(args, dataset, 3, seed=5, name="test")[2]
     assert sheet["names"] == [dataset.class_names[dataset.labels[index]] for index, _ in items[:3]]
     if args.deepemd == "fcn":  # otherwise the sheet shows whole images
-        for number, shots in enumerate(images[0]):
+        for number, shots in enumerate(episode.supports):
             wanted = [dataset[item][0].permute(1, 2, 0).numpy() for item in items[number : 3 * args.shot : 3]]
-            assert np.array_equal(np.stack(shots), np.stack(wanted))
-    assert sheet["numbers"] == [0, 3, 1, 4, 2, 5]
-    hits = [found == truth for found, truth in zip(sheet["logits"].argmax(1).tolist(), sheet["truths"], strict=True)]
+            assert np.array_equal(np.stack([panels[0].pixels for panels in shots]), np.stack(wanted))
+    assert [word for word in words if re.match("query [0-9]", word)] == [f"query {k}" for k in (0, 3, 1, 4, 2, 5)]
+    logits = episode.matching.logits
+    hits = [found == number % 3 for number, found in enumerate(logits.argmax(1).tolist())]
     assert sum(hits) == round(6 * accuracy / 100)
-    assert {f"{value:.2f}" for value in sheet["logits"].flatten().tolist()} <= set(words)
+    assert {f"{value:.2f}" for value in logits.flatten().tolist()} <= set(words)
     assert words.count("right") == sum(hits)
 
     for (query, protos, matching), match, words in done.matches:
         number = int(re.search(r"query (\d)", match["title"])[1])
         assert match["truth"] == number % 3
-        row = sheet["numbers"].index(number)
-        torch.testing.assert_close(matching.logits, sheet["logits"][row])
+        torch.testing.assert_close(matching.logits, logits[number])
         assert matching.flow.shape == (3, nodes, nodes)
         # The share of the mass, computed another way.
         for flow in matching.flow.double():
@@ -133,16 +133,10 @@ def test_an_episode_is_the_one_that_eval_evaluates(data, tmp_path, monkeypatch, 
             share = f"top 3 of {count} flows: {100 * shares[:3].sum():.0f} % of the mass"
             assert (share if count > 3 else f"all {count} flows: 100 % of the mass") in words
         for panels in (query, *protos):
-            assert sorted(k for panel in panels if not panel.is_overview for k in node_numbers(panel)) == list(
-                range(nodes)
-            )
+            assert sum(len(panel.boxes) for panel in panels if not panel.is_overview) == nodes
         right = int(matching.logits.argmax()) == match["truth"]
         assert any(word.startswith("right: " if right else "wrong: ") for word in words)
         assert sum("nearest to its prototype" in word for word in words) == (3 if "-sfc_update_step" in variant else 0)
-
-
-def node_numbers(panel):
-    return range(panel.first, panel.first + len(panel.boxes))
 
 
 def test_pair(tmp_path, monkeypatch):

@@ -24,8 +24,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dataloader import add_data_arguments, add_episode_arguments, draw_episodes, episode_labels, open_dataset
-from dataloader.arguments import pixel_statistics
+from dataloader import episode_labels
+from dataloader.arguments import (
+    add_data_arguments,
+    add_episode_arguments,
+    draw_episodes,
+    open_dataset,
+    pixel_statistics,
+)
 from engine import arguments
 from engine.run import environment, fingerprint
 from engine.start import set_seed, start

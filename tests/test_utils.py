@@ -115,7 +115,7 @@ def test_the_seed_does_not_choose_the_kernels():
     [
         (number_at_least(0, int), "-1", "expected a whole number from 0 to 1000000000; got '-1'"),
         (number_at_least(1, int), "1.5", "whole number"),
-        (number_at_least(1e-12, float), "inf", "expected a number of 1e-12 or more"),
+        (number_at_least(1e-12, float), "inf", "expected a number from 1e-12 to 1000000.0"),
         (number_between(0, 9, int), "10", "expected a whole number from 0 to 9"),
         (number_between(0, 9, int), "9" * 5000, "expected a whole number from 0 to 9"),
         (whole_numbers, "2,,3", "as in 2,3"),

@@ -15,6 +15,7 @@ from engine.cache import NodeTable, PixelCache, free_memory
 from engine.distributed import Ranks
 from engine.evaluation import DivergenceError, Evaluation, Evaluator, Recorder, Score, encode_images
 from engine.stopping import Stopped, StopRequest
+from Models import DeepEMD
 from utils import mean_confidence_interval, named_generator
 
 CPU = torch.device("cpu")
@@ -186,6 +187,13 @@ def test_a_solver_that_reports_late_is_asked_before_the_weights_are_blamed(worth
         return
     with pytest.raises(ArithmeticError, match="no solution on the device"):
         evaluator(Late(), with_hits(4))
+
+
+def test_the_network_asks_its_solver_on_its_own_device(monkeypatch):
+    asked = []
+    monkeypatch.setattr("Models.deepemd.settle", asked.append)
+    DeepEMD().to("meta").settle()
+    assert asked == [torch.device("meta")]
 
 
 # --- what is encoded, loaded and drawn when ---

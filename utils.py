@@ -164,7 +164,10 @@ def named_generator(seed: int, *name: str | int) -> torch.Generator:
 def _writing(path: Path, more: str = "") -> Iterator[None]:
     """Create the folder of a file, and turn an OSError into a sentence about the file."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, f"{path.parent} is a file, not a folder") from error
         yield
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}){more}") from error
@@ -218,10 +221,11 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         InputError: it cannot be written; what was there before is intact.
     """
     real = Path(os.path.realpath(path))
-    partial = real.with_name(f"{real.name[:50]}.{uuid.uuid4().hex}.part")
+    partial = real.with_name(f"{uuid.uuid4().hex}.part")
     with _writing(path, "; what was saved before is intact"):
         before = os.stat(path) if path.exists() else None
-        if before and (not stat.S_ISREG(before.st_mode) or Path(os.path.abspath(path)).parts[1] in ("dev", "proc")):
+        is_open = os.path.abspath(path).startswith(("/dev/fd/", "/dev/std", "/proc/"))  # by this process or its shell
+        if before and (is_open or not stat.S_ISREG(before.st_mode)):
             with open(path, "ab") as file:
                 file.write(content)
             return

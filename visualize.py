@@ -130,7 +130,7 @@ def draw_episode(args: Namespace) -> None:
 
 def draw_pair(args: Namespace) -> None:
     first, second = map(Path, args.images)
-    path = output(args, f"pair-{first.stem}-{second.stem}")
+    path = output(args, f"pair-{first.stem[:30]}-{second.stem[:30]}")
     view = view_of(args, train=False)
     viewed = []
     for number, image in enumerate(args.images):

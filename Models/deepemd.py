@@ -93,8 +93,13 @@ class DeepEMD(nn.Module):
             ``(W*Q, W)``; the label of query i is ``i % W``.
 
         Raises:
-            ValueError: images of another shape or type, or too few of them.
+            ValueError: images of another shape, type or number.
         """
+        if way < 1 or shot < 1 or len(images) <= way * shot or len(images) % way:
+            wanted = (
+                f"{way} way {shot} shot needs {way} times {shot} support images, and as many queries for each class"
+            )
+            raise ValueError(f"{wanted}; got {len(images)} images")
         nodes = self.encode(images)  # support and queries in one batch, so batch norm sees the whole episode
         support, query = nodes[: way * shot], nodes[way * shot :]
         return self.match(support, query, way=way, shot=shot, solver=solver, generator=generator)

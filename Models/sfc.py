@@ -59,13 +59,12 @@ def mean_prototypes(support: Tensor, *, way: int, shot: int | None = None, label
     """
     images = support.shape[-3]
     if labels is not None:
-        counts = labels.bincount(minlength=way)
-        if labels.shape != (images,) or len(counts) != way or not counts.all():
+        if labels.shape != (images,) or sorted(set(labels.tolist())) != list(range(way)):
             known = f"{images} numbers from 0 to {way - 1}, with every class in them"
             raise ValueError(f"labels must be {known}; got {labels.tolist()}")
         return torch.stack([support[..., labels == number, :, :].mean(-3) for number in range(way)], dim=-3)
-    shot = images // way if shot is None else shot
-    if shot < 1 or images != way * shot:
+    shot = images // max(1, way) if shot is None else shot
+    if min(way, shot) < 1 or images != way * shot:
         raise ValueError(f"{way} way {shot} shot needs {way * shot} support images; got {images}")
     return support.unflatten(-3, (shot, way)).mean(-4)  # (..., K, W, C, N) -> (..., W, C, N)
 

@@ -173,7 +173,9 @@ def encoder_suffix(args: Namespace) -> str:
 def resume_command(script: str, argv: Sequence[str] | None, args: Namespace) -> str:
     """The command line that resumes a run that was stopped: as it was given, with the seed that was drawn."""
     words = list(sys.argv[1:] if argv is None else argv)
-    words += [] if str(args.seed) in words else ["-seed", str(args.seed)]
+    text = f" {' '.join(words)} ".replace("-seed=", "-seed ")
+    if " -seed 0 " in text and f" -seed {args.seed} " not in text:
+        words += ["-seed", str(args.seed)]
     return shlex.join(["python", script, *words, *([] if "-resume" in words else ["-resume"])])
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+import tempfile
 import threading
 from pathlib import Path
 
@@ -363,3 +364,16 @@ def test_flags_are_not_abbreviated(given, capsys):
     assert "unrecognized arguments" in capsys.readouterr().err
     assert parser.parse_args(["-kshot", "-5"]).kshot == -5
     assert parser.parse_args(["-kshot=5"]).kshot == 5
+
+
+def test_files_in_shared_memory_are_replaced():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:  # below /dev, and as ordinary as any
+        for content in (b"old and longer", b"new"):
+            write_atomically(Path(folder, "file"), content)
+        assert Path(folder, "file").read_bytes() == b"new"
+
+
+def test_the_partial_file_fits_where_the_file_does(tmp_path):
+    path = tmp_path / ("\u6f22" * 83)  # 249 bytes of 255
+    write_output(path, b"new")
+    assert path.read_bytes() == b"new"

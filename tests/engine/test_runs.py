@@ -27,7 +27,7 @@ import train_meta
 import train_pretrain
 import utils
 from engine import cache, distributed, stopping
-from engine.arguments import parse_run
+from engine.arguments import parse_run, resume_command
 from engine.distributed import Ranks, Shard
 from engine.evaluation import Evaluator
 from engine.run import RunFolder
@@ -854,3 +854,12 @@ def test_a_rank_that_dies_takes_the_run_down(folder, tmp_path):
     assert done.status != 0
     assert time.monotonic() - began < 60
     assert "Signal 9 (SIGKILL)" in done.err
+
+
+def test_the_command_that_resumes_repeats_what_was_given():
+    """Also at its default, which a checkpoint's own flags would replace; and the seed that was drawn."""
+    args = argparse.Namespace(seed=7)
+    given = ["-image_size", "84", "-seed", "0"]
+    command = resume_command("eval.py", given, args)
+    assert command == "python eval.py -image_size 84 -seed 0 -seed 7 -resume"
+    assert resume_command("eval.py", shlex.split(command)[2:], args) == command

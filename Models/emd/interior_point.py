@@ -21,11 +21,10 @@ ITERATIONS_BETWEEN_CHECKS = 2
 # still counts as solved at the second.
 TOLERANCE, ACCEPTABLE = 1e-11, 1e-8
 STEP_TO_BOUNDARY = 0.995
-# The smallest entry of the Newton system's diagonal that the gradient keeps, relative to the largest: where the optimum is a
-# corner with fewer cells than nodes, the system without it falls apart.
+# The smallest entry of the Newton system's diagonal that the gradient keeps, relative to the largest: where the
+# optimum is a corner with fewer cells than nodes, the system without it falls apart.
 SMALLEST_THETA = 1e-13
-# See solve_prepared.
-LARGEST_SPAN, LARGEST_LEAK = 1e6, 1e-7
+LARGEST_LEAK = 1e-7  # see solve_prepared
 
 _warm_up_lock = threading.Lock()
 _warm_devices: set[torch.device] = set()
@@ -49,13 +48,13 @@ def solve(
     """
     _warm_up(cost.device)
 
-    def solve_part(cost: Tensor, supply: Tensor, demand: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
+    def solve_dense(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, Tensor]:
         if cost.shape[2] > cost.shape[1]:  # factorise the smaller side
-            value, flow = _InteriorPoint.apply(cost.mT, demand, supply, form == "QP", l2_strength, names)
+            value, flow = _InteriorPoint.apply(cost.mT, demand, supply, form == "QP", l2_strength)
             return value, flow.mT
-        return _InteriorPoint.apply(cost, supply, demand, form == "QP", l2_strength, names)
+        return _InteriorPoint.apply(cost, supply, demand, form == "QP", l2_strength)
 
-    return solve_prepared(solve_part, cost, supply, demand, form, l2_strength, span=LARGEST_SPAN, leak=LARGEST_LEAK)
+    return solve_prepared(solve_dense, (cost, supply, demand), form, l2_strength, LARGEST_LEAK)
 
 
 def _warm_up(device: torch.device) -> None:
@@ -123,10 +122,9 @@ def _newton(factors: _Factors, h: Tensor, row_change: Tensor, column_change: Ten
 
 class _InteriorPoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, cost, supply, demand, is_qp, l2_strength, names):
-        ridge = QP_RIDGE if is_qp else l2_strength
-        flow, dual = _solve(cost, supply, demand, ridge, is_qp, names)
-        ctx.is_qp, ctx.ridge, ctx.names = is_qp, ridge, names
+    def forward(ctx, cost, supply, demand, is_qp, l2_strength):
+        ctx.is_qp, ctx.ridge = is_qp, QP_RIDGE if is_qp else l2_strength
+        flow, dual = _solve(cost, supply, demand, ctx.ridge, is_qp)
         ctx.save_for_backward(cost, flow, dual)
         return (cost * flow).sum((1, 2)), flow
 
@@ -153,18 +151,17 @@ class _InteriorPoint(torch.autograd.Function):
         w, minus_u, minus_v = _newton(factors, g, torch.zeros_like(flow[:, :, 0]), torch.zeros_like(flow[:, 0]))
         failed = ~(factors.is_sound & torch.isfinite(w).all(2).all(1))
         if bool(failed.any()):
-            raise SolverError(f"ipm met a singular system in the gradient of {ctx.names[int(failed.nonzero()[0])]}")
+            which = f"problem {int(failed.nonzero()[0])} of {len(cost)}"
+            raise SolverError(f"ipm met a singular system in the gradient of {which}")
         moved = w * _total(cost * flow) + flow * _total(cost * w) if ctx.is_qp else w
-        return grad_value * flow - moved, -minus_u, -minus_v, None, None, None
+        return grad_value * flow - moved, -minus_u, -minus_v, None, None
 
 
 def _total(values: Tensor) -> Tensor:
     return values.sum((1, 2), keepdim=True)
 
 
-def _solve(
-    cost: Tensor, supply: Tensor, demand: Tensor, ridge: float, is_qp: bool, names: list[str]
-) -> tuple[Tensor, Tensor]:
+def _solve(cost: Tensor, supply: Tensor, demand: Tensor, ridge: float, is_qp: bool) -> tuple[Tensor, Tensor]:
     """The flow x and the duals z of x >= 0, both ``(B,N,M)`` and positive."""
     rank_one = cost if is_qp else None
     total = supply.sum(1, keepdim=True)
@@ -213,7 +210,6 @@ def _solve(
         v = v + step[:, 0] * torch.where(usable[:, None], dv, 0)
 
     _check_optimality(
-        names,
         complementarity=(x * z).mean((1, 2)) / goal,
         stationarity=(gradient(x) - u.unsqueeze(2) - v.unsqueeze(1) - z).abs().amax((1, 2)) / scale,
         rows=(x.sum(2) - supply).abs().amax(1) / total[:, 0],
@@ -222,14 +218,15 @@ def _solve(
     return x, z
 
 
-def _check_optimality(names: list[str], **residuals: Tensor) -> None:
+def _check_optimality(**residuals: Tensor) -> None:
     """Raise SolverError unless all residuals ``(B,)``, each relative to its scale, are at most ACCEPTABLE."""
     failed = ~(torch.stack(list(residuals.values())) <= ACCEPTABLE).all(0)
     if bool(failed.any()):
         index = int(failed.nonzero()[0])
         found = ", ".join(f"{what} {float(value[index]):.2g}" for what, value in residuals.items())
         raise SolverError(
-            f"ipm did not converge on {names[index]} within {MAX_ITERATIONS} iterations; relative residuals: {found}"
+            f"ipm did not converge on problem {index} of {len(failed)} within {MAX_ITERATIONS} iterations; relative "
+            f"residuals: {found}"
         )
 
 

@@ -1,16 +1,14 @@
 """Time and memory per transportation problem, by solver and size, and the ratios to a plain cv2.EMD loop and to qpth.
 
     python benchmarks/emd.py                     the whole table (minutes; qpth takes most of them)
-    python benchmarks/emd.py -nodes 9,25 -solvers simplex,opencv
 
-The problems are those of the head on features like an encoder's: non-negative, 640 channels, with a part that all nodes
-share, ``relu(common + noise)``; costs are centred cosine distances, weights are by cross-reference. Every time is the best
-of several calls, which alternate with those of the cv2.EMD loop on one thread. "forward" is without gradients, "both" is
-forward and backward, for all inputs that the solver has a gradient for. Memory is the growth of the peak of a fresh process.
+The problems are those of the head on features like an encoder's, ``relu(common + noise)`` with 640 channels. Every time is
+the best of several calls, which alternate with those of the cv2.EMD loop on one thread. "forward" is without gradients,
+"both" is forward and backward, for all inputs that have a gradient. Memory is the growth of the peak of a fresh process.
 """
 
-import argparse
 import ctypes
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -37,8 +35,7 @@ CASES = {
     "qpth, L2": ("qpth", {}),
     "qpth, QP": ("qpth", {"form": "QP"}),
 }
-SMALL_BATCH = 8  # of qpth, which is dense in (N*M)^2
-MOST_NODES, MOST_NODES_OF_QPTH = 1000, 25
+MOST_NODES_OF_QPTH = 25
 CHANNELS = 640
 
 
@@ -52,9 +49,10 @@ def problems(nodes: int, batch: int) -> list[torch.Tensor]:
     return [tensor.double() for tensor in (cost, *(scale_to_mass(weight, nodes) for weight in weights))]
 
 
-def batch_size(solver: str, nodes: int) -> int:
-    """An episode of 75 queries and 5 ways has 375 problems; large ones, and those of qpth, get fewer."""
-    return SMALL_BATCH if solver == "qpth" else 375 if nodes <= 30 else 75
+def batch_sizes(solver: str, nodes: int) -> list[int]:
+    """That of an episode of 75 queries and 5 ways, or fewer large problems; 8 of qpth, which is dense in (N*M)^2."""
+    many = 375 if nodes <= 30 else 75
+    return {"qpth": [8], "ipm": [8, many]}.get(solver, [many])
 
 
 def run_both(case: str, inputs: list[torch.Tensor]) -> None:
@@ -69,11 +67,11 @@ def measure(case: str, nodes: int, batch: int) -> tuple[float, float, float]:
 
     solver, options = CASES[case]
     inputs = problems(nodes, batch)
-    cost, supply, demand = (x.float().numpy() for x in problems(nodes, batch_size("opencv", nodes)))
+    cost, supply, demand = (x.float().numpy() for x in problems(nodes, batch_sizes("opencv", nodes)[0]))
 
+    @torch.no_grad()
     def forward() -> None:
-        with torch.no_grad():
-            emd(*inputs, solver=solver, **options)
+        emd(*inputs, solver=solver, **options)
 
     def loop() -> None:
         for k in range(len(cost)):
@@ -114,15 +112,6 @@ def peak_growth(case: str, nodes: int, batch: int) -> float:
     return max(0.0, megabytes("VmHWM") - before) / batch
 
 
-def solver_names(text: str) -> list[str]:
-    """``"opencv,ipm"`` -> ``["opencv", "ipm"]``, for argparse."""
-    names = text.split(",")
-    for name in names:
-        if name not in SOLVERS:
-            raise argparse.ArgumentTypeError(f"expected solvers out of {', '.join(SOLVERS)}; got {name!r}")
-    return names
-
-
 def print_row(*cells: object) -> None:
     print("|", " | ".join(map(str, cells)), "|", flush=True)
 
@@ -130,23 +119,24 @@ def print_row(*cells: object) -> None:
 def main() -> None:
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument(
-        "-nodes", type=whole_numbers, default="9,25,30,64", help="nodes per side of a problem, comma-separated"
+        "-nodes", type=whole_numbers, default="9,25,30,64", help="per side of a problem, comma-separated"
     )
-    parser.add_argument("-solvers", type=solver_names, default=",".join(SOLVERS), help="comma-separated")
+    parser.add_argument(
+        "-solvers", type=lambda text: text.split(","), default=",".join(SOLVERS), help="comma-separated"
+    )
     args = parser.parse_args()
-    if max(args.nodes) > MOST_NODES:
-        parser.error(f"argument -nodes: at most {MOST_NODES} nodes; got {max(args.nodes)}")
+    for name in set(args.solvers) - SOLVERS.keys():
+        parser.error(f"argument -solvers: expected solvers out of {', '.join(SOLVERS)}; got {name!r}")
     most_threads = torch.get_num_threads()
 
     print("microseconds per problem; memory in MB per problem; speed as a multiple of the cv2.EMD loop on one thread\n")
     print_row("solver", "nodes", "batch", "threads", "forward", "both", "memory", "cv2 loop", "loop / forward")
     print_row(*["---"] * 9)
-    found: dict[tuple[str, int], tuple[float, float]] = {}
-    for nodes in args.nodes:
-        for case, (solver, _) in CASES.items():
-            if solver not in args.solvers or solver == "qpth" and nodes > MOST_NODES_OF_QPTH:
-                continue
-            batch = batch_size(solver, nodes)
+    for nodes, case in itertools.product(args.nodes, CASES):
+        solver = CASES[case][0]
+        if solver not in args.solvers or solver == "qpth" and nodes > MOST_NODES_OF_QPTH:
+            continue
+        for batch in batch_sizes(solver, nodes):
             with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
                 memory = fresh.submit(peak_growth, case, nodes, batch).result()
             for threads in [1] if solver == "qpth" else sorted({1, most_threads}):
@@ -154,18 +144,6 @@ def main() -> None:
                 forward, both, loop = measure(case, nodes, batch)
                 figures = f"{forward * 1e6:.1f}", f"{both * 1e6:.1f}", f"{memory:.3f}", f"{loop * 1e6:.1f}"
                 print_row(case, nodes, batch, threads, *figures, f"{loop / forward:.2g}x")
-            torch.set_num_threads(1)
-            if solver in ("ipm", "qpth"):
-                found[case, nodes] = both if batch == SMALL_BATCH else measure(case, nodes, SMALL_BATCH)[1], memory
-    for form in ("L2", "QP"):
-        for nodes in args.nodes:
-            ours, theirs = found.get((f"ipm, {form}", nodes)), found.get((f"qpth, {form}", nodes))
-            if ours and theirs:
-                print(
-                    f"\nipm against qpth, form {form}, {nodes} nodes, batch {SMALL_BATCH}, one thread, forward and backward: "
-                    f"{theirs[0] / ours[0]:.0f}x faster, {theirs[1] / ours[1]:.0f}x less memory "
-                    f"({theirs[1]:.1f} MB against {ours[1]:.2f} MB per problem)"
-                )
 
 
 if __name__ == "__main__":

@@ -23,12 +23,9 @@ SMALLEST_SHARE = 1e-9
 # takes all the mass.
 LARGEST_SPAN, MOST_RIDGES = 1e3, 1e6
 
-# cost (B,N,M), supply (B,N), demand (B,M) -> value (B,), flow (B,N,M)
-Solve = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
 
 def solve_prepared(
-    solve: Solve, problem: tuple[Tensor, Tensor, Tensor], form: str, l2_strength: float, leak: float
+    solve: Callable[..., tuple[Tensor, Tensor]], problem: tuple[Tensor, ...], form: str, l2_strength: float, leak: float
 ) -> tuple[Tensor, Tensor]:
     """``solve`` in float64, with weights raised and costs cut. ``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``.
 
@@ -67,8 +64,6 @@ def solve_prepared(
     is_negative = (cost.detach() < (-ceiling if form == "L2" else 0)) & (size > ceiling).any(2).any(1)[:, None, None]
     failed = leaked | is_negative.any(2).any(1)
     if bool(failed.any()):
-        index = int(failed.nonzero()[0])
-        raise SolverError(
-            f"the costs of problem {index} of {len(cost)} span too many orders of magnitude for this solver; use simplex"
-        )
+        which = f"problem {int(failed.nonzero()[0])} of {len(cost)}"
+        raise SolverError(f"the costs of {which} span too many orders of magnitude for this solver; use simplex")
     return value * has_mass, flow.masked_fill(of_empty, 0)

@@ -1,9 +1,7 @@
 """A batched primal-dual interior point method for the regularised problem: any device, float64, torch operations only.
 
-Problem and gradient are those of :mod:`Models.emd.qpth_qp`: forms ``L2`` and ``QP`` (see :mod:`Models.emd.forms`), and the
-implicit function theorem on the optimality conditions, for cost and both weight vectors. Unlike qpth, it exploits the
-structure: the constraints are row and column sums and the Hessian is diagonal (plus rank one), so a Newton step reduces to
-a system of M - 1 unknowns per problem instead of N*M.
+Problem and gradient are those of :mod:`Models.emd.qpth_qp`, but it exploits the structure: the constraints are row and column
+sums and the Hessian is diagonal (plus rank one), so a Newton step is a system of M - 1 unknowns instead of N*M.
 """
 
 import threading
@@ -39,12 +37,9 @@ def solve(
     l2_strength: float = 1e-6,
     differentiable_flow: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``. Called by :func:`Models.emd.emd`, which says what is raised.
+    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``, see :func:`Models.emd.emd` and ``solve`` of qpth_qp.
 
-    Args:
-        form: ``"L2"`` or ``"QP"``.
-        l2_strength: the weight of the quadratic term of form ``L2``, positive. Larger is smoother and less exact.
-        differentiable_flow: keep the gradient of the flow, which the regularised problem has, instead of detaching it.
+    ``differentiable_flow`` keeps the gradient of the flow, which the regularised problem has.
     """
     _warm_up(cost.device)
 
@@ -58,8 +53,7 @@ def solve(
 
 
 def _warm_up(device: torch.device) -> None:
-    # torch loads its linear algebra for CUDA on first use, which fails if several threads are the first at once:
-    # "lazy wrapper should be called at most once".
+    # torch loads its linear algebra for CUDA on first use, which fails if several threads are the first at once.
     with _warm_up_lock:
         if device not in _warm_devices:
             torch.linalg.cholesky_ex(torch.eye(2, dtype=torch.float64, device=device))
@@ -163,16 +157,14 @@ def _total(values: Tensor) -> Tensor:
 
 def _solve(cost: Tensor, supply: Tensor, demand: Tensor, ridge: float, is_qp: bool) -> tuple[Tensor, Tensor]:
     """The flow x and the duals z of x >= 0, both ``(B,N,M)`` and positive."""
-    rank_one = cost if is_qp else None
     total = supply.sum(1, keepdim=True)
     demand = demand * (total / demand.sum(1, keepdim=True))
 
     def gradient(x: Tensor) -> Tensor:
         return ridge * x + (cost * _total(cost * x) if is_qp else cost)
 
-    # Start half way between the product flow, which satisfies all sums, and a uniform flow: the first alone is close to the
-    # boundary where weights are small, the second alone far from the sums. The duals satisfy stationarity, with u small
-    # enough to keep z positive.
+    # Start half way between the product flow, which satisfies all sums but is close to the boundary where weights are small,
+    # and a uniform flow. The duals satisfy stationarity, with u small enough to keep z positive.
     even = total / (supply.shape[1] * demand.shape[1])
     x = (supply.unsqueeze(2) * demand.unsqueeze(1) / total.unsqueeze(2) + even.unsqueeze(2)) / 2
     slope = gradient(x)
@@ -190,7 +182,7 @@ def _solve(cost: Tensor, supply: Tensor, demand: Tensor, ridge: float, is_qp: bo
             break
         stationarity = gradient(x) - u.unsqueeze(2) - v.unsqueeze(1) - z
         row_change, column_change = supply - x.sum(2), demand - x.sum(1)
-        factors = _factorise(1 / (ridge + z / x), rank_one)
+        factors = _factorise(1 / (ridge + z / x), cost if is_qp else None)
         # Mehrotra's predictor-corrector: a plain Newton step gives the centring parameter and the second-order error.
         dx, _, _ = _newton(factors, -stationarity - z, row_change, column_change)
         dz = -z - z / x * dx
@@ -202,12 +194,11 @@ def _solve(cost: Tensor, supply: Tensor, demand: Tensor, ridge: float, is_qp: bo
         dz = (complementarity - z * dx) / x
         step = (STEP_TO_BOUNDARY * _step_length(x, dx, z, dz)).clamp_max(1)
         # A problem that is done, or whose system is numerically singular, stays where it is.
-        usable = factors.is_sound & torch.isfinite(dx).all(2).all(1) & torch.isfinite(dz).all(2).all(1) & ~done
-        step = torch.where(usable[:, None, None], step, 0)
-        x = x + step * torch.where(usable[:, None, None], dx, 0)
-        z = z + step * torch.where(usable[:, None, None], dz, 0)
-        u = u + step[..., 0] * torch.where(usable[:, None], du, 0)
-        v = v + step[:, 0] * torch.where(usable[:, None], dv, 0)
+        usable = (factors.is_sound & torch.isfinite(dx + dz).all(2).all(1) & ~done)[:, None, None]
+        x = torch.where(usable, x + step * dx, x)
+        z = torch.where(usable, z + step * dz, z)
+        u = torch.where(usable[:, 0], u + step[:, 0] * du, u)
+        v = torch.where(usable[:, 0], v + step[:, 0] * dv, v)
 
     _check_optimality(
         complementarity=(x * z).mean((1, 2)) / goal,
@@ -224,10 +215,8 @@ def _check_optimality(**residuals: Tensor) -> None:
     if bool(failed.any()):
         index = int(failed.nonzero()[0])
         found = ", ".join(f"{what} {float(value[index]):.2g}" for what, value in residuals.items())
-        raise SolverError(
-            f"ipm did not converge on problem {index} of {len(failed)} within {MAX_ITERATIONS} iterations; relative "
-            f"residuals: {found}"
-        )
+        where = f"problem {index} of {len(failed)} within {MAX_ITERATIONS} iterations"
+        raise SolverError(f"ipm did not converge on {where}; relative residuals: {found}")
 
 
 def _step_length(x: Tensor, dx: Tensor, z: Tensor, dz: Tensor) -> Tensor:

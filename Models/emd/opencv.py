@@ -58,9 +58,8 @@ def _solve_arrays(cost: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> n
     miss = np.maximum(np.abs(flow.sum(2) - supply).max(1), np.abs(flow.sum(1) - demand).max(1))
     missed = ~(miss <= 1e-3 * np.maximum(supply.sum(1), tiny))
     for index in np.flatnonzero(missed & ~doubtful)[:1]:
-        raise SolverError(
-            f"opencv did not solve problem {index} of {batch}: its flow misses the weights by {miss[index]:.3g}"
-        )
+        which = f"problem {index} of {batch}"
+        raise SolverError(f"opencv did not solve {which}: its flow misses the weights by {miss[index]:.3g}")
     if doubtful.any():
         chosen = np.flatnonzero(doubtful)
         try:
@@ -71,7 +70,7 @@ def _solve_arrays(cost: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> n
                 f"OpenCV alone cannot be trusted with problem {chosen[0]} of {batch} ({n} and {m} nodes, or costs of very "
                 "different size); solver simplex checks it, and needs numba: pip install numba"
             ) from error
-        excess, price = ((cost[chosen] * (flow[chosen] - exact)).sum((1, 2)), (size[chosen] * exact).sum((1, 2)))
+        excess, price = (cost[chosen] * (flow[chosen] - exact)).sum((1, 2)), (size[chosen] * exact).sum((1, 2))
         is_dear = ~(excess <= OPTIMALITY_TOLERANCE * price) | missed[chosen]
         flow[chosen[is_dear]] = exact[is_dear]
     return flow

@@ -6,14 +6,11 @@
 with x the N*M entries of the flow (DeepEMD paper, section 3.2), Q and p as in :mod:`Models.emd.forms`.
 
 Gradient: implicit function theorem on the optimality conditions, for the cost *and* both weight vectors. Memory: Q and
-the constraints are dense, (N*M)^2 doubles each, per problem. Runs on the device of its inputs.
+the constraints are dense, (N*M)^2 doubles each, per problem.
 """
 
-import re
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,40 +19,41 @@ from .forms import QP_RIDGE, solve_prepared
 from .on_cpu import one_thread
 from .problem import MissingLibraryError, SolverError
 
-# qpth returns its best iterate and does not report how good it is. A flow that misses the weights by more than the first
-# fraction of the mass is an error; one that misses them by more than the second is usable and raises a warning.
+# qpth does not report how good its answer is. A flow that misses the weights by more than the first fraction of the mass is
+# an error, one that misses them by more than the second a warning.
 MARGINAL_FAILURE, MARGINAL_WARNING = 1e-2, 1e-3
 # A value below the least cost of the mass, or above the largest, by more than this fraction of the largest in size, is an error.
 VALUE_FAILURE = 1e-2
 LARGEST_LEAK = 1e-3  # see solve_prepared
 
+# qpth keeps a work matrix in a global; its batched LU of more than about 150 unknowns hangs in several MKL threads.
 _one_at_a_time = threading.RLock()
 
 
 def solve(
     cost: Tensor, supply: Tensor, demand: Tensor, *, form: str = "L2", l2_strength: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``. Called by :func:`Models.emd.emd`, which says what is raised.
+    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``, see :func:`Models.emd.emd`.
 
     Args:
         form: ``"L2"`` or ``"QP"``, see :mod:`Models.emd.forms`.
         l2_strength: the weight of the quadratic term of form ``L2``, positive. Larger is smoother and less exact.
     """
 
-    def solve_dense(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, Tensor]:
-        return _Qpth.apply(cost, supply, demand, form, l2_strength)
+    def solve_dense(*problem: Tensor) -> tuple[Tensor, Tensor]:
+        return _Qpth.apply(*problem, form, l2_strength)
 
     return solve_prepared(solve_dense, (cost, supply, demand), form, l2_strength, LARGEST_LEAK)
 
 
 class _Qpth(torch.autograd.Function):
-    """qpth's own graph, wrapped so that forward and backward both run under :func:`_guard`."""
+    """qpth's own graph, wrapped so that forward and backward both run under the lock."""
 
     @staticmethod
     def forward(ctx, cost, supply, demand, form, l2_strength):
         ctx.form = form
         ctx.leaves = [x.detach().requires_grad_(ctx.needs_input_grad[i]) for i, x in enumerate((cost, supply, demand))]
-        with _guard(cost.device), torch.enable_grad():
+        with _one_at_a_time, one_thread(cost.device), torch.enable_grad():
             flow = _solve_qp(*ctx.leaves, form, l2_strength)
             ctx.inner = (ctx.leaves[0] * flow).sum((-2, -1))
         flow = flow.detach()
@@ -66,13 +64,11 @@ class _Qpth(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_value, _):
         wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]
-        with _guard(grad_value.device):
+        with _one_at_a_time, one_thread(grad_value.device):
             try:
                 found = iter(torch.autograd.grad(ctx.inner, wanted, grad_value, retain_graph=True))
             except RuntimeError as error:
-                index = re.search(r"Batch element (\d+)", str(error))
-                which = f"problem {index[1] if index else '?'} of {len(grad_value)} (form {ctx.form})"
-                raise SolverError(f"qpth met a singular system in the gradient of {which}") from error
+                raise SolverError(f"qpth met a singular system in the gradient (form {ctx.form}): {error}") from error
         return (*(next(found) if leaf.requires_grad else None for leaf in ctx.leaves), None, None)
 
 
@@ -123,11 +119,3 @@ def _check_flow(flow: Tensor, cost: Tensor, supply: Tensor, demand: Tensor, form
         raise SolverError(what)
     if float(miss[index]) > MARGINAL_WARNING:
         warnings.warn(what, stacklevel=2)
-
-
-@contextmanager
-def _guard(device: torch.device) -> Iterator[None]:
-    # One caller at a time, because qpth keeps a work matrix in a global. On a CPU also a single MKL thread, because with
-    # several the batched LU of more than about 150 unknowns hangs.
-    with _one_at_a_time, one_thread(device):
-        yield

@@ -18,18 +18,12 @@ from .on_cpu import in_threads, to_numpy
 from .problem import MissingLibraryError, ProblemError, SolverError
 
 GRADIENTS = {"full": "for cost and weights", "cost": "for the cost only, as with opencv"}
-
-# Rows priced together before a pivot: fewer find a cell sooner, more find a better one.
-ROWS_PER_PRICING = 8
+ROWS_PER_PRICING = 8  # priced together before a pivot: fewer find a cell sooner, more find a better one
 SECONDS_BEFORE_NOTICE = 2.0
 
 
 def solve(cost: Tensor, supply: Tensor, demand: Tensor, *, gradient: str = "full") -> tuple[Tensor, Tensor]:
-    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``. Called by :func:`Models.emd.emd`, which says what is raised.
-
-    Args:
-        gradient: a key of ``GRADIENTS``.
-    """
+    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``, see :func:`Models.emd.emd`. ``gradient`` is a key of GRADIENTS."""
     if gradient not in GRADIENTS:
         raise ProblemError(f"expected gradient to be one of {', '.join(GRADIENTS)}; got {gradient!r}")
     if gradient == "cost":
@@ -114,7 +108,7 @@ def solve_arrays(
 
 @lru_cache(maxsize=1)
 def _kernel():
-    """The compiled module: compiled by the first call, read from numba's cache by later processes if it is writable."""
+    """The module, compiled, or read from numba's cache."""
     try:
         import numba  # noqa: F401 - imported here so that an ImportError can mean nothing else
     except ImportError as error:

@@ -75,15 +75,11 @@ def _integer_masses(weight, total, mass):
 def _initial_tree(cost, n, m, mass, column_mean, row_mean, row_best, row_choice, order, parent, flow):
     """The initial basis: repeatedly send as much as possible over the open cell that is cheapest for its row and column.
 
-    A cell is judged by its cost minus the means of its row and of its column, weighted by the masses: this takes half as
-    many pivots afterwards as judging it by the cost alone. The node that is exhausted is closed and becomes a child of the
-    other. Returns the root, the node that stays open.
+    A cell is judged by its cost minus the means of its row and of its column, weighted by the masses, which halves the
+    pivots. The node that is exhausted is closed and becomes a child of the other. Returns the root, which stays open.
     """
-    total = 0
-    for i in range(n):
-        total += mass[i]
-    for j in range(m):
-        column_mean[j] = 0.0
+    total = mass[:n].sum()
+    column_mean[:] = 0.0
     for i in range(n):
         row_sum, share = 0.0, mass[i] / total
         for j in range(m):
@@ -96,12 +92,7 @@ def _initial_tree(cost, n, m, mass, column_mean, row_mean, row_best, row_choice,
         row_best[i] = best - row_mean[i]
     root = n
     for step in range(n + m - 1):
-        i = 0
-        best = row_best[0]
-        for k in range(1, n):
-            if row_best[k] < best:
-                best = row_best[k]
-                i = k
+        i = np.argmin(row_best)
         j = row_choice[i]
         if mass[i] < mass[n + j] or step == n + m - 2:
             parent[i], flow[i], order[step] = n + j, mass[i], i
@@ -255,8 +246,9 @@ def solve_range(cost, supply, demand, first, last, precision, block, value, flow
         low, high = c.min(), c.max()
         scale = _integer_masses(supply[b], total, mass[:n]) / total
         _integer_masses(demand[b], total, mass[n:])
-        for x in range(nodes):
-            mass[x] = mass[x] * unit + (m if x < n else 1)
+        mass *= unit
+        mass[:n] += m
+        mass[n:] += 1
         mass[nodes - 1] += (n - 1) * m
         root = _initial_tree(c, n, m, mass, column_mean, row_mean, row_best, row_choice, order, parent, edge)
         first_child[:] = -1

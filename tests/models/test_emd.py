@@ -779,7 +779,7 @@ def test_only_the_chosen_solver_is_imported():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("-nodes 0", "from 1 to 1000, separated by commas; got '0'"),
+        ("-nodes 0", "whole numbers above 0 joined by commas, as in 2,3; got '0'"),
         ("-nodes 9,-1", "got '9,-1'"),
         ("-nodes nine", "got 'nine'"),
         ("-nodes 2.5", "got '2.5'"),
@@ -787,8 +787,6 @@ def test_only_the_chosen_solver_is_imported():
         ("-nodes 1e9", "got '1e9'"),
         ("-nodes 1000000000000000000000", "got '1000000000000000000000'"),
         ("-solvers opencv,no-solver", "got 'no-solver'"),
-        ("-memory_of simplex;9;0", "got '0'"),
-        ("-memory_of simplex;9", "invalid memory_job value: 'simplex;9'"),
     ],
 )
 def test_the_benchmark_refuses_bad_flags_in_one_line(flags, message, monkeypatch, capsys):

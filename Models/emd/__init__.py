@@ -5,8 +5,8 @@ The transportation problem (DeepEMD paper, section 3.2)::
     minimise    <cost, flow>
     subject to  flow 1 = supply,   flow^T 1 = demand,   flow >= 0
 
-This package needs torch, numpy, and the library of the chosen solver. The folder can be copied into another project
-(without its __pycache__: numba's cache in it refers to this package by name).
+The folder needs torch, numpy, and the library of the chosen solver. It can be copied into another project (without its
+__pycache__: numba's cache in it refers to this package by name).
 
     >>> import torch
     >>> from Models.emd import emd, scale_to_mass
@@ -61,7 +61,7 @@ class Solver:
     differentiable: tuple[str, ...] = ("cost", "supply", "demand")  # the inputs that ``value`` has a gradient for
     options: Mapping[str, Any] = field(default_factory=dict)  # the keyword arguments of ``solve``, with their defaults
     cuda_module: str | None = (
-        None  # with ``is_usable``: whether it solves problems on a CUDA device without waiting for it
+        None  # its ``is_usable`` tells whether it solves problems on a CUDA device without waiting
     )
 
     @property
@@ -77,9 +77,7 @@ class Solver:
 
 
 SOLVERS: dict[str, Solver] = {
-    "opencv": Solver(
-        "opencv", "cpu", "exact, float32, on the CPU; gradient for the cost only", differentiable=("cost",)
-    ),
+    "opencv": Solver("opencv", "cpu", "exact, float32, on the CPU; gradient for the cost only", ("cost",)),
     "simplex": Solver(
         "simplex",
         "cpu",
@@ -106,16 +104,14 @@ def emd(cost: Tensor, supply: Tensor, demand: Tensor, *, solver: str = "opencv",
     """Solve a batch of transportation problems (DeepEMD paper, section 3.2), for any batch shape.
 
     Args:
-        cost: ``(..., N, M)``, float32 or float64, finite. ``cost[..., i, j]`` is the price of moving one unit of
-            mass from node i to node j; it may be negative.
+        cost: ``(..., N, M)``, float32 or float64, finite: the price of moving one unit of mass; it may be negative.
         supply: ``(..., N)``, non-negative: the mass at node i.
         demand: ``(..., M)``, non-negative: the mass that node j takes. Sums to the same total as ``supply``.
         solver: a key of :data:`SOLVERS`.
         options: keyword arguments of the solver; see ``solve`` in its module.
 
     Returns:
-        ``value (...)`` and ``flow (..., N, M)``, in the dtype and on the device of ``cost``. The docstring of the
-        solver's row says which inputs ``value`` is differentiable in. Inputs are never modified.
+        ``value (...)`` and ``flow (..., N, M)``, in the dtype and on the device of ``cost``. Inputs are never modified.
 
     Raises:
         ProblemError: (a ValueError) an unknown solver or option, or inputs other than described above.
@@ -125,10 +121,9 @@ def emd(cost: Tensor, supply: Tensor, demand: Tensor, *, solver: str = "opencv",
     if solver not in SOLVERS:
         raise ProblemError(f"there is no solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     chosen = SOLVERS[solver]
-    unknown = [name for name in options if name not in chosen.options]
-    if unknown:
+    for name in options.keys() - chosen.options.keys():
         known = ", ".join(chosen.options) or "none"
-        raise ProblemError(f"solver {solver!r} does not take the option {unknown[0]!r}; it takes: {known}")
+        raise ProblemError(f"solver {solver!r} does not take the option {name!r}; it takes: {known}")
     check_tensors(cost, supply, demand)
 
     batch_shape, (n, m) = cost.shape[:-2], cost.shape[-2:]
@@ -145,9 +140,7 @@ def emd(cost: Tensor, supply: Tensor, demand: Tensor, *, solver: str = "opencv",
 
 
 def scale_to_mass(weight: Tensor, mass: float) -> Tensor:
-    """Scale non-negative weights ``(..., N)`` so that each set sums to ``mass``. Differentiable.
-
-    The paper scales both sides of every problem to the number of nodes N (section 3.3).
+    """Scale non-negative weights ``(..., N)`` so that each set sums to ``mass``, in the paper N (section 3.3). Differentiable.
 
     Raises:
         ProblemError: (a ValueError) ``mass`` is not positive.

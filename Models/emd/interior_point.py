@@ -1,9 +1,7 @@
 """A batched primal-dual interior point method for the regularised problem: any device, float64, torch operations only.
 
-Problem and gradient are those of :mod:`Models.emd.qpth_qp`: forms ``L2`` and ``QP`` (see :mod:`Models.emd.forms`), and the
-implicit function theorem on the optimality conditions, for cost and both weight vectors. Unlike qpth, it exploits the
-structure: the constraints are row and column sums and the Hessian is diagonal (plus rank one), so a Newton step reduces to
-a system of M - 1 unknowns per problem instead of N*M.
+Problem and gradient are those of :mod:`Models.emd.qpth_qp`, but it exploits the structure: the constraints are row and column
+sums and the Hessian is diagonal (plus rank one), so a Newton step is a system of M - 1 unknowns instead of N*M.
 """
 
 import threading
@@ -21,11 +19,10 @@ ITERATIONS_BETWEEN_CHECKS = 2
 # still counts as solved at the second.
 TOLERANCE, ACCEPTABLE = 1e-11, 1e-8
 STEP_TO_BOUNDARY = 0.995
-# The smallest entry of the Newton system's diagonal that the gradient keeps, relative to the largest: where the optimum is a
-# corner with fewer cells than nodes, the system without it falls apart.
+# The smallest entry of the Newton system's diagonal that the gradient keeps, relative to the largest: where the
+# optimum is a corner with fewer cells than nodes, the system without it falls apart.
 SMALLEST_THETA = 1e-13
-# See solve_prepared.
-LARGEST_SPAN, LARGEST_LEAK = 1e6, 1e-7
+LARGEST_LEAK = 1e-7  # see solve_prepared
 
 _warm_up_lock = threading.Lock()
 _warm_devices: set[torch.device] = set()
@@ -40,27 +37,23 @@ def solve(
     l2_strength: float = 1e-6,
     differentiable_flow: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``. Called by :func:`Models.emd.emd`, which says what is raised.
+    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``, see :func:`Models.emd.emd` and ``solve`` of qpth_qp.
 
-    Args:
-        form: ``"L2"`` or ``"QP"``.
-        l2_strength: the weight of the quadratic term of form ``L2``, positive. Larger is smoother and less exact.
-        differentiable_flow: keep the gradient of the flow, which the regularised problem has, instead of detaching it.
+    ``differentiable_flow`` keeps the gradient of the flow, which the regularised problem has.
     """
     _warm_up(cost.device)
 
-    def solve_part(cost: Tensor, supply: Tensor, demand: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
+    def solve_dense(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, Tensor]:
         if cost.shape[2] > cost.shape[1]:  # factorise the smaller side
-            value, flow = _InteriorPoint.apply(cost.mT, demand, supply, form == "QP", l2_strength, names)
+            value, flow = _InteriorPoint.apply(cost.mT, demand, supply, form == "QP", l2_strength)
             return value, flow.mT
-        return _InteriorPoint.apply(cost, supply, demand, form == "QP", l2_strength, names)
+        return _InteriorPoint.apply(cost, supply, demand, form == "QP", l2_strength)
 
-    return solve_prepared(solve_part, cost, supply, demand, form, l2_strength, span=LARGEST_SPAN, leak=LARGEST_LEAK)
+    return solve_prepared(solve_dense, (cost, supply, demand), form, l2_strength, LARGEST_LEAK)
 
 
 def _warm_up(device: torch.device) -> None:
-    # torch loads its linear algebra for CUDA on first use, which fails if several threads are the first at once:
-    # "lazy wrapper should be called at most once".
+    # torch loads its linear algebra for CUDA on first use, which fails if several threads are the first at once.
     with _warm_up_lock:
         if device not in _warm_devices:
             torch.linalg.cholesky_ex(torch.eye(2, dtype=torch.float64, device=device))
@@ -123,10 +116,9 @@ def _newton(factors: _Factors, h: Tensor, row_change: Tensor, column_change: Ten
 
 class _InteriorPoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, cost, supply, demand, is_qp, l2_strength, names):
-        ridge = QP_RIDGE if is_qp else l2_strength
-        flow, dual = _solve(cost, supply, demand, ridge, is_qp, names)
-        ctx.is_qp, ctx.ridge, ctx.names = is_qp, ridge, names
+    def forward(ctx, cost, supply, demand, is_qp, l2_strength):
+        ctx.is_qp, ctx.ridge = is_qp, QP_RIDGE if is_qp else l2_strength
+        flow, dual = _solve(cost, supply, demand, ctx.ridge, is_qp)
         ctx.save_for_backward(cost, flow, dual)
         return (cost * flow).sum((1, 2)), flow
 
@@ -153,29 +145,26 @@ class _InteriorPoint(torch.autograd.Function):
         w, minus_u, minus_v = _newton(factors, g, torch.zeros_like(flow[:, :, 0]), torch.zeros_like(flow[:, 0]))
         failed = ~(factors.is_sound & torch.isfinite(w).all(2).all(1))
         if bool(failed.any()):
-            raise SolverError(f"ipm met a singular system in the gradient of {ctx.names[int(failed.nonzero()[0])]}")
+            which = f"problem {int(failed.nonzero()[0])} of {len(cost)}"
+            raise SolverError(f"ipm met a singular system in the gradient of {which}")
         moved = w * _total(cost * flow) + flow * _total(cost * w) if ctx.is_qp else w
-        return grad_value * flow - moved, -minus_u, -minus_v, None, None, None
+        return grad_value * flow - moved, -minus_u, -minus_v, None, None
 
 
 def _total(values: Tensor) -> Tensor:
     return values.sum((1, 2), keepdim=True)
 
 
-def _solve(
-    cost: Tensor, supply: Tensor, demand: Tensor, ridge: float, is_qp: bool, names: list[str]
-) -> tuple[Tensor, Tensor]:
+def _solve(cost: Tensor, supply: Tensor, demand: Tensor, ridge: float, is_qp: bool) -> tuple[Tensor, Tensor]:
     """The flow x and the duals z of x >= 0, both ``(B,N,M)`` and positive."""
-    rank_one = cost if is_qp else None
     total = supply.sum(1, keepdim=True)
     demand = demand * (total / demand.sum(1, keepdim=True))
 
     def gradient(x: Tensor) -> Tensor:
         return ridge * x + (cost * _total(cost * x) if is_qp else cost)
 
-    # Start half way between the product flow, which satisfies all sums, and a uniform flow: the first alone is close to the
-    # boundary where weights are small, the second alone far from the sums. The duals satisfy stationarity, with u small
-    # enough to keep z positive.
+    # Start half way between the product flow, which satisfies all sums but is close to the boundary where weights are small,
+    # and a uniform flow. The duals satisfy stationarity, with u small enough to keep z positive.
     even = total / (supply.shape[1] * demand.shape[1])
     x = (supply.unsqueeze(2) * demand.unsqueeze(1) / total.unsqueeze(2) + even.unsqueeze(2)) / 2
     slope = gradient(x)
@@ -193,7 +182,7 @@ def _solve(
             break
         stationarity = gradient(x) - u.unsqueeze(2) - v.unsqueeze(1) - z
         row_change, column_change = supply - x.sum(2), demand - x.sum(1)
-        factors = _factorise(1 / (ridge + z / x), rank_one)
+        factors = _factorise(1 / (ridge + z / x), cost if is_qp else None)
         # Mehrotra's predictor-corrector: a plain Newton step gives the centring parameter and the second-order error.
         dx, _, _ = _newton(factors, -stationarity - z, row_change, column_change)
         dz = -z - z / x * dx
@@ -205,15 +194,13 @@ def _solve(
         dz = (complementarity - z * dx) / x
         step = (STEP_TO_BOUNDARY * _step_length(x, dx, z, dz)).clamp_max(1)
         # A problem that is done, or whose system is numerically singular, stays where it is.
-        usable = factors.is_sound & torch.isfinite(dx).all(2).all(1) & torch.isfinite(dz).all(2).all(1) & ~done
-        step = torch.where(usable[:, None, None], step, 0)
-        x = x + step * torch.where(usable[:, None, None], dx, 0)
-        z = z + step * torch.where(usable[:, None, None], dz, 0)
-        u = u + step[..., 0] * torch.where(usable[:, None], du, 0)
-        v = v + step[:, 0] * torch.where(usable[:, None], dv, 0)
+        usable = (factors.is_sound & torch.isfinite(dx + dz).all(2).all(1) & ~done)[:, None, None]
+        x = torch.where(usable, x + step * dx, x)
+        z = torch.where(usable, z + step * dz, z)
+        u = torch.where(usable[:, 0], u + step[:, 0] * du, u)
+        v = torch.where(usable[:, 0], v + step[:, 0] * dv, v)
 
     _check_optimality(
-        names,
         complementarity=(x * z).mean((1, 2)) / goal,
         stationarity=(gradient(x) - u.unsqueeze(2) - v.unsqueeze(1) - z).abs().amax((1, 2)) / scale,
         rows=(x.sum(2) - supply).abs().amax(1) / total[:, 0],
@@ -222,15 +209,14 @@ def _solve(
     return x, z
 
 
-def _check_optimality(names: list[str], **residuals: Tensor) -> None:
+def _check_optimality(**residuals: Tensor) -> None:
     """Raise SolverError unless all residuals ``(B,)``, each relative to its scale, are at most ACCEPTABLE."""
     failed = ~(torch.stack(list(residuals.values())) <= ACCEPTABLE).all(0)
     if bool(failed.any()):
         index = int(failed.nonzero()[0])
         found = ", ".join(f"{what} {float(value[index]):.2g}" for what, value in residuals.items())
-        raise SolverError(
-            f"ipm did not converge on {names[index]} within {MAX_ITERATIONS} iterations; relative residuals: {found}"
-        )
+        where = f"problem {index} of {len(failed)} within {MAX_ITERATIONS} iterations"
+        raise SolverError(f"ipm did not converge on {where}; relative residuals: {found}")
 
 
 def _step_length(x: Tensor, dx: Tensor, z: Tensor, dz: Tensor) -> Tensor:

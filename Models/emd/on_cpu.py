@@ -14,8 +14,6 @@ from .problem import check_values
 
 # With fewer cells of cost per thread, distributing the problems costs more than it saves.
 CELLS_PER_THREAD = 10_000
-
-
 _threads: int | None = None
 
 
@@ -26,11 +24,7 @@ def set_threads(count: int | None) -> None:
 
 
 def to_numpy(cost: Tensor, supply: Tensor, demand: Tensor, dtype: torch.dtype) -> tuple[np.ndarray, ...]:
-    """``(B,N,M), (B,N), (B,M)`` as contiguous arrays of ``dtype``, by one transfer if they are on another device.
-
-    Raises:
-        ProblemError: as :func:`check_values`, which runs on the CPU after the transfer.
-    """
+    """``(B,N,M), (B,N), (B,M)``, checked, as contiguous arrays of ``dtype``, by one transfer from another device."""
     batch, n, m = cost.shape
     tensors = [tensor.detach() for tensor in (cost, supply, demand)]
     if cost.device.type != "cpu":
@@ -41,11 +35,7 @@ def to_numpy(cost: Tensor, supply: Tensor, demand: Tensor, dtype: torch.dtype) -
 
 
 def in_threads(work: Callable[[int, int], None], cost: np.ndarray) -> None:
-    """Call ``work(first, last)`` on ranges that cover all problems of ``cost (B,N,M)``, in threads.
-
-    Uses as many threads as :func:`set_threads` allows. ``work`` should release the interpreter lock; its exceptions are
-    passed on.
-    """
+    """Call ``work(first, last)`` on ranges that cover all problems of ``cost (B,N,M)``, in threads. Passes exceptions on."""
     problems = len(cost)
     allowed = _threads or torch.get_num_threads()
     threads = min(allowed, problems, cost.size // CELLS_PER_THREAD)

@@ -5,7 +5,8 @@ This is the published "opencv" recipe. It omits the path through the weights, 10
 problems.
 
 cv2 returns a flow that is not optimal where it takes more than 500 pivots, or where costs span orders of magnitude: its
-tolerance is 1e-5 of the largest. Problems that it does not solve are solved by :mod:`Models.emd.simplex`.
+tolerance is 1e-5 of the largest. Such problems are solved by :mod:`Models.emd.simplex` as well, whose flow is returned where
+that of cv2 is dearer.
 """
 
 from functools import lru_cache
@@ -18,8 +19,8 @@ from . import simplex
 from .on_cpu import in_threads, to_numpy
 from .problem import MissingLibraryError, SolverError
 
-# With more nodes on a side, cv2 is not called. With more on both sides together than the second, or costs that span more
-# than the third, its flow is checked.
+# With more nodes on a side, cv2 is not called. Its flow is compared with that of simplex where there are more nodes on both
+# sides together than the second, or costs more than the third times the largest that some node cannot avoid.
 MOST_NODES, TRUSTED_NODES, TRUSTED_SPAN = 150, 128, 50
 OPTIMALITY_TOLERANCE = 1e-5  # relative to the cost of the flow
 
@@ -33,71 +34,46 @@ def solve(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, Tensor]
 
 def _solve_arrays(cost: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> np.ndarray:
     cv2 = _import_cv2()
+    size, (batch, n, m), tiny = np.abs(cost), cost.shape, np.finfo(np.float32).tiny
+    unavoidable = np.maximum(size.min(2).max(1), size.min(1).max(1))
+    doubtful = size.max((1, 2)) > TRUSTED_SPAN * np.maximum(unavoidable, tiny)
+    doubtful |= n + m > TRUSTED_NODES
     with np.errstate(over="ignore"):
         cost32, supply32, demand32 = (array.astype(np.float32) for array in (cost, supply, demand))
     flow = np.zeros_like(cost32)
-    skipped = max(cost.shape[1:]) > MOST_NODES or not np.isfinite(cost32).all()
-    is_doubtful = _span(cost32) > TRUSTED_SPAN
-    is_doubtful |= sum(cost.shape[1:]) > TRUSTED_NODES
-    not_solved = list(range(len(cost))) if skipped else []
+    is_skipped = (max(n, m) > MOST_NODES) | ~np.isfinite(cost32).all((1, 2)) | ~supply32.any(1) | ~demand32.any(1)
 
     def work(first: int, last: int) -> None:
         for index in range(first, last):
-            if not supply32[index].any() or not demand32[index].any():
-                continue  # no mass, no flow
+            if is_skipped[index]:
+                continue
             weights = supply32[index, :, None], demand32[index, :, None]
             try:
                 _, _, flow[index] = cv2.EMD(*weights, cv2.DIST_USER, cost32[index])
             except cv2.error as error:
-                raise SolverError(f"opencv failed on problem {index} of {len(cost)}: {error}") from error
-            if is_doubtful[index] and not _is_optimal(cost[index], flow[index]):
-                not_solved.append(index)
+                raise SolverError(f"opencv failed on problem {index} of {batch}: {error}") from error
 
-    if not skipped:
-        in_threads(work, cost)  # cv2 releases the interpreter lock while it solves
-    if not_solved:
-        try:
-            problems = (array[not_solved] for array in (cost, supply, demand))
-            flow[not_solved] = simplex.solve_arrays(*problems, precision=np.finfo(np.float32).eps)[1]
-        except MissingLibraryError as error:
-            nodes = f"{cost.shape[1]} and {cost.shape[2]} nodes, or costs of very different size"
-            raise MissingLibraryError(
-                f"OpenCV cannot solve problem {not_solved[0]} of {len(cost)} ({nodes}); solver simplex can, and needs numba: "
-                "pip install numba"
-            ) from error
+    in_threads(work, cost)  # cv2 releases the interpreter lock while it solves
     # When cv2 gives up it returns what it has moved so far, so a wrong answer shows in the marginals.
     miss = np.maximum(np.abs(flow.sum(2) - supply).max(1), np.abs(flow.sum(1) - demand).max(1))
-    bad = np.flatnonzero(~(miss <= 1e-3 * np.maximum(supply.sum(1), np.finfo(np.float32).tiny)))
-    if len(bad):
-        index = bad[0]
-        raise SolverError(
-            f"opencv did not solve problem {index} of {len(cost)}: its flow misses the weights by {miss[index]:.3g}"
-        )
+    missed = ~(miss <= 1e-3 * np.maximum(supply.sum(1), tiny))
+    for index in np.flatnonzero(missed & ~doubtful)[:1]:
+        which = f"problem {index} of {batch}"
+        raise SolverError(f"opencv did not solve {which}: its flow misses the weights by {miss[index]:.3g}")
+    if doubtful.any():
+        chosen = np.flatnonzero(doubtful)
+        try:
+            problems = cost[chosen], supply[chosen], demand[chosen]
+            exact = simplex.solve_arrays(*problems, precision=np.finfo(np.float32).eps)[1]
+        except MissingLibraryError as error:
+            raise MissingLibraryError(
+                f"OpenCV alone cannot be trusted with problem {chosen[0]} of {batch} ({n} and {m} nodes, or costs of very "
+                "different size); solver simplex checks it, and needs numba: pip install numba"
+            ) from error
+        excess, price = (cost[chosen] * (flow[chosen] - exact)).sum((1, 2)), (size[chosen] * exact).sum((1, 2))
+        is_dear = ~(excess <= OPTIMALITY_TOLERANCE * price) | missed[chosen]
+        flow[chosen[is_dear]] = exact[is_dear]
     return flow
-
-
-def _span(cost: np.ndarray) -> np.ndarray:
-    """``(B,N,M) -> (B,)``: the largest cost in units of the largest that some node cannot avoid."""
-    size = np.abs(cost)
-    unavoidable = np.maximum(size.min(2).max(1), size.min(1).max(1))
-    return size.max((1, 2)) / np.maximum(unavoidable, np.finfo(np.float32).tiny)
-
-
-def _is_optimal(cost: np.ndarray, flow: np.ndarray) -> bool:
-    """Whether duals show that no flow with the same sums is cheaper than ``flow``, both ``(N,M)``.
-
-    The duals are shortest paths (Bellman-Ford): v is the largest feasible one, u is raised to meet the cells in use.
-    """
-    moved = flow.astype(np.float64)
-    is_used = moved > 1e-6 * moved.max()
-    allowed = OPTIMALITY_TOLERANCE * (np.abs(cost) * moved).sum()
-    u = np.zeros(len(cost))
-    for _ in range(sum(cost.shape)):
-        v = (cost - u[:, None]).min(0)
-        if ((cost - u[:, None] - v) * moved).sum() <= allowed:
-            return True
-        u = np.maximum(u, np.where(is_used, cost - v, -np.inf).max(1))
-    return False
 
 
 @lru_cache(maxsize=1)

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-# Totals are sums over at most a few hundred nodes: float32 weights that were scaled to the same mass differ by about
-# 1e-6 of it. A real mismatch (a forgotten scaling) is larger by orders of magnitude.
+# Totals of float32 weights that were scaled to the same mass differ by about 1e-6 of it, forgotten scalings by much more.
 TOTALS_TOLERANCE = 1e-4
 
 
@@ -37,21 +36,15 @@ def check_tensors(cost: Tensor, supply: Tensor, demand: Tensor) -> None:
             raise ProblemError(f"{name} is on {tensor.device} and cost on {cost.device}: move them to one device")
     if cost.dim() < 2 or min(cost.shape[-2:]) < 1:
         raise ProblemError(f"expected cost (..., N, M) with N and M at least 1; got {tuple(cost.shape)}")
-    for name, tensor, expected in (
-        ("supply", supply, cost.shape[:-1]),
-        ("demand", demand, cost.shape[:-2] + cost.shape[-1:]),
-    ):
+    shapes = ("supply", supply, cost.shape[:-1]), ("demand", demand, cost.shape[:-2] + cost.shape[-1:])
+    for name, tensor, expected in shapes:
         if tensor.shape != expected:
-            raise ProblemError(
-                f"expected {name} {tuple(expected)} for cost {tuple(cost.shape)}; got {tuple(tensor.shape)}"
-            )
+            of = f"for cost {tuple(cost.shape)}"
+            raise ProblemError(f"expected {name} {tuple(expected)} {of}; got {tuple(tensor.shape)}")
 
 
 def check_values(cost: Tensor, supply: Tensor, demand: Tensor) -> None:
-    """Raise ProblemError unless ``(B,N,M), (B,N), (B,M)`` are finite, weights non-negative and their totals equal.
-
-    Called once per batch, where the values are read anyway: by a solver on the CPU after its transfer, otherwise by emd.
-    """
+    """Raise ProblemError unless ``(B,N,M), (B,N), (B,M)`` are finite, weights non-negative and their totals equal."""
     cost, supply, demand = cost.detach(), supply.detach(), demand.detach()
     total, other = supply.sum(-1), demand.sum(-1)
     # A sum is finite only if all its terms are, and costs less than looking at each.

@@ -6,14 +6,11 @@
 with x the N*M entries of the flow (DeepEMD paper, section 3.2), Q and p as in :mod:`Models.emd.forms`.
 
 Gradient: implicit function theorem on the optimality conditions, for the cost *and* both weight vectors. Memory: Q and
-the constraints are dense, (N*M)^2 doubles each, per problem. Runs on the device of its inputs.
+the constraints are dense, (N*M)^2 doubles each, per problem.
 """
 
-import re
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,44 +19,42 @@ from .forms import QP_RIDGE, solve_prepared
 from .on_cpu import one_thread
 from .problem import MissingLibraryError, SolverError
 
-# qpth returns its best iterate and does not report how good it is. A flow that misses the weights by more than the first
-# fraction of the mass is an error; one that misses them by more than the second is usable and raises a warning.
+# qpth does not report how good its answer is. A flow that misses the weights by more than the first fraction of the mass is
+# an error, one that misses them by more than the second a warning.
 MARGINAL_FAILURE, MARGINAL_WARNING = 1e-2, 1e-3
 # A value below the least cost of the mass, or above the largest, by more than this fraction of the largest in size, is an error.
 VALUE_FAILURE = 1e-2
-# See solve_prepared.
-LARGEST_SPAN, LARGEST_LEAK = 1e3, 1e-3
+LARGEST_LEAK = 1e-3  # see solve_prepared
 
+# qpth keeps a work matrix in a global; its batched LU of more than about 150 unknowns hangs in several MKL threads.
 _one_at_a_time = threading.RLock()
 
 
 def solve(
     cost: Tensor, supply: Tensor, demand: Tensor, *, form: str = "L2", l2_strength: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``. Called by :func:`Models.emd.emd`, which says what is raised.
+    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``, see :func:`Models.emd.emd`.
 
     Args:
         form: ``"L2"`` or ``"QP"``, see :mod:`Models.emd.forms`.
         l2_strength: the weight of the quadratic term of form ``L2``, positive. Larger is smoother and less exact.
     """
 
-    def solve_part(cost: Tensor, supply: Tensor, demand: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
-        return _Qpth.apply(cost, supply, demand, form, l2_strength, names)
+    def solve_dense(*problem: Tensor) -> tuple[Tensor, Tensor]:
+        return _Qpth.apply(*problem, form, l2_strength)
 
-    return solve_prepared(solve_part, cost, supply, demand, form, l2_strength, span=LARGEST_SPAN, leak=LARGEST_LEAK)
+    return solve_prepared(solve_dense, (cost, supply, demand), form, l2_strength, LARGEST_LEAK)
 
 
 class _Qpth(torch.autograd.Function):
-    """qpth's own graph, wrapped so that forward and backward both run under :func:`_guard`."""
+    """qpth's own graph, wrapped so that forward and backward both run under the lock."""
 
     @staticmethod
-    def forward(ctx, cost, supply, demand, form, l2_strength, names):
-        ctx.form, ctx.names = form, names
-        ctx.leaves = [
-            tensor.detach().requires_grad_(ctx.needs_input_grad[i]) for i, tensor in enumerate((cost, supply, demand))
-        ]
-        with _guard(cost.device), torch.enable_grad():
-            flow = _solve_qp(*ctx.leaves, form, l2_strength, names)
+    def forward(ctx, cost, supply, demand, form, l2_strength):
+        ctx.form = form
+        ctx.leaves = [x.detach().requires_grad_(ctx.needs_input_grad[i]) for i, x in enumerate((cost, supply, demand))]
+        with _one_at_a_time, one_thread(cost.device), torch.enable_grad():
+            flow = _solve_qp(*ctx.leaves, form, l2_strength)
             ctx.inner = (ctx.leaves[0] * flow).sum((-2, -1))
         flow = flow.detach()
         ctx.mark_non_differentiable(flow)
@@ -69,17 +64,15 @@ class _Qpth(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_value, _):
         wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]
-        with _guard(grad_value.device):
+        with _one_at_a_time, one_thread(grad_value.device):
             try:
                 found = iter(torch.autograd.grad(ctx.inner, wanted, grad_value, retain_graph=True))
             except RuntimeError as error:
-                index = re.search(r"Batch element (\d+)", str(error))
-                which = ctx.names[int(index[1])] if index else f"a problem out of {len(ctx.names)}"
-                raise SolverError(f"qpth met a singular system in the gradient of {which} (form {ctx.form})") from error
-        return (*(next(found) if leaf.requires_grad else None for leaf in ctx.leaves), None, None, None)
+                raise SolverError(f"qpth met a singular system in the gradient (form {ctx.form}): {error}") from error
+        return (*(next(found) if leaf.requires_grad else None for leaf in ctx.leaves), None, None)
 
 
-def _solve_qp(cost: Tensor, supply: Tensor, demand: Tensor, form: str, l2_strength: float, names: list[str]) -> Tensor:
+def _solve_qp(cost: Tensor, supply: Tensor, demand: Tensor, form: str, l2_strength: float) -> Tensor:
     try:
         from qpth.qp import QPFunction
     except ImportError as error:
@@ -103,41 +96,26 @@ def _solve_qp(cost: Tensor, supply: Tensor, demand: Tensor, form: str, l2_streng
         flow = QPFunction(verbose=-1, check_Q_spd=False)(quadratic, linear, constraints, bounds, ones, total)
         if flow is None:
             raise RuntimeError("its first step met a singular system")
-    except RuntimeError as error:
-        for index in range(batch if batch > 1 else 0):  # find out which problem failed
-            one = slice(index, index + 1)
-            _solve_qp(cost[one].detach(), supply[one].detach(), demand[one].detach(), form, l2_strength, names[one])
-        raise SolverError(f"qpth failed on {names[0]} (form {form}): {error}") from error
+    except RuntimeError as error:  # qpth does not tell which problem failed
+        raise SolverError(f"qpth failed on one of {batch} problems (form {form}): {error}") from error
     flow = flow.reshape(batch, n, m)
-    _check_flow(flow.detach(), cost.detach(), supply.detach(), demand.detach(), form, names)
+    _check_flow(flow.detach(), cost.detach(), supply.detach(), demand.detach(), form)
     return flow
 
 
-def _check_flow(flow: Tensor, cost: Tensor, supply: Tensor, demand: Tensor, form: str, names: list[str]) -> None:
-    mass = supply.sum(1)
+def _check_flow(flow: Tensor, cost: Tensor, supply: Tensor, demand: Tensor, form: str) -> None:
+    mass, least, largest = supply.sum(1), cost.amin((1, 2)), cost.amax((1, 2))
     miss = torch.maximum((flow.sum(2) - supply).abs().amax(1), (flow.sum(1) - demand).abs().amax(1)) / mass
-    worst, index = (x.item() for x in miss.nan_to_num(nan=torch.inf).max(0))
+    price, slack = (cost * flow).sum((1, 2)) / mass, VALUE_FAILURE * torch.maximum(largest.abs(), least.abs())
+    beyond = torch.maximum(least - price, price - largest)
+    failed = ~((miss <= MARGINAL_FAILURE) & (beyond <= slack))
+    index = int(failed.nonzero()[0]) if bool(failed.any()) else int(miss.argmax())
     what = (
-        f"qpth did not converge on {names[index]} (form {form}): its flow misses the weights by {worst:.2g} of the mass"
+        f"qpth did not converge on problem {index} of {len(flow)} (form {form}): its flow misses the weights by "
+        f"{float(miss[index]):.2g} of the mass and costs {float(price[index]):.3g} per unit of mass, where cells cost "
+        f"{float(least[index]):.3g} to {float(largest[index]):.3g}"
     )
-    if worst > MARGINAL_FAILURE:
+    if bool(failed.any()):
         raise SolverError(what)
-    if worst > MARGINAL_WARNING:
+    if float(miss[index]) > MARGINAL_WARNING:
         warnings.warn(what, stacklevel=2)
-    price, least, largest = (cost * flow).sum((1, 2)) / mass, cost.amin((1, 2)), cost.amax((1, 2))
-    slack = VALUE_FAILURE * torch.maximum(largest.abs(), least.abs())
-    outside = ~((price >= least - slack) & (price <= largest + slack))
-    if bool(outside.any()):
-        index = int(outside.nonzero()[0])
-        raise SolverError(
-            f"qpth did not converge on {names[index]} (form {form}): its cost per unit of mass is {float(price[index]):.3g}, and "
-            f"those of the cells are between {float(least[index]):.3g} and {float(largest[index]):.3g}"
-        )
-
-
-@contextmanager
-def _guard(device: torch.device) -> Iterator[None]:
-    # One caller at a time, because qpth keeps a work matrix in a global. On a CPU also a single MKL thread, because with
-    # several the batched LU of more than about 150 unknowns hangs.
-    with _one_at_a_time, one_thread(device):
-        yield

@@ -18,37 +18,31 @@ from .on_cpu import in_threads, to_numpy
 from .problem import MissingLibraryError, ProblemError, SolverError
 
 GRADIENTS = {"full": "for cost and weights", "cost": "for the cost only, as with opencv"}
-
-# Rows priced together before a pivot: fewer find a cell sooner, more find a better one.
-ROWS_PER_PRICING = 8
+ROWS_PER_PRICING = 8  # priced together before a pivot: fewer find a cell sooner, more find a better one
 SECONDS_BEFORE_NOTICE = 2.0
 
 
 def solve(cost: Tensor, supply: Tensor, demand: Tensor, *, gradient: str = "full") -> tuple[Tensor, Tensor]:
-    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``. Called by :func:`Models.emd.emd`, which says what is raised.
-
-    Args:
-        gradient: a key of ``GRADIENTS``.
-    """
+    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``, see :func:`Models.emd.emd`. ``gradient`` is a key of GRADIENTS."""
     if gradient not in GRADIENTS:
         raise ProblemError(f"expected gradient to be one of {', '.join(GRADIENTS)}; got {gradient!r}")
     if gradient == "cost":
         supply, demand = supply.detach(), demand.detach()
-    if cost.device.type == "cuda":
-        dtype = torch.promote_types(cost.dtype, torch.promote_types(supply.dtype, demand.dtype))
-        if simplex_cuda.is_usable(cost.device, *cost.shape[1:], dtype):
-            return _Simplex.apply(cost.to(dtype), supply.to(dtype), demand.to(dtype), None)
     precision = max(torch.finfo(weight.dtype).eps for weight in (supply, demand))
-    return _Simplex.apply(cost.double(), supply.double(), demand.double(), precision)
+    dtype = torch.promote_types(cost.dtype, torch.promote_types(supply.dtype, demand.dtype))
+    if cost.device.type == "cuda" and simplex_cuda.is_usable(cost.device, *cost.shape[1:], dtype):
+        precision = None
+    else:
+        dtype = torch.float64
+    return _Simplex.apply(cost.to(dtype), supply.to(dtype), demand.to(dtype), precision)
 
 
 class _Simplex(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cost, supply, demand, precision):
         if precision is None:  # on the device
-            value, flow, u, v, *_ = simplex_cuda.solve_tensors(
-                *(x.detach().contiguous() for x in (cost, supply, demand))
-            )
+            inputs = (tensor.detach().contiguous() for tensor in (cost, supply, demand))
+            value, flow, u, v, *_ = simplex_cuda.solve_tensors(*inputs)
         else:
             arrays = solve_arrays(*to_numpy(cost, supply, demand, torch.float64), precision=precision)
             value, flow, u, v = (torch.from_numpy(array) for array in arrays)
@@ -64,15 +58,13 @@ class _Simplex(torch.autograd.Function):
     #
     #     value(c, s, d) = min { <c, x> : x 1 = s, x^T 1 = d, x >= 0 } = max { <s, u> + <d, v> : u_i + v_j <= c_ij }.
     #
-    # The first form is a minimum of functions linear in c, one per flow; the second a maximum of functions linear in
-    # (s, d), one per pair of duals. Where the optimum is unique, the gradient of such a minimum or maximum is that of the
-    # function that attains it (envelope theorem), so
+    # The first is a minimum of functions linear in c, the second a maximum of functions linear in (s, d). Where the optimum
+    # is unique, the gradient is that of the function that attains it (envelope theorem):
     #
-    #     d value / d c = x,      d value / d s = u,      d value / d d = v,
+    #     d value / d c = x,      d value / d s = u,      d value / d d = v.
     #
-    # and where it is not unique, these are a supergradient in c and a subgradient in (s, d). As the totals of s and d
-    # must agree, u and v are determined up to a constant that moves from one to the other; it drops out of every change
-    # that keeps the totals equal, as scale_to_mass does.
+    # Elsewhere these are a supergradient in c and a subgradient in (s, d). As the totals of s and d must agree, u and v are
+    # determined up to a constant that moves from one to the other; changes that keep the totals equal do not see it.
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_value, _):
@@ -91,16 +83,16 @@ def solve_arrays(
 ) -> tuple[np.ndarray, ...]:
     """Contiguous float64 ``(B,N,M), (B,N), (B,M)`` to value ``(B,)``, flow ``(B,N,M)`` and duals ``u (B,N), v (B,M)``.
 
-    ``precision`` is the relative error of the weights, which matters where costs span orders of magnitude: the weights of
-    nodes that a huge cost separates from the others may add up to the same only but for this.
+    ``precision`` is the relative error of the weights: those of nodes that forbidden cells separate from the others may add
+    up to the same only but for this.
 
     Raises:
-        SolverError: a problem was not solved within its limit of pivots.
+        SolverError: a problem was not solved within its limit of pivots, or its costs cannot be told apart in float64.
         MissingLibraryError: numba cannot be imported.
     """
     kernel = _kernel()
     value, flow, u, v = np.empty(len(cost)), np.empty_like(cost), np.empty_like(supply), np.empty_like(demand)
-    status, pivots = np.empty(len(cost), np.int64), np.empty(len(cost), np.int64)
+    status, pivots = np.empty((2, len(cost)), np.int64)
 
     def work(first: int, last: int) -> None:
         kernel.solve_range(
@@ -108,16 +100,15 @@ def solve_arrays(
         )
 
     in_threads(work, cost)
-    failed = np.flatnonzero(status != kernel.SOLVED)
-    if len(failed):
-        index = failed[0]
-        raise SolverError(f"simplex did not solve problem {index} of {len(cost)} within {pivots[index]} pivots")
+    for index in np.flatnonzero(status != kernel.SOLVED)[:1]:
+        why = {1: f" within {pivots[index]} pivots", 2: ": its costs span too many orders of magnitude"}[status[index]]
+        raise SolverError(f"simplex did not solve problem {index} of {len(cost)}{why}")
     return value, flow, u, v
 
 
 @lru_cache(maxsize=1)
 def _kernel():
-    """The compiled module: compiled by the first call, read from numba's cache by later processes if it is writable."""
+    """The module, compiled, or read from numba's cache."""
     try:
         import numba  # noqa: F401 - imported here so that an ImportError can mean nothing else
     except ImportError as error:
@@ -130,11 +121,8 @@ def _kernel():
     notice.daemon = True
     notice.start()
     try:
-        one = np.ones((1, 1))
-        state = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        simplex_kernel.solve_range(
-            np.ones((1, 1, 1)), one, one, 0, 1, 1e-16, 1, np.ones(1), np.ones((1, 1, 1)), one.copy(), one.copy(), *state
-        )
+        cells, nodes, one, state = np.ones((1, 1, 1)), np.ones((1, 1)), np.ones(1), np.ones(1, np.int64)
+        simplex_kernel.solve_range(cells, nodes, nodes, 0, 1, 1e-16, 1, one, cells, nodes, nodes, state, state)
     finally:
         notice.cancel()
     return simplex_kernel

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import simplex
 from .problem import ProblemError, SolverError
 
 FORMS = ("L2", "QP")
@@ -60,6 +61,9 @@ def solve_prepared(
 
     value, flow = solve(torch.where(is_cut, ceiling, cost), *raised)
     leaked = (flow.detach() * is_cut).sum((1, 2)) > leak * mass
+    if bool(is_cut.any()):  # how much mass no flow can keep out of them
+        forced, _ = simplex.solve(is_cut.double(), supply.detach(), demand.detach())
+        leaked |= forced.detach() > 1e-9 * mass
     # The square of form QP grows with the costs only where none is negative.
     is_negative = (cost.detach() < (-ceiling if form == "L2" else 0)) & (size > ceiling).any(2).any(1)[:, None, None]
     failed = leaked | is_negative.any(2).any(1)

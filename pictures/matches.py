@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dataloader.dataset import ImageDataset
 from dataloader.images import read_image
-from dataloader.views import View
+from dataloader.views import GridView, View
 from engine.evaluation import encode_images
 from Models import DeepEMD
 from Models.matching import Matching
@@ -76,7 +76,8 @@ def panels_of(viewed: ViewedImage, view: View, nodes: int, feature_pyramid: Sequ
     if viewed.image is None:
         cells = math.isqrt(nodes - sum(size**2 for size in feature_pyramid))
         return cell_panels(viewed.pixels, [*feature_pyramid, cells])
-    return patch_panels(viewed.image, viewed.boxes, viewed.pixels, getattr(view, "patch_list", ()))
+    levels = view.patch_list if isinstance(view, GridView) else ()
+    return patch_panels(viewed.image, viewed.boxes, viewed.pixels, levels)
 
 
 class MatchedEpisode(NamedTuple):

@@ -164,7 +164,7 @@ def draw_match(
         colored = {start for start, *_ in drawn}
         starts = _draw_image(axes, query, 0, matching.supply[number], colored)
         ends = _draw_image(axes, proto, 1 + GAP, matching.demand[number])
-        for start, end, share in drawn:
+        for start, end, share in reversed(drawn):  # the strongest on top
             _draw_flow(axes, starts[start], ends[end], places[start], min(1.0, share * nodes / BRIGHTEST))
         role, color = _role(number, predicted, truth)
         style = "solid" if number == predicted else "dashed"
@@ -230,13 +230,13 @@ def _draw_image(
 
 
 def _draw_flow(axes: Axes, start: Place, end: Place, place: Place, strength: float) -> None:
-    """A curve from one node to another, with a strength of up to 1; the strongest flows are on top."""
+    """A curve from one node to another, with a strength of up to 1."""
     bend = 0.27 * (place[0] - 0.5) * (1 if place[1] < 0.5 else -1)  # cells of a row leave it on curves of their own
     third = (end[0] - start[0]) / 3
     curve = Path([start, (start[0] + third, start[1] + bend), (end[0] - third, end[1] + bend), end], [1, 4, 4, 4])
-    line, color, order = _line(strength), place_color(*place), 4 + 0.5 * strength
+    line, color = _line(strength), place_color(*place)
     dark = [withStroke(linewidth=line["linewidth"] + 1.2, foreground="#000000", alpha=0.75 * line["alpha"])]
-    axes.add_patch(PathPatch(curve, fill=False, edgecolor=color, path_effects=dark, zorder=order, **line))
+    axes.add_patch(PathPatch(curve, fill=False, edgecolor=color, path_effects=dark, zorder=4, **line))
     marker = {"markersize": 3.0 + line["linewidth"], "markeredgecolor": "#000000", "markeredgewidth": 0.7, "zorder": 5}
     axes.plot(*start, "o", markerfacecolor=color, **marker)
     axes.plot(*end, "o", markerfacecolor="#FFFFFF", **marker)

@@ -18,7 +18,7 @@ FORMS = ("L2", "QP")
 QP_RIDGE = 1e-4
 # Nodes with less than this fraction of the mass get it, because without mass they leave a problem without an interior. They
 # carry no flow, and their weights have the gradient zero.
-SMALLEST_SHARE = 1e-9
+SMALLEST_SHARE = 1e-8
 # Costs are cut at this many times the largest that some node cannot avoid, because an interior point method resolves costs
 # relative to the largest one. They are never cut below so many times what the quadratic term adds to the price of a cell that
 # takes all the mass.
@@ -45,18 +45,19 @@ def solve_prepared(
         total = demand.sum(1, keepdim=True)
         flow = supply.unsqueeze(2) * (demand / torch.where(total > 0, total, 1)).unsqueeze(1)
         return (cost * flow).sum((1, 2)), flow
-    ridge, mass, size = QP_RIDGE if form == "QP" else l2_strength, supply.detach().sum(1), cost.detach().abs()
+    ridge, mass = QP_RIDGE if form == "QP" else l2_strength, supply.detach().sum(1)
     has_mass, raised, is_empty = mass > 0, [], []
     for weight in (supply, demand):
         least = torch.where(has_mass, SMALLEST_SHARE * mass, 1 / weight.shape[1])[:, None]
         is_empty.append(weight.detach() < least)
         raised.append(torch.where(is_empty[-1], least, weight))
     of_empty = is_empty[0].unsqueeze(2) | is_empty[1].unsqueeze(1)
+    cost = cost.masked_fill(of_empty, 0)
+    size = cost.detach().abs()
     price = size.masked_fill(of_empty, torch.inf)
     least_prices = torch.cat([price.amin(2), price.amin(1)], dim=1)
     unavoidable = least_prices.masked_fill(torch.cat(is_empty, dim=1), 0).amax(1)
-    ceiling = torch.maximum(LARGEST_SPAN * unavoidable, MOST_RIDGES * ridge * mass)
-    ceiling = torch.where(has_mass, ceiling, torch.inf)[:, None, None]
+    ceiling = torch.maximum(LARGEST_SPAN * unavoidable, MOST_RIDGES * ridge * mass)[:, None, None]
     is_cut = cost.detach() > ceiling
 
     value, flow = solve(torch.where(is_cut, ceiling, cost), *raised)

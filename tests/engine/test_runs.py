@@ -583,7 +583,7 @@ def test_launchers_tell_each_process_its_place(environ, monkeypatch):
     assert (joined[0]["rank"], joined[0]["world_size"]) == (5, 7)
     assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("node1", "20077")
     environ.clear()
-    environ.update(SRUN, SLURM_STEP_NUM_NODES="1")
+    environ.update(SRUN, SLURM_STEP_NUM_NODES="1", SLURM_JOB_ID="zz")
     distributed.join(distributed.read_launch(), torch.device("cpu"))
     assert environ["MASTER_ADDR"] == "127.0.0.1"
 
@@ -595,6 +595,7 @@ def test_launchers_tell_each_process_its_place(environ, monkeypatch):
         {"RANK": "abc", "LOCAL_RANK": "7"},
         {"WORLD_SIZE": "", "RANK": ""},
         {"WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "1", "RANK": "0"},  # as some operators start a single process
         {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"},  # a batch script that srun did not start
         {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
     ],
@@ -614,7 +615,6 @@ def test_variables_left_over_from_elsewhere_are_ignored(environ, variables):
         (TORCHRUN, {"RANK": "-1"}, "RANK=-1"),
         (TORCHRUN, {"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc"),
         (TORCHRUN, {"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
-        (TORCHRUN, {"WORLD_SIZE": "1"}, "WORLD_SIZE=1"),
         (TORCHRUN, {"WORLD_SIZE": "2.5"}, "WORLD_SIZE=2.5"),
         (TORCHRUN, {"LOCAL_RANK": "2"}, "LOCAL_RANK=2"),
         (TORCHRUN, {"LOCAL_WORLD_SIZE": "8"}, "LOCAL_WORLD_SIZE=8"),
@@ -633,7 +633,7 @@ def test_contradictory_launcher_variables_are_reported(environ, base, changed, f
 
 def test_processes_that_cannot_find_the_first_are_told_what_is_missing(environ):
     environ.update(TORCHRUN)
-    for port in ("", "abc"):
+    for port in ("", "abc", "99999"):
         environ.update(MASTER_ADDR="localhost", MASTER_PORT=port)
         with pytest.raises(InputError, match="MASTER_PORT"):
             distributed.join(distributed.read_launch(), torch.device("cpu"))

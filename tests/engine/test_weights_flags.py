@@ -128,7 +128,7 @@ def test_records_of_earlier_versions_lack_flags(folder, capsys):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "null", '{"flags": 3}', '{"flags": null}', "{}", '{"flags": {"image_size": 32']
+    ["", "[]", "null", '{"flags": []}', '{"flags": 3}', '{"flags": null}', "{}", '{"flags": {"image_size": 32']
     + [
         json.dumps({"flags": {"temperature": 3.0, **wrong}})
         for wrong in (
@@ -152,6 +152,15 @@ def test_a_damaged_record_is_ignored_with_a_warning(folder, capsys, content):
     assert vars(adopt("-model_dir", folder)) == {**vars(adopt("-model_dir", "none")), "model_dir": folder}
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {folder}/run.json is damaged, or not the flags of a run")
+
+
+def test_a_record_that_is_a_folder_is_ignored_with_a_warning(folder, capsys):
+    record = Path(folder, "run.json")
+    record.unlink(missing_ok=True)
+    record.mkdir()
+    adopt("-model_dir", folder)
+    record.rmdir()
+    assert "cannot read the flags of a run" in capsys.readouterr().err
 
 
 def test_flags_as_words():

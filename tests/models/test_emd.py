@@ -435,6 +435,17 @@ def is_optimal_exactly(cost, flow, slack):
 
 
 class TestCostsOfManySizes:
+    @pytest.mark.parametrize("solver", ["ipm", "qpth"])
+    def test_mass_that_must_cross_a_forbidden_cell_is_an_error(self, solver):
+        """However little it is: a ten-thousandth of the mass costs more than all the rest."""
+        cost = torch.rand(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        cost[0, 1:] = 1e12  # row 0 has a little more than column 0 takes
+        supply = torch.tensor([0.2501, 0.25, 0.25, 0.2499], dtype=torch.float64)
+        demand = torch.tensor([0.25, 0.1, 0.2, 0.2, 0.25], dtype=torch.float64)
+        with pytest.raises(SolverError, match="use simplex"):
+            emd(cost, supply, demand, solver=solver)
+        assert emd(cost, supply, demand, solver="simplex").value > 9e7
+
     @pytest.mark.parametrize("kind", ["forbidden", "mixed", "wanted", "both"])
     def test_simplex_is_optimal_in_exact_arithmetic(self, kind):
         for seed in range(40):

@@ -58,7 +58,6 @@ def solve_prepared(
     unavoidable = least_prices.masked_fill(torch.cat(is_empty, dim=1), 0).amax(1)
     ceiling = torch.maximum(LARGEST_SPAN * unavoidable, MOST_RIDGES * ridge * mass)[:, None, None]
     is_cut = cost.detach() > ceiling
-
     value, flow = solve(torch.where(is_cut, ceiling, cost), *raised)
     leaked = (flow.detach() * is_cut).sum((1, 2)) > leak * mass
     # The square of form QP grows with the costs only where none is negative.

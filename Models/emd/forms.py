@@ -18,7 +18,7 @@ FORMS = ("L2", "QP")
 QP_RIDGE = 1e-4
 # Nodes with less than this fraction of the mass get it, because without mass they leave a problem without an interior. They
 # carry no flow, and their weights have the gradient zero.
-SMALLEST_SHARE = 1e-8
+SMALLEST_SHARE = 3e-8
 # Costs are cut at this many times the largest that some node cannot avoid, because an interior point method resolves costs
 # relative to the largest one. They are never cut below so many times what the quadratic term adds to the price of a cell that
 # takes all the mass.
@@ -59,7 +59,6 @@ def solve_prepared(
     unavoidable = least_prices.masked_fill(torch.cat(is_empty, dim=1), 0).amax(1)
     ceiling = torch.maximum(LARGEST_SPAN * unavoidable, MOST_RIDGES * ridge * mass)[:, None, None]
     is_cut = cost.detach() > ceiling
-
     value, flow = solve(torch.where(is_cut, ceiling, cost), *raised)
     leaked = (flow.detach() * is_cut).sum((1, 2)) > leak * mass
     if bool(is_cut.any()):  # how much mass no flow can keep out of them

@@ -63,7 +63,8 @@ def solve_prepared(
     leaked = (flow.detach() * is_cut).sum((1, 2)) > leak * mass
     if bool(is_cut.any()):  # how much mass no flow can keep out of them
         forced, _ = simplex.solve(is_cut.double(), supply.detach(), demand.detach())
-        leaked |= forced.detach() > 1e-9 * mass
+        rounding = max(1e-9, 32 * max(torch.finfo(weight.dtype).eps for weight in problem[1:]))
+        leaked |= forced.detach() > rounding * mass
     # The square of form QP grows with the costs only where none is negative.
     is_negative = (cost.detach() < (-ceiling if form == "L2" else 0)) & (size > ceiling).any(2).any(1)[:, None, None]
     failed = leaked | is_negative.any(2).any(1)

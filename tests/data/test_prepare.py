@@ -354,6 +354,37 @@ def test_pickles_that_are_not_those_of_cifar_end_with_one_line(tmp_path, cifar, 
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        *(
+            (lambda table, kind=kind: table["data"].astype(kind), "are not bytes")
+            for kind in (float, "i8", object, str)
+        ),
+        (lambda table: [-1] * len(table["data"]), "a label is negative"),
+        *(
+            (lambda table, name=name: [name + file for file in table["filenames"]], "has names that no file can have")
+            for name in ("\0", "\ud800", 250 * "a", 100 * "\u20ac")
+        ),
+        (None, "needs more memory than there is"),
+    ],
+)
+def test_tables_that_are_not_those_of_cifar_end_with_one_line(tmp_path, cifar, change, found):
+    files = cifar_pickles()
+    if change is None:  # an array of a terabyte
+        files["cifar-100-python/test"] = b"cnumpy\nndarray\n((I999999999999999\ntcnumpy\ndtype\n(S'u1'\ntRtR."
+    else:
+        table = pickle.loads(files["cifar-100-python/train"])
+        changed = change(table)
+        key = "data" if hasattr(changed, "dtype") else "fine_labels" if changed[0] == -1 else "filenames"
+        files["cifar-100-python/train"] = pickle.dumps(table | {key: changed})
+    source = save(tmp_path / "a.tar", tar_bytes(files))
+    message = refused("fc100", "-source", source, "-out", tmp_path / "out", "-allow_missing")
+    assert message.startswith("a.tar") or f"{tmp_path}/a.tar" in message
+    assert found in message
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_a_name_that_an_archive_holds_twice_is_written_once(tmp_path, cifar, monkeypatch):
     source = tmp_path / "a.tar"
     with tarfile.open(source, "w") as archive:

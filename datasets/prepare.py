@@ -112,7 +112,7 @@ def _is_complete(target: Path, options: dict[str, Any]) -> bool:
     try:
         found = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
         earlier = dict(found["options"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{target} exists and was not built by this script. {advice}") from None
     if earlier != options or found.get("recipe") != RECIPE:
         before, now = (", ".join(f"{key} {value}" for key, value in all_.items()) for all_ in (earlier, options))

@@ -176,7 +176,8 @@ def _read_csv(spec: DatasetSpec, root: Path, split: str, advice: str, report: Re
 
     @cache  # one listing of a folder, instead of a look-up per file
     def names_in(folder: Path) -> set[str]:
-        return {entry.name for entry in os.scandir(folder) if entry.is_file()} if folder.is_dir() else set()
+        entries = os.scandir(folder) if folder.is_dir() else ()
+        return {entry.name for entry in entries if entry.is_file(follow_symlinks=False) or os.path.isfile(entry)}
 
     class_of: dict[Path, str] = {}
     for place, file, name in _table_rows(table):

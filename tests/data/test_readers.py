@@ -269,11 +269,12 @@ def test_only_files_are_images(tmp_path, capsys):
         (tmp_path / folder / "folder.jpg").mkdir(parents=True)
         os.mkfifo(tmp_path / folder / "pipe.jpg")  # to open it would wait for ever
         (tmp_path / folder / "gone.jpg").symlink_to("nowhere")
+        (tmp_path / folder / "circle.jpg").symlink_to("circle.jpg")
     assert len(open_split("folder", tmp_path, verify=True)) == 1
-    warned = "3 that cannot be read as images (.jpg 3), first n01/folder.jpg"
+    warned = "4 that cannot be read as images (.jpg 4), first n01/circle.jpg"
     assert capsys.readouterr().err == f"warning: left out of {tmp_path}/test: {warned}\n"
     table = write_table(tmp_path, "")
-    for name in ("folder", "pipe", "gone"):
+    for name in ("folder", "pipe", "gone", "circle"):
         table.write_text(f"{name}.jpg,n01\n")
         with pytest.raises(InputError, match=f"line 1: there is no file '.*{name}.jpg'"):
             open_split("miniimagenet", tmp_path)

@@ -284,10 +284,10 @@ def file_hash(path: str | Path) -> str:
 # --- Text and numbers -----------------------------------------------------------------------------------------------
 
 
-def first_few(names: Sequence[Any]) -> str:
+def first_few(names: Sequence[Any], others: str = "more") -> str:
     """The first three of many names, and the number of the others."""
     shown = ", ".join(map(str, names[:3])) or "none"
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return shown + (f" and {len(names) - 3} {others}" if len(names) > 3 else "")
 
 
 def printable(name: str) -> str:

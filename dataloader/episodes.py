@@ -10,6 +10,7 @@ every draw a function of (seed, name, epoch, index), so any part of a run can be
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 
 import torch
 from torch import Generator, Tensor
@@ -44,8 +45,10 @@ class EpisodeSampler(Sampler[list[int]]):
             )
         self.members = [(labels == label).nonzero().flatten() for label in labels.unique()]
         self.episodes, self.way, self.per_class, self.generator = episodes, way, per_class, generator
-        if way < 1 or per_class < 1 or episodes < 0:
-            raise InputError(f"no episodes of {way} classes with {per_class} images, {episodes} times: give 1 or more")
+        is_whole = all(isinstance(count, Integral) for count in (way, per_class, episodes))
+        if not is_whole or way < 1 or per_class < 1 or episodes < 0:
+            numbers = f"{way} classes with {per_class} images, {episodes} times"
+            raise InputError(f"no episodes of {numbers}: give whole numbers of 1 or more")
         if way > len(self.members):
             raise InputError(f"{way}-way episodes need {way} classes; the split has {len(self.members)}. Lower -way")
         smallest = min(map(len, self.members))

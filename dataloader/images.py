@@ -20,7 +20,7 @@ _NO_PICTURES = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "IPTC", "MPEG", "FLI"}
 
 _ADVICE = "Replace it, or skip unreadable files with -verify_images"
 _CONVERT = "Convert it to 8 bits per channel"
-_ORIENTATION, _PHOTOMETRIC = 0x0112, 262  # tags of EXIF and of TIFF
+_ORIENTATION, _PHOTOMETRIC, _BITS, _NUMBERS = 0x0112, 262, 258, 339  # tags of EXIF and of TIFF
 _TURNED = range(2, 9)  # orientations that ask for a turn or a flip
 
 Image.init()
@@ -109,6 +109,9 @@ def _in_8_bits(image: Image.Image, tiles: list, file: IO[bytes]) -> Image.Image:
     """The loaded image with 8 bits per channel, in a mode that may have transparency."""
     codec, args = (tiles[0][0], tiles[0][3]) if tiles else ("", None)
     args = args if isinstance(args, tuple) and args else (args,)
+    tags = getattr(image, "tag_v2", {})
+    if 2 in tags.get(_NUMBERS, ()) and max(tags.get(_BITS, (1,))) <= 16:  # not scaled, or read as unsigned
+        raise InputError(f"its values are signed. {_CONVERT}")
     raw_mode, clear = str(args[0]), image.info.get("transparency")
     if raw_mode in ("L;2", "L;4") and isinstance(clear, int):
         image.info["transparency"] = clear * (85 if raw_mode == "L;2" else 17)  # the pixels were scaled to 8 bits
@@ -121,12 +124,14 @@ def _in_8_bits(image: Image.Image, tiles: list, file: IO[bytes]) -> Image.Image:
         return image
     colours = 3 if image.mode == "RGBA" else values.shape[2]
     channels = [_scale(values[..., :colours], codec in ("ppm", "ppm_plain"))]  # Pillow has scaled these to 16 bits
-    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0 and colours == 1:  # white is 0
+    if tags.get(_PHOTOMETRIC) == 0 and colours == 1:  # white is 0
         channels[0] = 255 - channels[0]
     if clear is not None:
         is_opaque = (values != clear).any(2, keepdims=True)
         channels.append(np.where(is_opaque, np.uint8(255), np.uint8(0)))
     elif colours < values.shape[2]:
+        if 0 < (highest := values[..., colours:].max()) < 255:  # of 8 bits, or of any number above
+            raise InputError(f"its alpha of 16 bits reaches {highest} only: it may have 8 to 16 bits. {_CONVERT}")
         channels.append(_scale(values[..., colours:]))
     mode = {1: "L", 2: "LA"}.get(colours + len(channels) - 1, "RGBA" if len(channels) == 2 else image.mode)
     return Image.frombytes(mode, image.size, np.concatenate(channels, axis=2).tobytes())
@@ -153,12 +158,12 @@ def _refuse_hidden_depth(image: Image.Image, codec: str, depth: object, file: IO
         bits = start[start.find(b"\xff\x51") :][40:41]  # of the first channel, in the marker of the sizes
         if bits and bits[0] & 0x7F > 7:
             raise InputError(f"Pillow misreads JPEG 2000 colours of more than 8 bits. {_CONVERT}")
-    if codec in ("ppm", "ppm_plain") and depth == 65535 and np.array(image).max() <= 2**14 >> 8:
+    if codec in ("ppm", "ppm_plain") and depth == 65535 and np.array(image).max() < 2**15 >> 8:
         raise InputError(f"it uses so little of 16 bits per channel that they may mean fewer bits. {_CONVERT}")
 
 
 def _scale(values: np.ndarray, has_16_bits: bool = False) -> np.ndarray:
-    """Values as 8-bit ones, rounded: unless known, those of at most 255 have 8 bits, and those that reach 2**14 have 16.
+    """Values as 8-bit ones, rounded: unless known, those of at most 255 have 8 bits, and those that reach 2**15 have 16.
 
     Raises:
         InputError: they may have another number of bits.
@@ -169,6 +174,6 @@ def _scale(values: np.ndarray, has_16_bits: bool = False) -> np.ndarray:
         raise InputError(f"expected pixels of 8 or 16 bits; got {found}. {_CONVERT}")
     if high <= 255 and not has_16_bits:
         return values.astype(np.uint8)
-    if high < 2**14 and not has_16_bits:
-        raise InputError(f"its values of 16 bits reach {high} only, so that they may have 10 to 16 bits. {_CONVERT}")
+    if high < 2**15 and not has_16_bits:
+        raise InputError(f"its values of 16 bits reach {high} only, so that they may have 9 to 16 bits. {_CONVERT}")
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)

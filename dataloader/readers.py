@@ -120,7 +120,7 @@ def _walk(top: Path) -> Iterator[Path]:
 
 def _describe_left_out(folder: Path, files: Sequence[Path]) -> str:
     kinds = Counter(file.suffix.lower() or ("folders" if file.is_dir() else "no suffix") for file in files)
-    listed = first_few([f"{printable(kind)} {count}" for kind, count in sorted(kinds.items())])
+    listed = first_few([f"{printable(kind)} {count}" for kind, count in sorted(kinds.items())], "other kinds")
     first = printable(str(min(files).relative_to(folder)))
     return f"left out of {printable(str(folder))}: {len(files)} that cannot be read as images ({listed}), first {first}"
 
@@ -129,7 +129,7 @@ def _describe_left_out(folder: Path, files: Sequence[Path]) -> str:
 
 
 def _read_folders(spec: DatasetSpec, root: Path, split: str, advice: str, report: Report) -> Pairs:
-    """``<split>/<class>/<image>``. Hidden names are ignored."""
+    """``<split>/<class>/<image>``. Hidden names are ignored; folders, pipes and dead links are no images."""
     folder = root / spec.split_folders.get(split, split)
     if not folder.is_dir():
         report(Problem(MISSING_SPLIT, f"no {split} classes: there is no folder {printable(str(folder))}", advice))
@@ -144,8 +144,8 @@ def _read_folders(spec: DatasetSpec, root: Path, split: str, advice: str, report
     pairs, others = [], []
     for class_folder in filter(Path.is_dir, entries):
         inside = _entries(class_folder)
-        images = [path for path in inside if names_image(path)]
-        others += [path for path in inside if not names_image(path)]
+        images = [path for path in inside if names_image(path) and path.is_file()]
+        others += {*inside} - {*images}
         if not images:
             found = f", but {_describe_left_out(class_folder, inside)}" if inside else ""
             text = f"no images in {printable(str(class_folder))}{found}"
@@ -176,7 +176,8 @@ def _read_csv(spec: DatasetSpec, root: Path, split: str, advice: str, report: Re
 
     @cache  # one listing of a folder, instead of a look-up per file
     def names_in(folder: Path) -> set[str]:
-        return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+        entries = os.scandir(folder) if folder.is_dir() else ()
+        return {entry.name for entry in entries if entry.is_file(follow_symlinks=False) or os.path.isfile(entry)}
 
     class_of: dict[Path, str] = {}
     for place, file, name in _table_rows(table):

@@ -73,6 +73,8 @@ def grid_boxes(size: int, num_grid: int, ratio: float) -> list[tuple[int, int]]:
 
     Each cell is ``ratio`` times its share of the axis, about the same centre.
     """
+    if num_grid < 1 or num_grid % 1 or not 0 < ratio < float("inf"):
+        raise ValueError(f"a grid has 1 or more cells and a ratio above 0; this one has {num_grid} and {ratio}")
     cell = size // num_grid
     half = int(size / num_grid * ratio) // 2
     centres = (cell // 2 + cell * i for i in range(num_grid))

@@ -29,8 +29,10 @@ def reading(path: Path | str) -> Iterator[None]:
     """Turn any error that a damaged file causes in its reader into one line."""
     try:
         yield
-    except (InputError, MemoryError):
+    except InputError:
         raise
+    except MemoryError as error:
+        raise InputError(f"{path} needs more memory than there is") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk is at fault
             raise InputError(f"cannot read {path} ({error.strerror})") from error

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import quote
@@ -12,12 +13,15 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from engine.loading import progress_bar
-from utils import InputError
+from utils import InputError, printable
 
 ATTEMPTS = 6
 FIRST_PAUSE = 1.0  # seconds between attempts, then doubled each time
 TIMEOUT = 60  # seconds without an answer
 CHUNK = 1 << 16  # bytes, at most lost with a connection
+ABSENT = (
+    "It is not there: check the name in -source and HF_ENDPOINT, or get the file another way and pass it as -source"
+)
 
 
 class Remote(NamedTuple):
@@ -110,7 +114,8 @@ def _get(remote: Remote, headers: dict[str, str], *, stream: bool = False) -> re
     except requests.RequestException as error:
         raise _failed(remote, " ".join(str(error).split()) or type(error).__name__) from error
     if response.status_code >= 400 and response.status_code != 416:
-        advice = remote.refused if response.status_code in (401, 403) else ""
+        by_status = {401: remote.refused, 403: remote.refused, 404: ABSENT, 410: ABSENT}
+        advice = by_status.get(response.status_code, "")
         answer = f"HTTP {response.status_code} {response.reason}"
         raise InputError(f"the server refused {remote.url} ({answer}). {advice}".strip())
     return response
@@ -133,6 +138,8 @@ def hub_parquet(name: str, revision: str) -> tuple[str, dict[str, Remote]]:
     sets with terms to accept.
     """
     server = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
+    if not re.match(r"(?i)https?://[^\s/?#]", server):
+        raise InputError(f"HF_ENDPOINT is {printable(server)}. It must be a server, as in https://huggingface.co")
     token = (os.environ.get("HF_TOKEN") or "").strip() or None
     advice = (
         f"If the name is right, accept the terms at {server}/datasets/{name} while logged in, create a token in your "
@@ -149,7 +156,7 @@ def hub_parquet(name: str, revision: str) -> tuple[str, dict[str, Remote]]:
             if facts and path.suffix == ".parquet":
                 address = f"{server}/datasets/{quote(name)}/resolve/{quote(revision)}/{quote(str(path))}"
                 files[path.name] = Remote(address, int(facts["size"]), f"sha256:{facts['sha256']}", advice, token)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"the answer of {url} is not a list of files. Check HF_ENDPOINT and the proxy") from error
     if not files:
         raise InputError(f"{url} lists no parquet files with their SHA-256")

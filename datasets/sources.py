@@ -186,7 +186,7 @@ def _class_names(schema: Any) -> list[str]:
     """The names behind whole numbers as labels, from what Hugging Face's library writes beside the schema."""
     try:
         return list(json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"])
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, RecursionError):
         return []
 
 

@@ -162,8 +162,9 @@ def _list_others(tree: Tree) -> None:
 
 
 def _read_files(tree: Tree) -> None:
-    """Decode and hash the images; hash the other files too if there is a manifest of them."""
-    hashed = [path for path in tree.others if path != MANIFEST] if MANIFEST in tree.others else []
+    """Decode and hash the images, and hash the other files if there is a manifest of them; pipes and dead links are faults."""
+    files = [path for path in tree.others if path != MANIFEST]
+    hashed = files if MANIFEST in tree.others else [path for path in files if not (tree.root / path).is_file()]
     paths = [*tree.images, *hashed]
     known: dict[Any, Any] = {}  # one object for equal facts, however many images have them
     is_small = len(paths) < IN_PROCESS

@@ -48,6 +48,8 @@ class CifarPickles(Source):
             names = _unpickle(content["meta"])["fine_label_names"]
             for part in PARTS:
                 table = _unpickle(content[part])
+                if table["data"].dtype != "uint8" or min(table["fine_labels"], default=0) < 0:
+                    raise ValueError(f"the pixels in {part} are not bytes, or a label is negative")
                 self.pixels[part] = table["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
                 rows = zip(range(len(self.pixels[part])), table["filenames"], table["fine_labels"], strict=True)
                 self.images |= {f"{part}/{names[label]}/{file}": (part, row) for row, file, label in rows}

@@ -35,6 +35,10 @@ def test_episode_layout():
         (7, 2, "7-way episodes need 7 classes; .* has 6"),
         (5, 5, "at least 5 images in every class .* has 4"),
         (0, 1, "no episodes of 0 classes with 1 images"),
+        (-1, 1, "no episodes of -1 classes"),
+        (1.5, 1, "no episodes of 1.5 classes .* whole numbers"),
+        (2, 2.0, "with 2.0 images"),
+        (2, float("nan"), "with nan images"),
     ],
 )
 def test_impossible_episodes(way, per_class, message):

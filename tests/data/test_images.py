@@ -17,6 +17,7 @@ RANDOM = np.random.RandomState(0)
 SIDE = 12
 COLOURS = RANDOM.randint(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
 ALPHA = RANDOM.randint(0, 256, (SIDE, SIDE)).astype(np.uint8)
+ALPHA[0, 0] = 255
 RGBA = Image.fromarray(np.dstack([COLOURS, ALPHA]))
 GREY = RGBA.convert("L")
 
@@ -148,6 +149,22 @@ def test_images_are_turned_upright(kind, orientation):
     assert stored.size == (found.size if kind == "TIFF" else (7 * 16, SIDE * 16))
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_uncompressed_tiff_files_are_turned_upright(tmp_path, orientation, mode):
+    """Pillow maps such a file into memory if it is given its path, with width and height mistaken for each other."""
+    stored = Image.fromarray(TALL)
+    stored = (
+        Image.fromarray(np.asarray(stored.convert("L")) * np.uint16(257)) if mode == "I;16" else stored.convert(mode)
+    )
+    stored.save(tmp_path / "0.tif", tiffinfo={274: orientation})
+    seen = np.asarray(
+        stored.transpose({5: 5, 6: 4, 7: 6, 8: 2}[orientation]).convert("RGB" if mode != "I;16" else mode)
+    )
+    expected = seen // 257 if mode == "I;16" else seen.astype(int)
+    assert same(np.asarray(read_image(str(tmp_path / "0.tif"))).astype(int), expected, within=0)
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize(
     "data", [b"", b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 9]
@@ -250,7 +267,7 @@ def test_16_bit_colours_are_scaled_and_put_on_white():
     assert same(pixels(deep_png(values[..., 0], 0, struct.pack(">H", int(clear[0])))), expected)
 
 
-@pytest.mark.parametrize("bits", [10, 12, 14])
+@pytest.mark.parametrize("bits", [9, 12, 15])
 def test_fewer_bits_in_16_need_a_word_from_the_file(bits, tmp_path):
     largest = 2**bits - 1
     values = RANDOM.randint(0, largest + 1, (SIDE, SIDE, 3)).astype(np.uint16)
@@ -273,6 +290,44 @@ def test_fewer_bits_in_16_need_a_word_from_the_file(bits, tmp_path):
             InputError, match=r"deep.png; it cannot be read \(it.* bits.*\. Convert it to 8 bits per channel\)"
         ):
             read_image(str(path))
+
+
+@pytest.mark.parametrize("kind", [1, 2], ids=["premultiplied", "straight"])
+def test_alpha_of_fewer_bits_in_16_is_refused(kind):
+    ramp = np.linspace(0, 1, SIDE**2).reshape(SIDE, SIDE, 1)
+
+    def file(bits: int, alpha: np.ndarray) -> io.BytesIO:
+        colours = COLOURS / 255 * (alpha if kind == 1 else 1)
+        return rgba_tiff(np.rint(np.dstack([colours, alpha]) * (2**bits - 1)).astype("<u2"), kind)
+
+    assert same(pixels(file(16, ramp)), on_white(COLOURS, ramp[..., 0] * 255), within=4)
+    for bits, largest in [(9, 1), (10, 0.1), (12, 1), (12, 0.03), (15, 1)]:
+        with pytest.raises(InputError, match="of 16 bits reach.* only"):
+            decode_image(file(bits, ramp * largest))
+
+
+def rgba_tiff(values: np.ndarray, kind: int) -> io.BytesIO:
+    """An uncompressed TIFF file of 16 bits per channel; ``kind`` is 1 for premultiplied alpha, 2 for straight alpha."""
+    tags = [
+        (256, SIDE),
+        (257, SIDE),
+        (258, 142),
+        (259, 1),
+        (262, 2),
+        (273, 150),
+        (277, 4),
+        (278, SIDE),
+        (279, 8 * SIDE**2),
+    ]
+    entries = [struct.pack("<HHII", tag, 3, 4 if tag == 258 else 1, value) for tag, value in [*tags, (338, kind)]]
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + b"".join(entries) + bytes(4)
+    return io.BytesIO(head.ljust(142, b"\0") + struct.pack("<4H", 16, 16, 16, 16) + values.tobytes())
+
+
+@pytest.mark.parametrize("values", [LOW[..., 0].astype(np.uint8), RAMP // 2], ids=["8 bits", "16 bits"])
+def test_signed_values_are_refused(values):
+    with pytest.raises(InputError, match="its values are signed. Convert it"):
+        decode_image(deep_tiff(values, tiffinfo={339: 2}))
 
 
 def test_a_dark_image_of_a_stated_depth_stays_dark():

@@ -15,6 +15,7 @@ import zipfile
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import download as downloads
 import folders
@@ -189,10 +190,10 @@ def test_a_second_run_changes_nothing_and_other_options_are_refused(tmp_path, ci
     assert "complete, built from cifar.zip: nothing to do" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "FC100").rglob("*")}
     assert "built with other options" in refused("fc100", "-source", source, "-out", tmp_path, "-allow_missing")
-    save(tmp_path / "other" / "FC100" / "x.png", b"x")
-    assert "was not built by this script. Remove it to rebuild" in refused(
-        "fc100", "-source", source, "-out", tmp_path / "other"
-    )
+    for name, content in (("x.png", b"x"), (folders.MANIFEST, b"[" * 100_000)):
+        save(tmp_path / "other" / "FC100" / name, content)
+        message = refused("fc100", "-source", source, "-out", tmp_path / "other")
+        assert "was not built by this script. Remove it to rebuild" in message
     assert (tmp_path / "other" / "FC100" / "x.png").read_bytes() == b"x"
 
 
@@ -351,6 +352,37 @@ def test_pickles_that_are_not_those_of_cifar_end_with_one_line(tmp_path, cifar, 
     files = cifar_pickles() | {"cifar-100-python/meta": pickle.dumps(meta)}
     source = save(tmp_path / "a.tar", tar_bytes(files))
     assert "is broken or incomplete" in refused("fc100", "-source", source, "-out", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        *(
+            (lambda table, kind=kind: table["data"].astype(kind), "are not bytes")
+            for kind in (float, "i8", object, str)
+        ),
+        (lambda table: [-1] * len(table["data"]), "a label is negative"),
+        *(
+            (lambda table, name=name: [name + file for file in table["filenames"]], "has names that no file can have")
+            for name in ("\0", "\ud800", 250 * "a", 100 * "\u20ac")
+        ),
+        (None, "needs more memory than there is"),
+    ],
+)
+def test_tables_that_are_not_those_of_cifar_end_with_one_line(tmp_path, cifar, change, found):
+    files = cifar_pickles()
+    if change is None:  # an array of a terabyte
+        files["cifar-100-python/test"] = b"cnumpy\nndarray\n((I999999999999999\ntcnumpy\ndtype\n(S'u1'\ntRtR."
+    else:
+        table = pickle.loads(files["cifar-100-python/train"])
+        changed = change(table)
+        key = "data" if hasattr(changed, "dtype") else "fine_labels" if changed[0] == -1 else "filenames"
+        files["cifar-100-python/train"] = pickle.dumps(table | {key: changed})
+    source = save(tmp_path / "a.tar", tar_bytes(files))
+    message = refused("fc100", "-source", source, "-out", tmp_path / "out", "-allow_missing")
+    assert message.startswith("a.tar") or f"{tmp_path}/a.tar" in message
+    assert found in message
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -820,10 +852,11 @@ def test_a_download_of_something_else_is_removed(tmp_path, server):
 
 
 def test_a_refusal_is_final_and_an_overloaded_server_is_asked_again(tmp_path, server):
-    server.status |= {"/terms": 403, "/broken": 503}
+    server.status |= {"/terms": 403, "/broken": 503, "/gone": 410}
     for path, expected in (
         ("/terms", r"HTTP 403 Forbidden\). Accept the terms"),
-        ("/none", "HTTP 404"),
+        ("/none", r"HTTP 404 Not Found\). It is not there: check the name in -source and HF_ENDPOINT"),
+        ("/gone", r"HTTP 410 Gone\). It is not there"),
         ("/broken", "attempts failed .*503"),
     ):
         with pytest.raises(InputError, match=expected):
@@ -904,7 +937,11 @@ def test_every_refusal_of_the_hub_advises_on_the_token(tmp_path, imagenet, serve
     [
         ("http://127.0.0.1:9", "", "a/b", "6 attempts failed .*refused"),
         ("http://127.0.0.1:9", "", "a b/\x7f", "6 attempts failed .*refused"),
-        ("huggingface.co", "", "a/b", "Check HF_ENDPOINT"),
+        *(
+            (endpoint, "", "a/b", f"^HF_ENDPOINT is {endpoint[:7].rstrip('/')}.*. It must be a server, as in https://")
+            for endpoint in ("huggingface.co", "ftp://x", "http://", "https:///a", "file:///etc", "http://?a")
+        ),
+        ("http://[::1", "", "a/b", "Check HF_ENDPOINT"),
         ("http://127.0.0.1:9", "gehei\u00dfnis\u2026", "a/b", "Check HF_ENDPOINT and HF_TOKEN"),
         ("http://127.0.0.1:9", "two\nlines", "a/b", "Check HF_ENDPOINT and HF_TOKEN"),
     ],
@@ -920,7 +957,7 @@ def test_a_hub_that_cannot_be_asked_ends_with_one_line(
 
 def test_a_listing_of_another_kind_is_named(tmp_path, imagenet, server, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    for content in (b"<html>", b"[]", b"3", b"{}", b'{"siblings": [1]}', b"\xff", b""):
+    for content in (b"<html>", b"[]", b"3", b"{}", b'{"siblings": [1]}', b"\xff", b"", b"[" * 100_000):
         server.files[LISTING] = content
         message = refused("tieredimagenet", "-source", "hf://datasets/ILSVRC/imagenet-1k", "-out", tmp_path)
         assert "is not a list of files" in message
@@ -957,6 +994,11 @@ def test_parquet_without_its_library_names_what_to_install(tmp_path, imagenet, m
     assert "pip install -r requirements-data.txt" in refused(
         "miniimagenet", "-source", tmp_path / "hub", "-out", tmp_path
     )
+
+
+def test_parquet_files_may_have_any_text_beside_the_schema():
+    for text in (b"[" * 100_000, b"[]", b"{", b"\xff"):
+        assert sources._class_names(SimpleNamespace(metadata={b"huggingface": text})) == []
 
 
 def test_broken_parquet_ends_with_one_line(tmp_path, imagenet):

@@ -235,12 +235,12 @@ def test_cub_rows_stay_below_the_folder(tmp_path):
 
 @pytest.mark.parametrize(
     ("function", "what"),
-    [("is_dir", "test"), ("iterdir", "test"), ("iterdir", "n01"), ("iterdir", "images"), ("read_bytes", "test.csv")],
+    [("is_dir", "test"), ("iterdir", "test"), ("iterdir", "n01"), ("scandir", "images"), ("read_bytes", "test.csv")],
 )
 def test_no_permission_to_list(tmp_path, monkeypatch, function, what):
     write_table(tmp_path, "0000.jpg,n01\n")
     write_images(tmp_path / "test" / "n01", 1)
-    refuse(monkeypatch, Path, function, f"/{what}")
+    refuse(monkeypatch, os if function == "scandir" else Path, function, f"/{what}")
     name = "miniimagenet" if what in ("images", "test.csv") else "folder"
     message = rf"{what} cannot be read \(Permission denied\). Check its permissions$"
     with pytest.raises(InputError, match=message):
@@ -261,6 +261,34 @@ def test_what_is_left_out_of_class_folders_is_counted(tmp_path, capsys):
     assert f"1 images in {tmp_path}/test itself are left out, first 0000.png. Move" in beside
     left_out = "4 that cannot be read as images (.heic 2, .txt 1, folders 1), first a/0.heic"
     assert inside == f"warning: left out of {tmp_path}/test: {left_out}"
+
+
+def test_only_files_are_images(tmp_path, capsys):
+    write_images(tmp_path / "test" / "n01", 1, suffix=".jpg")
+    for folder in ("test/n01", "miniimagenet/images"):
+        (tmp_path / folder / "folder.jpg").mkdir(parents=True)
+        os.mkfifo(tmp_path / folder / "pipe.jpg")  # to open it would wait for ever
+        (tmp_path / folder / "gone.jpg").symlink_to("nowhere")
+        (tmp_path / folder / "circle.jpg").symlink_to("circle.jpg")
+    assert len(open_split("folder", tmp_path, verify=True)) == 1
+    warned = "4 that cannot be read as images (.jpg 4), first n01/circle.jpg"
+    assert capsys.readouterr().err == f"warning: left out of {tmp_path}/test: {warned}\n"
+    table = write_table(tmp_path, "")
+    for name in ("folder", "pipe", "gone", "circle"):
+        table.write_text(f"{name}.jpg,n01\n")
+        with pytest.raises(InputError, match=f"line 1: there is no file '.*{name}.jpg'"):
+            open_split("miniimagenet", tmp_path)
+
+
+def test_the_kinds_that_are_left_out_are_counted(tmp_path, capsys):
+    write_images(tmp_path / "test" / "a", 1)
+    for number in range(22):
+        (tmp_path / "test" / "a" / f"{number}.kind{number % 11:02}").touch()
+    open_split("folder", tmp_path)
+    assert (
+        "22 that cannot be read as images (.kind00 2, .kind01 2, .kind02 2 and 8 other kinds)"
+        in capsys.readouterr().err
+    )
 
 
 def test_linked_classes_and_every_suffix_of_pillow_are_read(tmp_path):

@@ -17,6 +17,14 @@ from utils import InputError
 ENCODER = ResNet12(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
+@pytest.mark.parametrize(
+    ("cells", "ratio"), [(0, 1), (-2, 1), (1.5, 1), (2, 0), (2, -1), (2, float("nan")), (2, float("inf"))]
+)
+def test_a_grid_of_no_cells_or_of_no_ratio_is_refused(cells, ratio):
+    with pytest.raises(ValueError, match=f"a grid has 1 or more cells .* this one has {cells} and {ratio}$"):
+        grid_boxes(84, cells, ratio)
+
+
 def test_grid_boxes_golden():
     cases = json.loads((GOLDEN / "grid_locations.json").read_text())
     assert len(cases) == 60

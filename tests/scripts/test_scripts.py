@@ -334,7 +334,7 @@ GOOD = ["-dataset", "folder", "-data_dir", "good", "-model_dir", "none", *SMALL]
     ("flags", "status", "message"),
     [
         (["-data_dir", "nowhere"], 1, "there is no folder nowhere. Set -data_dir"),
-        (["-dataset", "miniimagenet", "-data_dir", "."], 1, "no list of test images: there is no file miniimagenet/split/test.csv"),
+        (["-dataset", "miniimagenet", "-data_dir", "."], 1, "no list of test images: there is no file miniimagenet/split"),
         (["-dataset", "cub"], 1, "no data set in good/cub"),
         (["-data_dir", "few", "-way", "1"], 1, "at least 3 images in every class (shot + query); the smallest class has 2"),
         (["-way", "7"], 1, "7-way episodes need at least 7 classes; the split has 6"),

@@ -95,12 +95,11 @@ class DeepEMD(nn.Module):
         Raises:
             ValueError: images of another shape, type or number.
         """
-        if way < 1 or shot < 1 or len(images) <= way * shot or len(images) % way:
-            wanted = (
-                f"{way} way {shot} shot needs {way} times {shot} support images, and as many queries for each class"
-            )
-            raise ValueError(f"{wanted}; got {len(images)} images")
         nodes = self.encode(images)  # support and queries in one batch, so batch norm sees the whole episode
+        if min(way, shot) < 1 or len(nodes) <= way * shot:
+            raise ValueError(
+                f"{way} way {shot} shot needs {way * shot} support images and queries; got {len(nodes)} images"
+            )
         support, query = nodes[: way * shot], nodes[way * shot :]
         return self.match(support, query, way=way, shot=shot, solver=solver, generator=generator)
 

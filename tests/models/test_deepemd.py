@@ -140,7 +140,7 @@ def test_images_of_another_type_are_refused(doors, dtype):
 
 
 def test_numbers_of_images_that_make_no_episode_are_refused(model):
-    with pytest.raises(ValueError, match="2 way 2 shot needs 4 support images; got 3"):
+    with pytest.raises(ValueError, match="2 way 2 shot needs 4 support images and queries; got 3"):
         model(nodes(3, 3, 32, 32), way=2, shot=2)
     for shot in (1, 2):
         with pytest.raises(ValueError, match=f"5 way {shot} shot needs {5 * shot} support images; got 7"):

@@ -1,6 +1,6 @@
 """The flags that choose the data and the views of an image."""
 
-import argparse
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 from dataloader.catalog import CATALOG
 from dataloader.dataset import ImageDataset
@@ -14,7 +14,7 @@ MOST_PATCHES, MOST_PER_EPISODE, LARGEST_RATIO = 1000, 1000, 100
 LARGEST_EPISODE = 8  # GiB of pixels
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, *, has_splits: bool = True) -> None:
+def add_data_arguments(parser: ArgumentParser, *, has_splits: bool = True) -> None:
     """The flags that :func:`view_of` reads, and where splits are read those of :func:`open_dataset` and the loader."""
     data = parser.add_argument_group("data")
     views = parser.add_argument_group("views of an image")
@@ -24,10 +24,8 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, has_splits: bool = Tr
         data.add_argument("-data_dir", default="datasets", help="folder that holds the data sets")
         text = "decode every image first, and skip those that cannot be read"
         data.add_argument("-verify_images", action="store_true", help=text)
-        text = (
-            "processes that load images; results do not depend on it (default: the cores that this process may use, at "
-            "most 8, divided by the processes of the run on this machine)"
-        )
+        cores = "the cores that this process may use, at most 8, divided by the processes of the run on this machine"
+        text = f"processes that load images; results do not depend on it (default: {cores})"
         data.add_argument("-num_workers", type=number_between(0, 256, int), help=text)
 
     views.add_argument("-deepemd", choices=VIEWS, default="fcn", help="what becomes a node")
@@ -49,13 +47,11 @@ def _grid_levels(text: str) -> tuple[int, ...]:
     levels = whole_numbers(text)
     patches = sum(cells**2 for cells in levels)
     if patches > MOST_PATCHES:
-        raise argparse.ArgumentTypeError(
-            f"{text} makes {patches} patches of an image; at most {MOST_PATCHES} are allowed"
-        )
+        raise ArgumentTypeError(f"{text} makes {patches} patches of an image; at most {MOST_PATCHES} are allowed")
     return levels
 
 
-def add_episode_arguments(parser: argparse.ArgumentParser) -> None:
+def add_episode_arguments(parser: ArgumentParser) -> None:
     """The flags that :func:`draw_episodes` reads."""
     count = number_between(1, MOST_PER_EPISODE, int)
     group = parser.add_argument_group("episodes")
@@ -64,25 +60,25 @@ def add_episode_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-query", type=count, default=15, help="queries per class")
 
 
-def open_dataset(args: argparse.Namespace, split: str, *, train: bool, deepemd: str | None = None) -> ImageDataset:
+def open_dataset(args: Namespace, split: str, *, train: bool, deepemd: str | None = None) -> ImageDataset:
     """One split as the flags say; ``deepemd`` overrides the flag of that name."""
     view = view_of(args, train=train, deepemd=deepemd)
     return ImageDataset(args.dataset, split, data_dir=args.data_dir, view=view, verify=args.verify_images)
 
 
-def view_of(args: argparse.Namespace, *, train: bool, deepemd: str | None = None) -> View:
+def view_of(args: Namespace, *, train: bool, deepemd: str | None = None) -> View:
     """The view that the flags ask for; ``deepemd`` overrides the flag of that name."""
     settings = {name: getattr(args, name) for name in ("image_size", "patch_list", "patch_ratio", "num_patch")}
     return make_view(deepemd or args.deepemd, train=train, **settings)
 
 
-def pixel_statistics(args: argparse.Namespace) -> dict[str, tuple[float, float, float] | None]:
+def pixel_statistics(args: Namespace) -> dict[str, tuple[float, float, float] | None]:
     """``mean`` and ``std`` of the pixels of the data set, for its model; None where the encoder's own are published."""
     return {"mean": CATALOG[args.dataset].mean, "std": CATALOG[args.dataset].std}
 
 
 def draw_episodes(
-    args: argparse.Namespace, dataset: ImageDataset, episodes: int, *, seed: int, name: str, train: bool = False
+    args: Namespace, dataset: ImageDataset, episodes: int, *, seed: int, name: str, train: bool = False
 ) -> SeededEpisodes:
     """Episodes of the task that the flags describe; ``name`` keeps the draws of several uses apart.
 
@@ -94,10 +90,9 @@ def draw_episodes(
     per_class, patches = args.shot + args.query, dataset.view.patches
     size = args.way * per_class * patches * 3 * args.image_size**2 / 2**30
     if size > LARGEST_EPISODE:
-        raise InputError(
-            f"an episode of {args.way} classes with {per_class} images of {patches} patches needs {size:.0f} GiB for its "
-            f"pixels; at most {LARGEST_EPISODE} GiB are allowed. Lower -way, -query, -image_size or the number of patches"
-        )
+        episode = f"an episode of {args.way} classes with {per_class} images of {patches} patches"
+        text = f"{episode} needs {size:.0f} GiB for its pixels; at most {LARGEST_EPISODE} GiB are allowed"
+        raise InputError(f"{text}. Lower -way, -query, -image_size or the number of patches")
     try:
         sampler = EpisodeSampler(dataset.labels, episodes, args.way, per_class)
     except InputError as error:

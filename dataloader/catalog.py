@@ -1,6 +1,7 @@
 """What is known about each data set: its folder, its layout, its size, its pixel statistics."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 SPLITS = ("train", "val", "test")
 
@@ -21,42 +22,27 @@ class DatasetSpec:
     obtain: str = ""  # how to get it, for messages
 
 
+_PREPARE = "python datasets/prepare.py"
+_published = partial(DatasetSpec, is_published=True)
+_large = partial(_published, large_images=True)
+
 CATALOG: dict[str, DatasetSpec] = {
-    "miniimagenet": DatasetSpec(
-        "csv",
-        ("miniimagenet",),
-        image_folders=("images",),
-        is_published=True,
-        large_images=True,
-        obtain="python datasets/prepare.py miniimagenet",
-    ),
-    "cub": DatasetSpec(
-        "csv_by_class",
-        ("cub",),
-        image_folders=(".", "images"),
-        is_published=True,
-        large_images=True,
-        obtain="python datasets/prepare.py cub",
-    ),
-    "tieredimagenet": DatasetSpec(
+    "miniimagenet": _large("csv", ("miniimagenet",), image_folders=("images",), obtain=f"{_PREPARE} miniimagenet"),
+    "cub": _large("csv_by_class", ("cub",), image_folders=(".", "images"), obtain=f"{_PREPARE} cub"),
+    "tieredimagenet": _large(
         "folders",
         ("tiered_imagenet", "tieredimagenet"),
-        is_published=True,
-        large_images=True,
-        obtain="python datasets/prepare.py tieredimagenet -source ILSVRC2012_img_train.tar",
+        obtain=f"{_PREPARE} tieredimagenet -source ILSVRC2012_img_train.tar",
     ),
-    "fc100": DatasetSpec(
-        "folders", ("FC100", "fc100"), is_published=True, pixels=32, obtain="python datasets/prepare.py fc100"
-    ),
-    "cifar_fs": DatasetSpec(
+    "fc100": _published("folders", ("FC100", "fc100"), pixels=32, obtain=f"{_PREPARE} fc100"),
+    "cifar_fs": _published(
         "folders",
         ("cifar_fs",),
         split_folders={"train": "meta-train", "val": "meta-val", "test": "meta-test"},
-        is_published=True,
         mean=(0.5071, 0.4866, 0.4409),
         std=(0.2009, 0.1984, 0.2023),
         pixels=32,
-        obtain="python datasets/prepare.py cifar_fs",
+        obtain=f"{_PREPARE} cifar_fs",
     ),
     "folder": DatasetSpec("folders", (".",), obtain="put your images in <data_dir>/{train,val,test}/<class>/"),
     "glyphs": DatasetSpec("folders", ("glyphs",), obtain="python datasets/make_glyphs.py"),

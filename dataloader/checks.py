@@ -78,15 +78,11 @@ def _about_counts(name: str, split: str, counts: Mapping[str, int]) -> Iterator[
 
 
 def _about_sizes(where: str, spec: DatasetSpec, sizes: Mapping[str, Size]) -> Iterator[str]:
-    edge = spec.pixels
+    edge, sampled = spec.pixels, f"{len(sizes)} sampled images of {where}"
     wrong = [f"{printable(path)}: {w}x{h}" for path, (w, h) in sizes.items() if edge and (w, h) != (edge, edge)]
     small = [printable(path) for path, size in sizes.items() if spec.large_images and is_shrunk(size)]
     if wrong:
-        yield (
-            f"{len(wrong)} of {len(sizes)} sampled images of {where} are not {edge}x{edge} as published, first {wrong[0]}"
-        )
+        yield f"{len(wrong)} of {sampled} are not {edge}x{edge} as published, first {wrong[0]}"
     if len(small) > MOST_SMALL_IN_SAMPLE * len(sizes):
-        yield (
-            f"{len(small)} of {len(sizes)} sampled images of {where} are {SHRUNK_TO} pixels or less (first {small[0]}); the "
-            "published results need them at their original size, and shrunk ones cost 8-10 points of accuracy"
-        )
+        cost = "the published results need them at their original size, and shrunk ones cost 8-10 points of accuracy"
+        yield f"{len(small)} of {sampled} are {SHRUNK_TO} pixels or less (first {small[0]}); {cost}"

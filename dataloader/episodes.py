@@ -40,9 +40,8 @@ class EpisodeSampler(Sampler[list[int]]):
     ) -> None:
         labels = torch.as_tensor(labels)
         if labels.dim() != 1:
-            raise ValueError(
-                f"labels are one number per image, a shape (B,); these have the shape {tuple(labels.shape)}"
-            )
+            shape = tuple(labels.shape)
+            raise ValueError(f"labels are one number per image, a shape (B,); these have the shape {shape}")
         self.members = [(labels == label).nonzero().flatten() for label in labels.unique()]
         self.episodes, self.way, self.per_class, self.generator = episodes, way, per_class, generator
         is_whole = all(isinstance(count, Integral) for count in (way, per_class, episodes))
@@ -53,10 +52,8 @@ class EpisodeSampler(Sampler[list[int]]):
             raise InputError(f"{way}-way episodes need {way} classes; the split has {len(self.members)}. Lower -way")
         smallest = min(map(len, self.members))
         if smallest < per_class:
-            raise InputError(
-                f"episodes need at least {per_class} images in every class (shot + query); the smallest class has {smallest}. "
-                "Lower -shot or -query"
-            )
+            need = f"episodes need at least {per_class} images in every class (shot + query)"
+            raise InputError(f"{need}; the smallest class has {smallest}. Lower -shot or -query")
 
     def __len__(self) -> int:
         return self.episodes

@@ -64,10 +64,7 @@ def wnids(name: str) -> dict[str, str]:
 
 @cache
 def miniimagenet_numbers() -> dict[str, tuple[int, ...]]:
-    """Class -> the 600 images of miniImageNet: 1-based places among the class's ImageNet training files.
-
-    The files are sorted by the number behind the underscore of their names.
-    """
+    """Class -> its 600 images: 1-based places among its ImageNet training files, sorted by the number after the underscore."""
     return {row["class"]: tuple(map(int, row["images"].split())) for row in _rows("miniimagenet_images.tsv")}
 
 

@@ -125,9 +125,6 @@ def _describe_left_out(folder: Path, files: Sequence[Path]) -> str:
     return f"left out of {printable(str(folder))}: {len(files)} that cannot be read as images ({listed}), first {first}"
 
 
-# --- One folder per class ---------------------------------------------------------------------------------------------
-
-
 def _read_folders(spec: DatasetSpec, root: Path, split: str, advice: str, report: Report) -> Pairs:
     """``<split>/<class>/<image>``. Hidden names are ignored; folders, pipes and dead links are no images."""
     folder = root / spec.split_folders.get(split, split)
@@ -159,9 +156,6 @@ def _read_folders(spec: DatasetSpec, root: Path, split: str, advice: str, report
 
 def _entries(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not is_hidden(path))
-
-
-# --- A table of files -------------------------------------------------------------------------------------------------
 
 
 def _read_csv(spec: DatasetSpec, root: Path, split: str, advice: str, report: Report) -> Pairs:

@@ -112,24 +112,19 @@ class GridView(View):
         return sum(num_grid**2 for num_grid in self.patch_list)
 
     def boxes(self, size: tuple[int, int]) -> list[Box]:
-        self._check(size)
+        # Checked for the smallest ratio that can be drawn, so that chance does not decide which image is refused.
+        smallest = 1.0 if self.train else self.patch_ratio
+        for num_grid in self.patch_list:
+            cells = [cell for pixels in size for cell in grid_boxes(pixels, num_grid, smallest)]
+            if min(size) < num_grid or any(start >= end for start, end in cells):
+                edges = f"{num_grid} cells along each edge (-patch_list): {size[0]}x{size[1]} pixels leave cells without a pixel"
+                raise InputError(f"the image is too small for {edges}. Lower -patch_list or use larger images")
         found = []
         for num_grid in self.patch_list:
             ratio = 1 + 2 * torch.rand(()).item() if self.train else self.patch_ratio
             columns, rows = (grid_boxes(pixels, num_grid, ratio) for pixels in size)
             found += [Box(left, upper, right, lower) for upper, lower in rows for left, right in columns]
         return [box._replace(flip=_draw_flip()) for box in found] if self.train else found
-
-    def _check(self, size: tuple[int, int]) -> None:
-        # Against the smallest ratio that can be drawn, so that chance does not decide which image is refused.
-        ratio = 1.0 if self.train else self.patch_ratio
-        for num_grid in self.patch_list:
-            cells = [cell for pixels in size for cell in grid_boxes(pixels, num_grid, ratio)]
-            if min(size) < num_grid or any(start >= end for start, end in cells):
-                raise InputError(
-                    f"the image is too small for {num_grid} cells along each edge (-patch_list): {size[0]}x{size[1]} pixels "
-                    "leave cells without a pixel. Lower -patch_list or use larger images"
-                )
 
 
 class SamplingView(View):

@@ -19,9 +19,8 @@ ATTEMPTS = 6
 FIRST_PAUSE = 1.0  # seconds between attempts, then doubled each time
 TIMEOUT = 60  # seconds without an answer
 CHUNK = 1 << 16  # bytes, at most lost with a connection
-ABSENT = (
-    "It is not there: check the name in -source and HF_ENDPOINT, or get the file another way and pass it as -source"
-)
+OTHERWISE = "get the file another way and pass it as -source"
+ABSENT = f"It is not there: check the name in -source and HF_ENDPOINT, or {OTHERWISE}"
 
 
 class Remote(NamedTuple):
@@ -92,10 +91,8 @@ def _check(remote: Remote, partial: Path) -> None:
             fault = f"the {kind} {digest.hexdigest()} instead of {wanted}"
     if fault:
         partial.unlink()
-        raise InputError(
-            f"{remote.url} is not the published file: it has {fault}. The download was removed. Run the same command again; "
-            "if that does not help, get the file another way and pass it as -source"
-        )
+        advice = f"Run the same command again; if that does not help, {OTHERWISE}"
+        raise InputError(f"{remote.url} is not the published file: it has {fault}. The download was removed. {advice}")
 
 
 def _get(remote: Remote, headers: dict[str, str], *, stream: bool = False) -> requests.Response:
@@ -114,21 +111,15 @@ def _get(remote: Remote, headers: dict[str, str], *, stream: bool = False) -> re
     except requests.RequestException as error:
         raise _failed(remote, " ".join(str(error).split()) or type(error).__name__) from error
     if response.status_code >= 400 and response.status_code != 416:
-        by_status = {401: remote.refused, 403: remote.refused, 404: ABSENT, 410: ABSENT}
-        advice = by_status.get(response.status_code, "")
+        advice = {401: remote.refused, 403: remote.refused, 404: ABSENT, 410: ABSENT}.get(response.status_code, "")
         answer = f"HTTP {response.status_code} {response.reason}"
         raise InputError(f"the server refused {remote.url} ({answer}). {advice}".strip())
     return response
 
 
 def _failed(remote: Remote, reason: str) -> InputError:
-    return InputError(
-        f"cannot download {remote.url}: {ATTEMPTS} attempts failed ({reason}). Check the connection and run the same command "
-        "again; a download resumes where it stopped"
-    )
-
-
-# --- Hugging Face -----------------------------------------------------------------------------------------------------
+    advice = "Check the connection and run the same command again; a download resumes where it stopped"
+    return InputError(f"cannot download {remote.url}: {ATTEMPTS} attempts failed ({reason}). {advice}")
 
 
 def hub_parquet(name: str, revision: str) -> tuple[str, dict[str, Remote]]:
@@ -141,10 +132,9 @@ def hub_parquet(name: str, revision: str) -> tuple[str, dict[str, Remote]]:
     if not re.match(r"(?i)https?://[^\s/?#]", server):
         raise InputError(f"HF_ENDPOINT is {printable(server)}. It must be a server, as in https://huggingface.co")
     token = (os.environ.get("HF_TOKEN") or "").strip() or None
-    advice = (
-        f"If the name is right, accept the terms at {server}/datasets/{name} while logged in, create a token in your "
-        f"settings, and set HF_TOKEN to it{' (the present one is refused)' if token else ''}"
-    )
+    terms = f"accept the terms at {server}/datasets/{name} while logged in"
+    refused = " (the present one is refused)" if token else ""
+    advice = f"If the name is right, {terms}, create a token in your settings, and set HF_TOKEN to it{refused}"
     url = f"{server}/api/datasets/{quote(name)}/revision/{quote(revision)}?blobs=true"
     response = _get(Remote(url, token=token, refused=advice), {})
     files = {}

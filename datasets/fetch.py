@@ -106,18 +106,16 @@ def _download(name: str, into: Path) -> Path:
         if isinstance(error, OSError) and not isinstance(error, RequestException):
             raise  # the disk is at fault
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"cannot download {archive} from Google Drive ({reason}). Run this again to resume the download, unless the file "
-            f"is over its quota; if that fails as well, remove {path}*. {_advice(name)}"
-        ) from error
+        again = "Run this again to resume the download, unless the file is over its quota"
+        text = f"cannot download {archive} from Google Drive ({reason}). {again}; if that fails as well, remove {path}*"
+        raise InputError(f"{text}. {_advice(name)}") from error
     return path
 
 
 def _advice(name: str) -> str:
-    return (
-        f"Or save https://drive.google.com/file/d/{DOWNLOADS[name].drive_id}/view in a browser and run: "
-        f"python datasets/fetch.py {name} path/to/{DOWNLOADS[name].archive}. {DOWNLOADS[name].otherwise}"
-    )
+    drive_id, archive, _, otherwise, _ = DOWNLOADS[name]
+    command = f"python datasets/fetch.py {name} path/to/{archive}"
+    return f"Or save https://drive.google.com/file/d/{drive_id}/view in a browser and run: {command}. {otherwise}"
 
 
 def _extract(path: Path, into: Path, download: Download) -> Path:

@@ -5,8 +5,7 @@
 Each class is a letter, each image that letter in one face with a random rotation, scale, shear and shift. The splits
 share no script, so the test asks for letters that training has never seen. Needs no network.
 
-An earlier glyphs tree in the output folder is replaced; a folder that holds anything else is refused. The new tree appears
-when it is complete.
+An earlier glyphs tree is replaced when the new one is complete; a folder that holds anything else is refused.
 """
 
 import math
@@ -32,7 +31,6 @@ FACES = (
     *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic", "Display")),
     *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
 )
-
 
 # Left out: letters that look like one of another script or like their own other case, which would be two equal classes.
 LETTERS = {
@@ -114,9 +112,7 @@ def _draw(letter: str, font: ImageFont.FreeTypeFont, size: int, draw: random.Ran
     ImageDraw.Draw(canvas).text((2 * size, 2 * size), letter, fill=0, font=font, anchor="mm")
     left, upper, right, lower = Image.eval(canvas, lambda value: 255 - value).getbbox()
     extent = max(right - left, lower - upper)
-
-    angle, shear = math.radians(draw.uniform(-15, 15)), draw.uniform(-0.2, 0.2)
-    stretch = draw.uniform(0.85, 1.15)
+    angle, shear, stretch = math.radians(draw.uniform(-15, 15)), draw.uniform(-0.2, 0.2), draw.uniform(0.85, 1.15)
     scale = extent / (size * draw.uniform(0.55, 0.8))  # canvas pixels per image pixel
     shift_x, shift_y = draw.uniform(-0.08, 0.08) * size, draw.uniform(-0.08, 0.08) * size
     a, b = scale * stretch * math.cos(angle), scale * (shear - math.sin(angle))

@@ -247,10 +247,8 @@ def _make(name: str, content: bytes, target: Target, path: Path, side: int) -> s
 def _cropped(image: Image.Image, box: tuple[float, ...]) -> Image.Image:
     left, upper, right, lower = (round(value) for value in box)
     if not (0 <= left < right <= image.width + 1 and 0 <= upper < lower <= image.height + 1):
-        raise InputError(
-            f"the bounding box {left}, {upper}, {right}, {lower} (left, upper, right, lower) is not within the image's "
-            f"{image.width} x {image.height} pixels"
-        )
+        found = f"{left}, {upper}, {right}, {lower} (left, upper, right, lower)"
+        raise InputError(f"the bounding box {found} is not within the image's {image.width} x {image.height} pixels")
     return image.crop((left, upper, min(right, image.width), min(lower, image.height)))
 
 

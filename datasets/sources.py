@@ -78,9 +78,6 @@ def open_source(path: Path, archives: Collection[str] = ()) -> Source:
     return ConcatSource(path.name, found) if found else Folder(path)
 
 
-# --- Folders and archives ---------------------------------------------------------------------------------------------
-
-
 class Folder(Source):
     """Files at any depth below a folder."""
 
@@ -127,9 +124,6 @@ class ArchiveSource(Source):
                 for inner in self.archive.inner_members(member):
                     if inner.kind == "file":
                         yield inner._replace(name=f"{member.name}/{inner.name}")
-
-
-# --- Parquet ----------------------------------------------------------------------------------------------------------
 
 
 class Parquet(Source):

@@ -127,9 +127,6 @@ def verify(name: str, data_dir: Path) -> dict[str, Any]:
     return _report(tree)
 
 
-# --- Listing and reading files ----------------------------------------------------------------------------------------
-
-
 def _list_images(tree: Tree) -> None:
     """The images that the scripts read, as the scripts list them."""
     for split in SPLITS:
@@ -197,9 +194,6 @@ def _read_file(root: str, not_images: frozenset[str], name: str) -> FileRecord:
         return FileRecord(digest, fault=reason(error))
 
 
-# --- Checks -----------------------------------------------------------------------------------------------------------
-
-
 def check_listing(tree: Tree) -> None:
     """What the readers met, by kind; a script needs only the splits that it reads."""
     kinds: dict[str, list[Problem]] = defaultdict(list)
@@ -258,11 +252,8 @@ def check_cropped(tree: Tree) -> None:
     sides: dict[tuple[str, str], list[int]] = defaultdict(list)
     for path, facts in tree.facts() if tree.name == "cub" else ():
         sides[tree.images[path]].append(max(facts.shape[:2]))
-    whole = [
-        " ".join(label)
-        for label, found in sorted(sides.items())
-        if len(found) >= FEWEST_TO_JUDGE and found.count(UNCROPPED_SIDE) > MOST_UNCROPPED * len(found)
-    ]
+    judged = {" ".join(label): found for label, found in sorted(sides.items()) if len(found) >= FEWEST_TO_JUDGE}
+    whole = [label for label, found in judged.items() if found.count(UNCROPPED_SIDE) > MOST_UNCROPPED * len(found)]
     cure = "Uncropped images cost 15 points; crop them to their bounding boxes: python datasets/prepare.py cub"
     tree.fault("classes whose images look uncropped, with a longer side of 500 pixels", whole, cure)
 
@@ -346,9 +337,6 @@ CHECKS = (  # the most harmful first
     *(check_listing, check_classes, check_leaks, check_cropped, check_resolution, check_pixels),
     *(check_images, check_counts, check_manifest, check_overlap, check_conversions, check_strays),
 )
-
-
-# --- The report -------------------------------------------------------------------------------------------------------
 
 
 def _report(tree: Tree) -> dict[str, Any]:

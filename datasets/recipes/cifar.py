@@ -82,12 +82,8 @@ class _PlainUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+DOWNLOADS = {ARCHIVE: Remote(f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}", digest=DIGEST)}
 RECIPES = {
-    name: Recipe(
-        CATALOG[name].folders[0],
-        partial(plan, name),
-        downloads={ARCHIVE: Remote(f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}", digest=DIGEST)},
-        adapt=adapt,
-    )
+    name: Recipe(CATALOG[name].folders[0], partial(plan, name), downloads=DOWNLOADS, adapt=adapt)
     for name in ("fc100", "cifar_fs")
 }

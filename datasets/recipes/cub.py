@@ -43,18 +43,10 @@ def _read_boxes(source: Source, entries: list[Entry]) -> dict[str, tuple[float, 
         boxes = {number: tuple(map(float, box)) for number, *box in rows["bounding_boxes.txt"]}
         return {file_of[n]: (x, y, x + width, y + height) for n, (x, y, width, height) in boxes.items()}
     except (ValueError, KeyError) as error:
-        raise InputError(
-            f"cannot read the bounding boxes of {source.where} ({error}): images.txt needs rows 'id file', bounding_boxes.txt "
-            "rows 'id x y width height'. Get a complete source, or use -no_crop"
-        ) from error
+        needed = "images.txt needs rows 'id file', bounding_boxes.txt rows 'id x y width height'"
+        text = f"cannot read the bounding boxes of {source.where} ({error}): {needed}"
+        raise InputError(f"{text}. Get a complete source, or use -no_crop") from error
 
 
-RECIPES = {
-    "cub": Recipe(
-        "cub",
-        plan,
-        downloads={"CUB_200_2011.tgz": Remote(URL, size=1_150_585_339, digest="md5:97eceeb196236b17998738112f37df78")},
-        shorter_side=0,
-        crops=True,
-    )
-}
+ARCHIVE = Remote(URL, size=1_150_585_339, digest="md5:97eceeb196236b17998738112f37df78")
+RECIPES = {"cub": Recipe("cub", plan, downloads={"CUB_200_2011.tgz": ARCHIVE}, shorter_side=0, crops=True)}

@@ -13,6 +13,9 @@ from recipes.common import IMAGENET_NAME, Plan, Recipe, Target, parquet_file_nam
 from utils import first_few
 
 MINI_NAME = re.compile(r"(n\d{8})(\d{8})\.JPE?G", re.IGNORECASE)
+SOURCES = (
+    "ILSVRC2012_img_train.tar from image-net.org, Kaggle's archive of ImageNet, or hf://datasets/ILSVRC/imagenet-1k"
+)
 HUB = "timm/mini-imagenet@bd8779f9d33c061ea6e75fdd3bce4e43dd679060"
 PER_CLASS = 600  # images in miniImageNet
 MOST_PER_CLASS = 1300  # images in ImageNet
@@ -72,13 +75,11 @@ def plan_miniimagenet(source: Source, entries: list[Entry], crop: bool) -> Plan:
             at = {number: image.entry for number, image in zip(numbers, found, strict=True)}
             chosen = {f"{label}{place:08d}.jpg": at[place] for place in places if place in at}
         images |= {entry.name: Target(f"images/{file}", split, label) for file, entry in chosen.items()}
+    lost = f"fewer than the usual {MOST_PER_CLASS} images: if the source lost some, the choice of images is shifted"
     explained = (
         (unnamed, "files without their ImageNet names, so whether they are miniImageNet's 600 images is not verified"),
         (other, "file names that do not fit miniImageNet's list: the choice of images is another one"),
-        (
-            short,
-            f"fewer than the usual {MOST_PER_CLASS} images: if the source lost some, the choice of images is shifted",
-        ),
+        (short, lost),
     )
     notes = [f"{len(labels)} classes ({first_few(labels)}) have {what}" for labels, what in explained if labels]
     return published_plan("miniimagenet", images, tables=True, notes=notes)
@@ -110,10 +111,5 @@ def plan_tieredimagenet(source: Source, entries: list[Entry], crop: bool) -> Pla
 
 RECIPES = {
     "miniimagenet": Recipe("miniimagenet", plan_miniimagenet, hub=HUB, shorter_side=0),
-    "tieredimagenet": Recipe(
-        "tiered_imagenet",
-        plan_tieredimagenet,
-        shorter_side=224,
-        advice="ILSVRC2012_img_train.tar from image-net.org, Kaggle's archive of ImageNet, or hf://datasets/ILSVRC/imagenet-1k",
-    ),
+    "tieredimagenet": Recipe("tiered_imagenet", plan_tieredimagenet, shorter_side=224, advice=SOURCES),
 }

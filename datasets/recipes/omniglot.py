@@ -27,16 +27,9 @@ def plan(source: Source, entries: list[Entry], crop: bool) -> Plan:
             label = f"{script}_{character}"
             images[entry.name] = Target(f"{split}/{label}/{file}", split, label)
     found = Counter(target.split for target in images.values())
-    faults = [
-        f"{found[split]} of {number} {split} drawings" for split, number in DRAWINGS.items() if found[split] != number
-    ]
+    faults = [f"{found[split]} of {n} {split} drawings" for split, n in DRAWINGS.items() if found[split] != n]
     return Plan(images, {}, faults, [])
 
 
-RECIPES = {
-    "omniglot": Recipe(
-        "omniglot",
-        plan,
-        downloads={f"images_background_small{n}.zip": Remote(f"{URL}/images_background_small{n}.zip") for n in (1, 2)},
-    )
-}
+ARCHIVES = {f"images_background_small{n}.zip": Remote(f"{URL}/images_background_small{n}.zip") for n in (1, 2)}
+RECIPES = {"omniglot": Recipe("omniglot", plan, downloads=ARCHIVES)}

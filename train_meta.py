@@ -12,6 +12,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+import utils
 from dataloader import arguments as data
 from dataloader.episodes import episode_labels
 from engine import arguments
@@ -26,28 +27,13 @@ from Models.arguments import add_model_arguments, build_model, solver_choice
 from Models.emd import ProblemError, SolverError
 from Models.weights import load_encoder_weights
 from pictures.matches import check_head, draw_fixed
-from utils import (
-    BEST_WEIGHTS,
-    InputError,
-    make_parser,
-    named_generator,
-    number_at_least,
-    number_between,
-    run_script,
-    status,
-)
+from utils import BEST_WEIGHTS, InputError, make_parser, named_generator, number_at_least, number_between, run_script
 
 SCRIPT = "train_meta.py"
 # Flags that eval.py does not have, and -set, which means the validation split here.
 OWN_FLAGS = (
-    "val_frequency",
-    "val_episode",
-    "val_solver",
-    "log_images",
-    "pretrain_dir",
-    "save_all",
-    "random_val_task",
-    "set",
+    *("val_frequency", "val_episode", "val_solver", "random_val_task", "set"),
+    *("log_images", "pretrain_dir", "save_all"),
 )
 
 
@@ -64,12 +50,9 @@ def build_parser() -> ArgumentParser:
     group.add_argument("-log_images", type=number_between(0, 100, int), default=0, help=log_images)
     shown = {"metavar": "NAME[:OPTION=VALUE,...]", "help": "solver of validation and final test, as -solver"}
     group.add_argument("-val_solver", type=solver_choice, default="opencv", **shown)
-    group.add_argument(
-        "-pretrain_dir",
-        default="deepemd_pretrain_model/",
-        help="encoder to start from: a checkpoint, a run folder of train_pretrain.py, or a folder with "
-        '<dataset>/resnet12/max_acc.pth in it; "none" starts from random weights',
-    )
+    layout = '<dataset>/resnet12/max_acc.pth in it; "none" starts from random weights'
+    encoder = f"encoder to start from: a checkpoint, a run folder of train_pretrain.py, or a folder with {layout}"
+    group.add_argument("-pretrain_dir", default="deepemd_pretrain_model/", help=encoder)
     data.add_data_arguments(parser)
     data.add_episode_arguments(parser)
     add_model_arguments(parser)
@@ -121,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     fingerprints = {split: dataset.fingerprint() for split, dataset in sets.items()}
     run = open_run(SCRIPT, args, folder, ranks, weights=model, data=fingerprints, started_from=started_from)
     if run.is_finished(args.max_epoch):
-        status(f"the run in {folder} is finished: nothing to do")
+        utils.status(f"the run in {folder} is finished: nothing to do")
         return
 
     shard = Shard(train_episodes, ranks, by_image=False)
@@ -134,9 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with stop_request(arguments.resume_command(SCRIPT, argv, args) if ranks.is_first else None) as stop:
         evaluator = arguments.make_evaluator(args, val_set, device=device, keep_pixels=True, ranks=ranks, stop=stop)
-        drawn = data.draw_episodes(
-            args, val_set, args.log_images if ranks.is_first else 0, seed=args.seed, name=args.set
-        )
+        log_images = args.log_images if ranks.is_first else 0
+        drawn = data.draw_episodes(args, val_set, log_images, seed=args.seed, name=args.set)
         shape = {"way": args.way, "shot": args.shot, "seed": args.seed, "device": device, "solver": args.val_solver}
 
         def validate(epoch):
@@ -163,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except Stopped:
             raise
         except Exception:
-            status(f"the final test failed. The best weights are in {best}; to test them, run: {test_command}")
+            utils.status(f"the final test failed. The best weights are in {best}; to test them, run: {test_command}")
             raise
     run.log(f"test, best model, {line}")
     run.finish(test_acc=found["accuracy"], test_interval=found["interval"], test_loss=found["loss"])

@@ -32,9 +32,8 @@ OWN_FLAGS = ("num_episode", "sync_bn")  # that train_meta.py does not have
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    arguments.add_training_arguments(
-        parser, max_epoch=120, bs=128, bs_help="images per step", lr=0.1, step_size=30, gamma=0.2
-    )
+    images = "images per step"
+    arguments.add_training_arguments(parser, max_epoch=120, bs=128, bs_help=images, lr=0.1, step_size=30, gamma=0.2)
     group = parser.add_argument_group("pre-training")
     group.add_argument("-num_episode", type=number_at_least(1, int), default=100, help="validation episodes per epoch")
     sync_bn = "several processes on GPUs: batch statistics of the whole batch, not of the part on each GPU"

@@ -69,9 +69,8 @@ def number_between(minimum: float, maximum: float, kind: type) -> Callable[[str]
             value = kind(text)
             if math.isfinite(value) and minimum <= value <= maximum:
                 return value
-        raise argparse.ArgumentTypeError(
-            f"expected a {'whole ' * (kind is int)}number from {minimum} to {maximum}; got {text!r}"
-        )
+        wanted = f"a {'whole ' * (kind is int)}number from {minimum} to {maximum}"
+        raise argparse.ArgumentTypeError(f"expected {wanted}; got {text!r}")
 
     return parse
 
@@ -205,20 +204,18 @@ def save_plain(path: Path, content: Any) -> None:
 
 def write_output(path: Path, content: bytes | memoryview) -> None:
     """Write a file that the user named: as :func:`write_atomically`, but several hard links to a file stay one file."""
-    if not (path.is_file() and path.stat().st_nlink > 1):
+    if path.is_file() and path.stat().st_nlink > 1:
+        with _writing(path):
+            path.write_bytes(content)
+    else:
         write_atomically(path, content)
-        return
-    with _writing(path):
-        path.write_bytes(content)
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that a reader sees the old content or the new one, whenever the process is killed or power is lost.
 
     Its folder is created, links are followed, and an existing file keeps its mode. Devices and pipes are opened and written.
-
-    Raises:
-        InputError: it cannot be written; what was there before is intact.
+    InputError if it cannot be written; what was there before is intact.
     """
     real = Path(os.path.realpath(path))
     partial = real.with_name(f"{uuid.uuid4().hex}.part")
@@ -249,8 +246,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 def read_json(path: Path, what: str, parse: Callable[[Any], T] = lambda content: content) -> T:
     """The content of a JSON file, as ``parse`` returns it; an error of Python's own in ``parse`` means another file.
 
-    Raises:
-        InputError: it cannot be read, or is not ``what`` it should be, as in "the results of an evaluation".
+    InputError if it cannot be read, or is not ``what`` it should be, as in "the results of an evaluation".
     """
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))

@@ -36,14 +36,9 @@ def add_training_arguments(
     group.add_argument("-save_all", action="store_true", help="keep the weights of every epoch, as epoch-<n>.pth")
     every = "steps between saves of the state within an epoch; 0 saves it once an epoch"
     group.add_argument("-save_every", type=steps, default=0, help=every)
-    group.add_argument(
-        "-resume",
-        nargs="?",
-        const="",
-        metavar="FOLDER",
-        help="resume the run in the folder that the other flags name, or start it if there is none; with FOLDER, resume "
-        "the run in FOLDER with its own flags",
-    )
+    own = "with FOLDER, resume the run in FOLDER with its own flags"
+    resume = f"resume the run in the folder that the other flags name, or start it if there is none; {own}"
+    group.add_argument("-resume", nargs="?", const="", metavar="FOLDER", help=resume)
     group = parser.add_argument_group("validation")
     group.add_argument("-set", choices=("val", "test"), default="val", help="split to validate on")
     group.add_argument("-random_val_task", action="store_true", help="draw new validation episodes every epoch")
@@ -67,8 +62,15 @@ def parse_run(
     recorded = record["flags"]
     if record["script"] != script:
         raise InputError(f"-resume: {folder} holds a run of {record['script']}, not of {script}")
-    if args.resume:
-        args = _parse_over(recorded, parser, sys.argv[1:] if argv is None else argv, folder / RECORD)
+    if args.resume:  # the recorded flags are checked as those of a user are
+        known = {name: value for name, value in recorded.items() if name in vars(args)} | {"resume": None}
+        message = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(message):
+                args = parser.parse_args([*_words(parser, known), *(sys.argv[1:] if argv is None else argv)])
+        except SystemExit:
+            found = f"has flags that cannot be used ({message.getvalue().strip()})"
+            raise InputError(f"{folder / RECORD} {found}") from None
     if args.seed == 0:
         args.seed = recorded["seed"]  # the one that was drawn
     flags = json.loads(json.dumps(result_flags(args)))
@@ -80,17 +82,6 @@ def parse_run(
         advice = "Resume it with its own flags, or start another run with -extra_dir"
         raise InputError(f"-resume: the run in {folder} has other flags: {listed}. {advice}")
     return args, folder, True
-
-
-def _parse_over(recorded: dict[str, Any], parser: ArgumentParser, argv: Sequence[str], path: Path) -> Namespace:
-    """Parse a command line whose defaults are the flags recorded in a file, which are checked as those of a user are."""
-    known = {name: value for name, value in recorded.items() if name in vars(parser.parse_args([]))}
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message):
-            return parser.parse_args([*_words(parser, {**known, "resume": None}), *argv])
-    except SystemExit:
-        raise InputError(f"{path} has flags that cannot be used ({message.getvalue().strip()})") from None
 
 
 def fit_settings(args: Namespace, **more: Any) -> FitSettings:
@@ -116,21 +107,16 @@ def add_run_arguments(parser: ArgumentParser, *, has_folder: bool = True) -> Non
     kernels = "on a GPU, use deterministic kernels: repeatable, and slower"
     group.add_argument("-deterministic", action="store_true", help=kernels)
     if has_folder:
-        group.add_argument(
-            "-extra_dir",
-            type=folder_name,
-            default="",
-            help="subfolder of the run folder, to keep runs apart; eval.py adds its result to "
-            "checkpoint/eval/<extra_dir>/results.txt",
-        )
+        results = "checkpoint/eval/<extra_dir>/results.txt"
+        subfolder = f"subfolder of the run folder, to keep runs apart; eval.py adds its result to {results}"
+        group.add_argument("-extra_dir", type=folder_name, default="", help=subfolder)
 
 
 def folder_name(text: str) -> str:
     """An argparse type: a relative path that stays below the folder it is joined to."""
     path = Path(text)
     if path.is_absolute() or ".." in path.parts or "\0" in text:
-        wanted = "expected the name of a folder below checkpoint/, as in trial-2"
-        raise ArgumentTypeError(f"{wanted}; got {text!r}")
+        raise ArgumentTypeError(f"expected the name of a folder below checkpoint/, as in trial-2; got {text!r}")
     return text
 
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -95,8 +95,7 @@ class PixelCache(dict[Item, Tensor]):
             return torch.stack([self[item] for item in batch.items])
         if keep and self.room >= fresh.nbytes:
             self.room -= fresh.nbytes
-            # Cloned, because memory shared with the loader's processes is scarce.
-            self.update(zip(batch.missing, fresh.clone(), strict=True))
+            self.update(zip(batch.missing, fresh.clone(), strict=True))  # memory shared with the loader is scarce
         if len(fresh) == len(batch.items):
             return fresh
         loaded = dict(zip(batch.missing, fresh, strict=True))
@@ -116,28 +115,23 @@ def free_memory(device: torch.device) -> int:
     return min(free, max(0, limit - used))
 
 
-def plan_groups(
-    groups: Iterable[list[list[Item]]], table: NodeTable, pixels: PixelCache, batch_size: int
-) -> Iterator[Group]:
-    """What each group of episodes needs to have encoded, in batches, and the rows of the table that its nodes are in."""
+def plan_groups(groups: Iterable[list[list[Item]]], table: NodeTable, pixels: PixelCache, size: int) -> Iterator[Group]:
+    """What each group of episodes has to have encoded, in batches of ``size``, and the table's rows of its nodes."""
     for group in groups:
         wanted = [item for episode in group for item in episode]
         first, new = table.reserve_rows(wanted)
         batches = []
-        for start in range(0, len(new), batch_size):
-            part = new[start : start + batch_size]
+        for start in range(0, len(new), size):
+            part = new[start : start + size]
             batches.append(Batch(part, first + start, [item for item in part if item not in pixels]))
         rows = [table.place[item] for item in wanted] if table.most else range(len(wanted))
         yield Group(batches, torch.tensor(rows).view(len(group), -1))
 
 
-def load_ahead(
-    plan: Iterator[Group], loader: DataLoader, queue: Queue, *, most: int
-) -> Iterator[tuple[Group, Iterator[Any]]]:
+def load_ahead(plan: Iterator[Group], loader: DataLoader, queue: Queue, most: int) -> Iterator[tuple[Group, Iterator]]:
     """The groups of a plan, each with the stream of batches that its missing pixels come from.
 
-    The loader's processes take batches of later groups in advance. At most ``most`` groups are planned for that, as there may
-    be none with a missing image.
+    The loader takes batches of later groups in advance, planning at most ``most``, as none may have a missing image.
     """
     ahead: deque[Group] = deque()  # planned and not yet complete
 

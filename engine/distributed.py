@@ -55,8 +55,7 @@ class Ranks:
     def average(self, tensors: Sequence[Tensor], *, weight: float = 1.0) -> None:
         """Replace floating-point tensors by their mean over the ranks, whose weights have the mean 1.
 
-        Not by DistributedDataParallel, which exchanges gradients during the backward pass: a step that one rank gives up
-        would leave the others waiting for it.
+        In the backward pass of DistributedDataParallel, the others would wait for a rank that gives up a step.
         """
         tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
         if self.size == 1 or not tensors:
@@ -99,10 +98,8 @@ def read_launch() -> Launch | None:
     rank, size, local_rank, local_size = numbers
     if min(numbers) < 0 or not (rank < size and local_rank < local_size <= size):
         found = ", ".join(f"{name}={os.environ[name]}" if environ.get(name) else f"no {name}" for name in names)
-        raise InputError(
-            f"the environment has {found}, which is not the state of a launched process. Start the processes with torchrun "
-            f"or srun, or unset {names[1]} to run a single one"
-        )
+        advice = f"Start the processes with torchrun or srun, or unset {names[1]} to run a single one"
+        raise InputError(f"the environment has {found}, which is not the state of a launched process. {advice}")
     return Launch(*numbers, by_slurm)
 
 
@@ -110,17 +107,15 @@ def join(launch: Launch, device: torch.device) -> Ranks:
     """Connect to the other processes of the run. InputError if the environment does not say where the first one is."""
     environ = os.environ
     if launch.by_slurm:
-        environ.setdefault(
-            "MASTER_PORT", str(20000 + int(re.sub(r"\D", "", environ.get("SLURM_JOB_ID", "")) or 0) % 20000)
-        )
+        job = int(re.sub(r"\D", "", environ.get("SLURM_JOB_ID", "")) or 0)
+        environ.setdefault("MASTER_PORT", str(20000 + job % 20000))
         if environ.get("SLURM_STEP_NUM_NODES", "1") == "1":
             environ.setdefault("MASTER_ADDR", "127.0.0.1")
     port = environ.get("MASTER_PORT", "")
     if not environ.get("MASTER_ADDR") or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
-        raise InputError(
-            "several processes need MASTER_ADDR, the host of the first, and MASTER_PORT in the environment. torchrun sets "
-            "them; for srun on several nodes: export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1)"
-        )
+        needed = "several processes need MASTER_ADDR, the host of the first, and MASTER_PORT in the environment"
+        export = "export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1)"
+        raise InputError(f"{needed}. torchrun sets them; for srun on several nodes: {export}")
     backend = "nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, rank=launch.rank, world_size=launch.size, timeout=COLLECTIVE_TIMEOUT)
     atexit.register(distributed.destroy_process_group)
@@ -135,8 +130,7 @@ class Shard(Sampler[list[Any]]):
     """
 
     def __init__(self, batches: Any, ranks: Ranks, *, by_image: bool) -> None:
-        self.batches, self.ranks, self.by_image = batches, ranks, by_image
-        self.first = 0
+        self.batches, self.ranks, self.by_image, self.first = batches, ranks, by_image, 0
         self.length = len(batches)  # over all ranks
         if by_image and len(batches[self.length - 1]) < ranks.size:
             self.length -= 1  # what is left over at the end of an epoch has no image for every rank

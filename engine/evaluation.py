@@ -42,11 +42,8 @@ class Model(Protocol):
     device_ids: Sequence[int]  # the GPUs that batches are spread over, if there are several
 
     def folded(self) -> "Model": ...
-
     def encode(self, images: Tensor) -> Tensor: ...
-
     def match(self, support: Tensor, query: Tensor, **settings: Any) -> Tensor: ...
-
     def settle(self) -> None: ...
 
 
@@ -115,8 +112,8 @@ class _RunningInterval:
 class Recorder:
     """Records the scores of an evaluation in a file from time to time, so that it can be resumed.
 
-    With ``resume``, ``scores`` are those in the file at first. A file that does not fit an evaluation of so many ``episodes``,
-    with so many ``queries`` each, is set aside with a warning. The first of the ranks reads and writes.
+    With ``resume``, ``scores`` are those in the file at first; one that does not fit so many ``episodes`` of so many
+    ``queries`` is set aside with a warning. Only the first rank reads and writes.
     """
 
     def __init__(self, path: Path, *, resume: bool, episodes: int, queries: int, ranks: Ranks) -> None:
@@ -141,8 +138,8 @@ class Recorder:
         """Write the scores if it is time, or ``now``."""
         before = time.monotonic()
         if self.ranks.is_first and (now or before >= self.next_write):
-            # Compact, as there may be a million of them.
-            write_atomically(self.path, json.dumps({"scores": self.scores, "seconds": self.seconds}).encode())
+            content = {"scores": self.scores, "seconds": self.seconds}
+            write_atomically(self.path, json.dumps(content).encode())  # compact, as there may be a million scores
             after = time.monotonic()
             self.next_write = after + max(SECONDS_BETWEEN_RECORDS, 20 * (after - before))
 
@@ -165,9 +162,8 @@ def _parse(content: Any, episodes: int, queries: int) -> tuple[list[Score], floa
 class Evaluator:
     """Classifies the queries of episodes from one data set, with the weights a model has at the time.
 
-    Episodes are taken a group at a time, in two phases: encode those of their images that have not been encoded yet, then
-    match. Nodes are kept for later groups as long as they fit in memory, and decoded images for later calls, unless views
-    are random.
+    For each group of episodes: encode the images that have not been encoded yet, then match. Nodes are kept for later groups
+    as long as they fit in memory, and decoded images for later calls, unless views are random.
     """
 
     # Gives (pixels, label) for an engine.cache.Item. Its view has is_random, and patches: their number in an image.
@@ -201,17 +197,13 @@ class Evaluator:
         title: str = "",
         recorder: Recorder | None = None,
     ) -> Evaluation:
-        """Evaluate a model as it is now, with its own solver or another. Episodes are drawn as they are needed.
-
-        The scores that the recorder has are not computed again; new ones are added.
+        """Evaluate a model as it is now, with its own solver or another, beyond the scores that the recorder has.
 
         Raises:
             DivergenceError: the model's nodes or logits are not finite, and no solver has an explanation.
             Stopped: one of the processes was asked to stop.
         """
-        model = model.folded()
-        scores = recorder.scores if recorder else []
-        shown = _RunningInterval()
+        model, scores, shown = model.folded(), recorder.scores if recorder else [], _RunningInterval()
         shown.add(scores)
         nodes_of_groups = self._nodes_of_groups(model, episodes, len(scores))
         rank, size, total = self.ranks.rank, self.episode_batch, len(episodes)

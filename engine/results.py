@@ -24,17 +24,16 @@ def final_test(
     title: str = "test",
     keep: bool = False,
 ) -> tuple[str, dict[str, Any]]:
-    """Evaluate a checkpoint, and write ``results.json``. Raises what :meth:`engine.evaluation.Evaluator.__call__` does.
+    """Evaluate a checkpoint, and write ``results.json``; return a line for people, and the content of the file.
 
-    Returns a line for people: what was tested, and what came of it; and the content of ``results.json``.
+    Arguments and errors are those of :meth:`engine.evaluation.Evaluator.__call__`, and:
 
     Args:
         args: the flags of the script.
-        folder: where ``results.json`` is written. The scores so far are recorded there as well.
+        folder: where ``results.json`` is written, and the scores so far are recorded.
         weights: the checkpoint that the model was loaded from; "none" for random weights.
         data: fingerprint of the images.
-        resume: continue from the scores that an interrupted evaluation has recorded.
-        solver, title: as for the evaluator.
+        resume: continue from the recorded scores.
         keep: also write ``results-<identity>.json``, which evaluations of other flags, weights or data do not overwrite.
     """
     ranks, loaded = evaluator.ranks, fingerprint(weights)

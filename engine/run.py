@@ -35,12 +35,9 @@ NON_RESULT_FLAGS = (
 class RunFolder:
     """The folder of a run, which one process at a time may write to.
 
-    On resume, the logs are rolled back to the last saved state, so no line is duplicated. Without ``resume``, the files of an
-    earlier run are moved to ``previous-<n>/``.
-
     Args:
-        flags: of the run.
-        resume: resume the run in the folder, if there is one; its ``state`` is then what :meth:`save_state` was last given.
+        resume: resume the run in the folder, if there is one: ``state`` is what :meth:`save_state` was last given, and the
+            logs are rolled back to it. Otherwise the files of an earlier run are moved to ``previous-<n>/``.
         room: bytes that a new run needs there.
         writes: False on ranks that leave all files and lines to the first.
 
@@ -67,8 +64,7 @@ class RunFolder:
                 points = self._restore()
                 self.curves["args"] = flags
             else:
-                free = shutil.disk_usage(self.path).free
-                if free < room:
+                if (free := shutil.disk_usage(self.path).free) < room:
                     needed = f"{room / 1e6:.0f} MB of free space in {self.path}; there are {free / 1e6:.0f}"
                     raise InputError(f"the run needs {needed}")
                 self._move_earlier_run()
@@ -116,8 +112,7 @@ class RunFolder:
     def _move_earlier_run(self) -> None:
         names = ("results.txt", "trlog.json", "tf", "images", BEST_WEIGHTS, LAST_STATE, RECORD, "results.json")
         mine = [*(self.path / name for name in names), *self.path.glob("epoch-*.pth")]
-        earlier = [path for path in mine if os.path.lexists(path)]
-        if earlier:
+        if earlier := [path for path in mine if os.path.lexists(path)]:
             places = (self.path / f"previous-{number}" for number in itertools.count(1))
             aside = next(place for place in places if not place.exists())
             aside.mkdir()
@@ -190,10 +185,7 @@ class RunFolder:
 
 
 def hold_lock(path: Path, advice: str) -> Any:
-    """Lock a file for as long as the returned object lives; the system releases the lock however the process ends.
-
-    If another process holds it, an InputError names that, and ends with ``advice``.
-    """
+    """Lock a file while the returned object lives; InputError with ``advice`` if another process, which it names, holds it."""
     try:
         import fcntl
     except ImportError:  # not a system with such locks

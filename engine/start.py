@@ -16,12 +16,8 @@ def start(args: argparse.Namespace, *, one_process: bool = False) -> tuple[Ranks
     """Join the other processes of the run, if there are any, choose the device, and seed everything.
 
     A ``seed`` of 0 is replaced by a drawn one, the same on every rank. ``one_process`` is for scripts that ignore a launcher.
-
-    Returns:
-        The ranks, this process's device, and the CUDA ids that DataParallel spreads over (one process only).
-
-    Raises:
-        InputError: a ``-gpu`` that this machine does not have, fewer GPUs than processes, or senseless launcher variables.
+    Returns the ranks, this process's device, and the CUDA ids that DataParallel spreads over (one process only). InputError
+    for a ``-gpu`` that this machine does not have, fewer GPUs than processes, or senseless launcher variables.
     """
     launch = (None if one_process else read_launch()) or Launch(0, 1, 0, 1)
     utils.process.rank, utils.process.size, utils.process.local_size = launch.rank, launch.size, launch.local_size
@@ -43,10 +39,9 @@ def _device_of_rank(gpu: str | None, launch: Launch) -> torch.device:
     # srun can show each task a GPU of its own, which is then the only one that it sees.
     is_bound = launch.by_slurm and gpu is None and len(ids) == 1
     if len(ids) < launch.local_size and not is_bound:
-        raise InputError(
-            f"{launch.local_size} processes on this machine need as many GPUs; there are {len(ids)} to use. Start fewer "
-            "processes (torchrun --nproc_per_node), name more GPUs with -gpu, or use -gpu cpu"
-        )
+        needed = f"{launch.local_size} processes on this machine need as many GPUs; there are {len(ids)} to use"
+        advice = "Start fewer processes (torchrun --nproc_per_node), name more GPUs with -gpu, or use -gpu cpu"
+        raise InputError(f"{needed}. {advice}")
     return choose_device(str(ids[0 if is_bound else launch.local_rank]))[0]
 
 

@@ -41,10 +41,7 @@ class StopRequest:
 
 @contextmanager
 def stop_request(resume_command: str | None = None) -> Iterator[StopRequest]:
-    """Turn signals into a request to stop; those that are ignored stay so, as under nohup or in a background job.
-
-    ``resume_command``, the command line that resumes the run, is printed when it is stopped.
-    """
+    """Turn signals, but for ignored ones as under nohup, into a request to stop, which prints the ``resume_command``."""
     request = StopRequest(is_launched=read_launch() is not None)
     before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
     for number in before:

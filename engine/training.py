@@ -26,8 +26,7 @@ from utils import BEST_WEIGHTS, InputError, duration
 # After this many skipped steps in a row the run stops.
 MAX_SKIPPED_IN_A_ROW = 10
 
-# What a script does with a batch: (images, labels, (epoch, number of the batch)) to (logits, labels). The pair names the
-# random draws of the batch.
+# A script's (images, labels, (epoch, number of the batch)) to (logits, labels). The pair names the batch's random draws.
 Forward = Callable[[Tensor, Tensor, tuple[int, int]], tuple[Tensor, Tensor]]
 
 
@@ -39,15 +38,11 @@ class FitSettings:
     lr: float  # multiplied by gamma every step_size epochs
     step_size: int
     gamma: float
-    accumulate: int = (
-        1  # batches per step over all ranks, which takes their mean gradient; the last step may have fewer
-    )
+    accumulate: int = 1  # batches per step over all ranks, which takes their mean gradient; fewer in the last step
     half_precision: bool = False  # float16 is in use, so scale the loss
     save_all: bool = False  # keep the weights of every epoch
     save_every: int = 0  # steps between saves of the state within an epoch; 0 for none
-    skip_on: tuple[
-        type[Exception], ...
-    ] = ()  # errors in a batch, forward or backward, that cost its step and not the run
+    skip_on: tuple[type[Exception], ...] = ()  # errors in a batch, forward or backward, that cost only its step
 
 
 def make_optimizer(network: nn.Module, settings: FitSettings) -> tuple[SGD, StepLR]:
@@ -89,8 +84,7 @@ def from_state(run: RunFolder, parts: dict[str, Any]) -> Progress:
 class StepGuard:
     """Takes an optimiser step if the gradient is complete and finite; otherwise leaves the network as it was.
 
-    A skipped step also takes back what its batches did to the network's buffers: one batch that overflows would otherwise
-    leave NaN in the running statistics for good.
+    Its buffers too: one batch that overflows would leave NaN in the running statistics for good.
     """
 
     network: nn.Module
@@ -105,10 +99,9 @@ class StepGuard:
 
     @torch.no_grad()
     def step(self, where: str, failure: str | None = None) -> bool:
-        """Step or skip, and clear the gradients. Returns whether the step was taken.
+        """Take the step named ``where``, or skip it, and clear the gradients. Returns whether it was taken.
 
-        ``where`` names the step; ``failure`` is what went wrong on the way to it, if anything did. After
-        :data:`MAX_SKIPPED_IN_A_ROW` skipped steps in a row, DivergenceError is raised.
+        ``failure`` is what went wrong before, if anything did. DivergenceError after :data:`MAX_SKIPPED_IN_A_ROW` in a row.
         """
         if failure is None:
             self.scaler.unscale_(self.optimizer)
@@ -152,15 +145,11 @@ def train_epoch(
     stop: StopRequest | None = None,
     after_step: Callable[[int], None] = lambda signal_number: None,
 ) -> None:
-    """The rest of an epoch, from where ``guard.progress`` says it is.
+    """The rest of an epoch, from where ``guard.progress`` says it is. ``forward`` calls the network, which is trained.
 
-    A step has three parts: every rank computes the gradient of its own batches; the ranks agree whether all of them
-    succeeded; they average the gradients and take the step, or all skip it.
-
-    Args:
-        network: what is trained; ``forward`` calls it.
-        loader: of this rank's batches; its ``batch_sampler`` is a :class:`engine.distributed.Shard`.
-        after_step: called with the signal by which any rank has been asked to stop, or 0.
+    In a step, every rank computes the gradient of its own batches; if all succeeded, the ranks average the gradients and take
+    the step, else all skip it. The loader's ``batch_sampler`` is a :class:`engine.distributed.Shard`; ``after_step`` is called
+    with the signal by which any rank has been asked to stop, or 0.
     """
     progress, ranks, shard = guard.progress, guard.ranks, loader.batch_sampler
     batches, title = stream(loader), f"epoch {progress.epoch}"
@@ -171,7 +160,6 @@ def train_epoch(
             own = range(1, window + 1) if shard.by_image else range(1 + ranks.rank, window + 1, ranks.size)
             places = [(progress.epoch, first + number) for number in own]
             own_scores, failure = _differentiate(forward, batches, places, guard, settings)
-
             failures, parts, signals = zip(*ranks.gather((failure, own_scores, stop.signal_number)), strict=True)
             failure = next(filter(None, failures), None)
             scores = list(chain.from_iterable(zip(*parts, strict=False)))  # in the order of the batches
@@ -184,7 +172,6 @@ def train_epoch(
                     scores = [Score(loss, sum(part.hits for part in scores), queries)]
                 gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
                 ranks.average(gradients, weight=weight)
-
             progress.batch += window
             if guard.step(f"{title}, batch {progress.batch}", failure):
                 for number, score in enumerate(scores, start=first + 1):
@@ -241,9 +228,8 @@ def fit(
     """Train epoch by epoch, from the state in the folder of a resumed run; validate, log, and keep the best weights.
 
     Args:
-        network, forward, loader, stop: as for :func:`train_epoch`.
         validate: evaluates the network after an epoch. Of equal accuracies the later epoch wins.
-        weights_of: the module whose state dict is the checkpoint.
+        weights_of: the module whose state dict is the checkpoint. The other arguments are those of :func:`train_epoch`.
 
     Raises:
         DivergenceError: the numbers are no longer finite.

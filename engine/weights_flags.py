@@ -19,12 +19,9 @@ TRAINED_FLAGS = (
 def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, ignore: Sequence[str] = ()) -> None:
     """Replace the defaults of :data:`TRAINED_FLAGS` by those in ``run.json`` beside the weights of ``-model_dir``.
 
-    A line lists the flags taken from there, and a warning those on the command line that differ. Without such a file, as
-    beside the published weights, nothing changes; a damaged one is ignored with a warning.
-
-    Args:
-        parser, argv: what ``args``, which is changed in place, was parsed from.
-        ignore: flags that are left alone.
+    ``args``, parsed by ``parser`` from ``argv``, is changed in place, but for the flags to ``ignore``. A line lists the flags
+    taken from there, and a warning those given that differ. Without such a file, as beside the published weights, nothing
+    changes; a damaged one is ignored with a warning.
     """
     weights = Path(args.model_dir or "none")
     path = (weights if weights.is_dir() else weights.parent) / "run.json"

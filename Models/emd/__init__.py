@@ -64,6 +64,7 @@ class Solver:
 
 
 _FORM = {"form": "L2", "l2_strength": 1e-6}
+_WITH_FLOW = {**_FORM, "differentiable_flow": False}
 SOLVERS: dict[str, Solver] = {
     "opencv": Solver("opencv", "cpu", "exact, float32, on the CPU; gradient for the cost only", ("cost",)),
     "simplex": Solver(
@@ -73,10 +74,7 @@ SOLVERS: dict[str, Solver] = {
         options={"gradient": "full"},
         cuda_module="simplex_cuda",
     ),
-    "ipm": Solver(
-        *("interior_point", "any", "the problem of qpth by a faster method, on any device"),
-        options={**_FORM, "differentiable_flow": False},
-    ),
+    "ipm": Solver("interior_point", "any", "the problem of qpth by a faster method, on any device", options=_WITH_FLOW),
     "qpth": Solver(
         "qpth_qp", "any", "regularised, float64, on any device; gradient for cost and weights", options=_FORM
     ),
@@ -125,8 +123,7 @@ def emd(cost: Tensor, supply: Tensor, demand: Tensor, *, solver: str = "opencv",
 def scale_to_mass(weight: Tensor, mass: float) -> Tensor:
     """Scale non-negative weights ``(..., N)`` so that each set sums to ``mass``, in the paper N (section 3.3). Differentiable.
 
-    Raises:
-        ProblemError: (a ValueError) ``mass`` is not positive.
+    ProblemError (a ValueError) unless ``mass`` is positive.
     """
     if not mass > 0:
         raise ProblemError(f"mass must be positive, not {mass}")

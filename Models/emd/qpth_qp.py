@@ -37,9 +37,8 @@ def solve(
 
     ``l2_strength`` is the weight of the quadratic term of form ``L2``, positive. Larger is smoother and less exact.
     """
-    problem = cost, supply, demand
     return solve_prepared(
-        lambda *dense: _Qpth.apply(*dense, form, l2_strength), problem, form, l2_strength, LARGEST_LEAK
+        lambda *dense: _Qpth.apply(*dense, form, l2_strength), (cost, supply, demand), form, l2_strength, LARGEST_LEAK
     )
 
 

@@ -67,11 +67,8 @@ def solve_tensors(cost: Tensor, supply: Tensor, demand: Tensor) -> Solution:
 
 
 def settle(device: torch.device) -> None:
-    """Wait for the device, and raise if any problem since the last call of this function was not solved.
-
-    Raises:
-        ProblemError: (a ValueError) values that make no transportation problem.
-        SolverError: the solver failed.
+    """Wait for the device. If any problem since the last call of this function was not solved: ProblemError (a ValueError)
+    for values that make no transportation problem, SolverError where the solver failed.
     """
     counter = _fault_counters.get(device)
     if counter is not None and (code := int(counter)):
@@ -233,9 +230,9 @@ def _load_nvrtc() -> ctypes.CDLL:
         places = folder / "lib", *folder.parent.glob("nvidia/*/lib")
         libraries = [path for place in places for path in place.glob("libnvrtc*.so*")]
         builtins = [path for path in libraries if "builtins" in path.name]
-        for path in sorted(set(libraries) - set(builtins)):
-            if ".alt" not in path.name:
-                for needed in builtins:
-                    ctypes.CDLL(str(needed), mode=ctypes.RTLD_GLOBAL)
-                return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-        raise
+        compilers = sorted(path for path in set(libraries) - set(builtins) if ".alt" not in path.name)
+        if not compilers:
+            raise
+        for path in (*builtins, compilers[0]):
+            library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        return library

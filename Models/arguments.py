@@ -92,11 +92,7 @@ def build_model(
     """The model that the flags of :func:`add_model_arguments` describe; also sets the threads of the solvers.
 
     ``device_ids``, and ``mean`` and ``std`` of the pixels, are for :class:`Models.deepemd.DeepEMD`. ``val_solver`` is a second
-    solver that the script is going to use.
-
-    Raises:
-        InputError: flags that exclude each other.
-        EmdError: one of the solvers cannot be used here.
+    solver of the script. InputError for flags that exclude each other, EmdError for a solver that cannot be used here.
     """
     if args.feature_pyramid and args.deepemd != "fcn":
         raise InputError(f"-feature_pyramid requires -deepemd fcn; with -deepemd {args.deepemd}, the nodes are patches")
@@ -122,8 +118,7 @@ def open_model(
 ) -> tuple[DeepEMD, str]:
     """The model of :func:`build_model` with the weights of ``-model_dir``, and what those are: a path, or "none".
 
-    Raises:
-        InputError: weights that cannot be loaded; and as :func:`build_model`.
+    InputError for weights that cannot be loaded, and errors as for :func:`build_model`.
     """
     model = build_model(args, device_ids=device_ids, **statistics).to(device)
     weights = args.model_dir or f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"

@@ -30,10 +30,7 @@ class GraphedStep:
             graph, read = self.graphs[size]
             read.copy_(batch)
             graph.replay()
-        else:
-            self._on_a_side_stream(batch)
-
-    def _on_a_side_stream(self, batch: Tensor) -> None:
+            return
         # Autograd remembers the stream of a tensor's first use, and the default stream cannot be captured.
         main, side = torch.cuda.current_stream(batch.device), torch.cuda.Stream(batch.device)
         side.wait_stream(main)

@@ -38,8 +38,7 @@ class DeepEMD(nn.Module):
         encoder_settings: of that ResNet-12: ``mean``, ``std``, ``amp`` and ``checkpoint_activations``, as for
             :class:`Models.encoder.Encoder`. The head is always in float32 and float64.
 
-    Raises:
-        ValueError: an unknown choice, a number out of range, or settings for an encoder that is given.
+    ValueError for an unknown choice, a number out of range, or settings for an encoder that is given.
     """
 
     def __init__(
@@ -85,29 +84,25 @@ class DeepEMD(nn.Module):
 
         Args:
             images: ``(W*K + W*Q, 3, H, W)``, or ``(W*K + W*Q, P, 3, H, W)`` as patches, 8-bit or normalised floats; support
-                first, and both parts class-interleaved: ``c0 c1 .. c0 c1 ..``.
+                first, and both parts class-interleaved: ``c0 c1 .. c0 c1 ..``. Others are a ValueError.
             solver: overrides the one given to the constructor; ignored by heads without a solver.
             generator: draws the order of the support images in the structured fully connected layer.
 
         Returns:
             ``(W*Q, W)``; the label of query i is ``i % W``.
-
-        Raises:
-            ValueError: images of another shape, type or number.
         """
         nodes = self.encode(images)  # support and queries in one batch, so batch norm sees the whole episode
         if min(way, shot) < 1 or len(nodes) <= way * shot:
-            raise ValueError(
-                f"{way} way {shot} shot needs {way * shot} support images and queries; got {len(nodes)} images"
-            )
+            needed = f"{way * shot} support images and queries"
+            raise ValueError(f"{way} way {shot} shot needs {needed}; got {len(nodes)} images")
         support, query = nodes[: way * shot], nodes[way * shot :]
         return self.match(support, query, way=way, shot=shot, solver=solver, generator=generator)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images to nodes (section 3.1): ``(B, 3, H, W)`` or ``(B, P, 3, H, W)`` to ``(B, C, N)``.
 
-        A whole image becomes the cells of its feature map, row by row, behind those of its feature pyramid.
-        Patches are encoded on their own and averaged to one node each, so N = P. ValueError as for :meth:`forward`.
+        A whole image becomes the cells of its feature map, row by row, behind those of its feature pyramid. Patches are
+        encoded on their own and averaged to one node each, so N = P. ValueError as for :meth:`forward`.
         """
         if images.dim() == 5:
             maps = self._run_encoder(images.flatten(0, 1))  # (B*P, C, h, w)
@@ -119,10 +114,7 @@ class DeepEMD(nn.Module):
     def match(
         self, support: Tensor, query: Tensor, *, way: int, shot: int, solver: str | None = None, generator: Draws = None
     ) -> Tensor:
-        """Nodes to logits: ``(..., K*W, C, N)`` and ``(..., Q, C, N)`` to ``(..., Q, W)``, for one or many episodes.
-
-        Arguments as for :meth:`forward`; ``generator`` may be one per episode.
-        """
+        """Nodes ``(..., K*W, C, N)`` and ``(..., Q, C, N)`` to logits ``(..., Q, W)``; ``generator`` may be one per episode."""
         proto = self.prototypes(support, way=way, shot=shot, solver=solver, generator=generator)
         settings = self._settings(solver)
         if len(self.device_ids) < 2 or not settings.uses_solver or SOLVERS[settings.solver].device == "cpu":

@@ -20,13 +20,11 @@ class Encoder(nn.Module, ABC):
     ``folded``, and is a row of :data:`Models.backbones.BACKBONES`.
 
     Args:
-        mean, std: of the channels, for pixels in [0, 1]: what 8-bit images are normalised with. None: those of the published
-            models.
+        mean, std: what 8-bit images, as pixels in [0, 1], are normalised with. None: those of the published models.
         amp: a key of :data:`AMP`, the number format of the convolutions. The map is float32 in any case.
         checkpoint_activations: in training, keep only the input of each block, and recompute the rest for the gradient.
 
-    Raises:
-        ValueError: an unknown ``amp``, or ``mean`` and ``std`` that are not three numbers each.
+    ValueError for an unknown ``amp``, or ``mean`` and ``std`` that are not three numbers each.
     """
 
     out_channels: int  # C of the map

@@ -29,8 +29,7 @@ class HeadSettings:
         solver: a key of :data:`Models.emd.SOLVERS`, which may carry options too: ``ipm:form=QP``.
         head_options, solver_options: options by name; those in ``head`` and ``solver`` override them.
 
-    Raises:
-        ValueError: an unknown choice or option, or a value out of range.
+    ValueError for an unknown choice or option, or a value out of range.
     """
 
     head: str = "deepemd"
@@ -73,8 +72,7 @@ class HeadSettings:
 def head_logits(proto: Tensor, query: Tensor, settings: HeadSettings | None = None, **keywords: Any) -> Tensor:
     """Logits ``(..., Q, W)`` by the head that the settings name, or plain keywords as :meth:`HeadSettings.of` takes them.
 
-    Raises:
-        ValueError, EmdError: shapes that do not fit, or invalid settings; see also :func:`Models.emd.emd`.
+    ValueError or EmdError: shapes that do not fit, or invalid settings; see also :func:`Models.emd.emd`.
     """
     settings = settings or HeadSettings.of(**keywords)
     check_nodes(proto, query)

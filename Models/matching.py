@@ -36,12 +36,7 @@ def cross_reference_weights(nodes: Tensor, other: Tensor) -> Tensor:
     that does not is probably background: ``weight_i = relu(<node_i, mean_j other_j>) + 1e-3``. Taken on the nodes as the
     encoder gives them, not centred.
 
-    Args:
-        nodes: ``(..., A, C, N)``.
-        other: ``(..., B, C, M)``, with the same leading axes.
-
-    Returns:
-        ``(..., A, B, N)``, at least 1e-3, not scaled.
+    ``(..., A, C, N)`` and ``(..., B, C, M)``, with the same leading axes, to ``(..., A, B, N)``, at least 1e-3, not scaled.
     """
     return F.relu(other.mean(-1).unsqueeze(-3) @ nodes) + WEIGHT_FLOOR  # (..., 1, B, C) x (..., A, C, N)
 
@@ -52,13 +47,8 @@ def cross_reference_weights(nodes: Tensor, other: Tensor) -> Tensor:
 def cosine_similarity_map(query: Tensor, proto: Tensor, *, norm: str = "center") -> Tensor:
     """Cosine similarity of every query node with every prototype node (equation 6: cost = 1 - similarity).
 
-    Args:
-        query: ``(..., Q, C, N)``.
-        proto: ``(..., W, C, M)``.
-        norm: a key of ``NORMS``; ``center`` first subtracts each node's mean over channels.
-
-    Returns:
-        ``(..., Q, W, N, M)``, in [-1, 1].
+    ``(..., Q, C, N)`` and ``(..., W, C, M)`` to ``(..., Q, W, N, M)``, in [-1, 1]. ``norm`` is a key of ``NORMS``; ``center``
+    first subtracts each node's mean over channels.
     """
     check_choice("norm", norm, NORMS)
     if norm == "center":
@@ -111,9 +101,7 @@ def match_nodes(
         solver, options: see :func:`Models.emd.emd`. A solver without a gradient for the weights (``opencv``, or ``simplex``
             with the gradient ``cost``) takes them as the published OpenCV path does; the others, as its QPTH path does.
 
-    Raises:
-        ValueError: shapes that do not fit, or an unknown choice.
-        EmdError: see :func:`Models.emd.emd`.
+    ValueError for shapes that do not fit or an unknown choice, EmdError as for :func:`Models.emd.emd`.
     """
     check_nodes(proto, query)
     check_choice("metric", metric, METRICS)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,7 @@ from Models.encoder import Encoder
 
 LEAK = 0.1
 WIDTHS = (64, 160, 320, 640)
-
-
-def _conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False)
+_conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 
 
 class ResidualBlock(nn.Module):
@@ -35,9 +33,8 @@ class ResidualBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels_out)
         self.conv3 = _conv3x3(channels_out, channels_out)
         self.bn3 = nn.BatchNorm2d(channels_out)
-        self.downsample = nn.Sequential(
-            nn.Conv2d(channels_in, channels_out, kernel_size=1, bias=False), nn.BatchNorm2d(channels_out)
-        )
+        shortcut = nn.Conv2d(channels_in, channels_out, kernel_size=1, bias=False)
+        self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels_out))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.leaky_relu(self.bn1(self.conv1(x)), LEAK, inplace=True)
@@ -63,8 +60,7 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
 
 def _checkpointed(layer: nn.Module, images: Tensor) -> Tensor:
     # The second pass must not count the batch again.
-    contexts = lambda: (nullcontext(), _statistics_kept(layer))  # noqa: E731
-    return checkpoint(layer, images, use_reentrant=False, context_fn=contexts)
+    return checkpoint(layer, images, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(layer)))
 
 
 class ResNet12(Encoder):

@@ -24,8 +24,7 @@ KSHOT = {
     "mean": "the mean of the support images of a class, node by node",
 }
 
-# The published settings. The dampening scales every step but the first to a tenth, which is why the learning rates in
-# use look large.
+# As published. The dampening scales every step but the first to a tenth, which is why the learning rates look large.
 MOMENTUM, DAMPENING = 0.9, 0.9
 Draws = torch.Generator | Sequence[torch.Generator] | None
 
@@ -52,10 +51,8 @@ class FitSettings:
 def mean_prototypes(support: Tensor, *, way: int, shot: int | None = None, labels: Tensor | None = None) -> Tensor:
     """The mean of each class's support nodes, node i with node i of each image: where the fit starts.
 
-    Arguments and result as for :func:`fit_prototypes`, but the gradient reaches the support.
-
-    Raises:
-        ValueError: another number of support images, or a class without any.
+    Arguments and result as for :func:`fit_prototypes`, but the gradient reaches the support. ValueError for another number of
+    support images, or a class without any.
     """
     images = support.shape[-3]
     if labels is not None:
@@ -84,18 +81,15 @@ def fit_prototypes(
     settings: HeadSettings | None = None,
     **head: Any,
 ) -> Tensor:
-    """Fit one set of nodes per class to the support images.
-
-    Starts from the mean of each class's support nodes and takes ``steps`` passes over the support images in random order,
-    ``batch_size`` of them per SGD step, on the cross entropy of their logits against the prototypes. Episodes are fitted
-    side by side and do not influence each other.
+    """Fit one set of nodes per class to the support images, from their mean on, by SGD on the cross entropy of the images'
+    logits against the prototypes. Episodes are fitted side by side and do not influence each other.
 
     Args:
         support: ``(..., K*W, C, N)``, class-interleaved: image i is of class ``i % W``. Leading axes are episodes.
         way, shot: W and K.
         labels: ``(S,)``, instead of ``shot``: the classes of ``support (..., S, C, N)`` where they have different numbers of
             images. A class with one image is that image.
-        lr, weight_decay, steps, batch_size: as in :class:`FitSettings`.
+        lr, weight_decay, steps, batch_size: as in :class:`FitSettings`; images come in random order.
         permutations: ``(steps, K*W)`` or ``(..., steps, K*W)``, the order of the images in each pass. None: drawn from
             ``generator``, episode after episode; a CPU generator, one per episode, or torch's global one if None.
         settings, head: of the head, as for :func:`Models.heads.head_logits`.
@@ -103,9 +97,7 @@ def fit_prototypes(
     Returns:
         ``(..., W, C, N)``, detached: no gradient reaches the support through the fit.
 
-    Raises:
-        ValueError: shapes or numbers that do not fit.
-        FitError: the fitted prototypes or their logits are not finite, though the support is.
+    ValueError: shapes or numbers that do not fit. FitError: prototypes or logits are not finite, though the support is.
     """
     fit = FitSettings(lr, weight_decay, steps, batch_size)
     settings = settings or HeadSettings.of(**head)
@@ -118,7 +110,6 @@ def fit_prototypes(
     support = support.detach().reshape(-1, images, *node_shape)  # (E, K*W, C, N)
     order = _orders(permutations, len(support), fit.steps, images, generator).to(device)  # (E, steps, K*W)
     rows = torch.arange(len(support), device=device).unsqueeze(1)
-
     start = start.reshape(-1, way, *node_shape)  # (E, W, C, N)
     proto = start.clone().requires_grad_()
     optimizer = torch.optim.SGD([proto], fit.lr, MOMENTUM, DAMPENING, fit.weight_decay)

@@ -29,9 +29,7 @@ def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") 
             numbers, not finite, negative variances). The model is then unchanged.
     """
     encoder = getattr(model, "encoder", model)
-    path = Path(path)
-    if path.is_dir():
-        path = path / BEST_WEIGHTS
+    path = Path(path, BEST_WEIGHTS) if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}. {hint}".strip())
     wanted, given = encoder.state_dict(), _read_params(path)

@@ -29,19 +29,8 @@ from .on_cpu import set_threads
 from .problem import EmdError, MissingLibraryError, ProblemError, SolverError, check_tensors, check_values
 from .simplex_cuda import settle
 
-__all__ = [
-    "SOLVERS",
-    "EmdError",
-    "EmdResult",
-    "MissingLibraryError",
-    "ProblemError",
-    "Solver",
-    "SolverError",
-    "emd",
-    "scale_to_mass",
-    "set_threads",
-    "settle",
-]
+__all__ = ["SOLVERS", "EmdResult", "Solver", "emd", "scale_to_mass", "set_threads", "settle"]
+__all__ += ["EmdError", "MissingLibraryError", "ProblemError", "SolverError"]
 
 
 class EmdResult(NamedTuple):
@@ -60,9 +49,7 @@ class Solver:
     summary: str
     differentiable: tuple[str, ...] = ("cost", "supply", "demand")  # the inputs that ``value`` has a gradient for
     options: Mapping[str, Any] = field(default_factory=dict)  # the keyword arguments of ``solve``, with their defaults
-    cuda_module: str | None = (
-        None  # its ``is_usable`` tells whether it solves problems on a CUDA device without waiting
-    )
+    cuda_module: str | None = None  # its ``is_usable``: whether it solves problems on a CUDA device without waiting
 
     @property
     def solve(self) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -76,6 +63,8 @@ class Solver:
         return importlib.import_module(f"{__name__}.{self.cuda_module}").is_usable(device, n, m, dtype)
 
 
+_FORM = {"form": "L2", "l2_strength": 1e-6}
+_WITH_FLOW = {**_FORM, "differentiable_flow": False}
 SOLVERS: dict[str, Solver] = {
     "opencv": Solver("opencv", "cpu", "exact, float32, on the CPU; gradient for the cost only", ("cost",)),
     "simplex": Solver(
@@ -85,17 +74,9 @@ SOLVERS: dict[str, Solver] = {
         options={"gradient": "full"},
         cuda_module="simplex_cuda",
     ),
-    "ipm": Solver(
-        "interior_point",
-        "any",
-        "the problem of qpth by a faster method, on any device",
-        options={"form": "L2", "l2_strength": 1e-6, "differentiable_flow": False},
-    ),
+    "ipm": Solver("interior_point", "any", "the problem of qpth by a faster method, on any device", options=_WITH_FLOW),
     "qpth": Solver(
-        "qpth_qp",
-        "any",
-        "regularised, float64, on any device; gradient for cost and weights",
-        options={"form": "L2", "l2_strength": 1e-6},
+        "qpth_qp", "any", "regularised, float64, on any device; gradient for cost and weights", options=_FORM
     ),
 }
 
@@ -142,8 +123,7 @@ def emd(cost: Tensor, supply: Tensor, demand: Tensor, *, solver: str = "opencv",
 def scale_to_mass(weight: Tensor, mass: float) -> Tensor:
     """Scale non-negative weights ``(..., N)`` so that each set sums to ``mass``, in the paper N (section 3.3). Differentiable.
 
-    Raises:
-        ProblemError: (a ValueError) ``mass`` is not positive.
+    ProblemError (a ValueError) unless ``mass`` is positive.
     """
     if not mass > 0:
         raise ProblemError(f"mass must be positive, not {mass}")

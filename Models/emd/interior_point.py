@@ -37,11 +37,12 @@ def solve(
     l2_strength: float = 1e-6,
     differentiable_flow: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``, see :func:`Models.emd.emd` and ``solve`` of qpth_qp.
-
-    ``differentiable_flow`` keeps the gradient of the flow, which the regularised problem has.
-    """
-    _warm_up(cost.device)
+    """As ``solve`` of qpth_qp. ``differentiable_flow`` keeps the gradient of the flow, which the regularised problem has."""
+    # torch loads its linear algebra for CUDA on first use, which fails if several threads are the first at once.
+    with _warm_up_lock:
+        if cost.device not in _warm_devices:
+            torch.linalg.cholesky_ex(torch.eye(2, dtype=torch.float64, device=cost.device))
+            _warm_devices.add(cost.device)
 
     def solve_dense(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, Tensor]:
         if cost.shape[2] > cost.shape[1]:  # factorise the smaller side
@@ -50,14 +51,6 @@ def solve(
         return _InteriorPoint.apply(cost, supply, demand, form == "QP", l2_strength)
 
     return solve_prepared(solve_dense, (cost, supply, demand), form, l2_strength, LARGEST_LEAK)
-
-
-def _warm_up(device: torch.device) -> None:
-    # torch loads its linear algebra for CUDA on first use, which fails if several threads are the first at once.
-    with _warm_up_lock:
-        if device not in _warm_devices:
-            torch.linalg.cholesky_ex(torch.eye(2, dtype=torch.float64, device=device))
-            _warm_devices.add(device)
 
 
 # Optimality, with duals u, v of the sums and z of x >= 0:

@@ -33,17 +33,13 @@ _one_at_a_time = threading.RLock()
 def solve(
     cost: Tensor, supply: Tensor, demand: Tensor, *, form: str = "L2", l2_strength: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``, see :func:`Models.emd.emd`.
+    """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``, see :func:`Models.emd.emd`; ``form`` as in :mod:`Models.emd.forms`.
 
-    Args:
-        form: ``"L2"`` or ``"QP"``, see :mod:`Models.emd.forms`.
-        l2_strength: the weight of the quadratic term of form ``L2``, positive. Larger is smoother and less exact.
+    ``l2_strength`` is the weight of the quadratic term of form ``L2``, positive. Larger is smoother and less exact.
     """
-
-    def solve_dense(*problem: Tensor) -> tuple[Tensor, Tensor]:
-        return _Qpth.apply(*problem, form, l2_strength)
-
-    return solve_prepared(solve_dense, (cost, supply, demand), form, l2_strength, LARGEST_LEAK)
+    return solve_prepared(
+        lambda *dense: _Qpth.apply(*dense, form, l2_strength), (cost, supply, demand), form, l2_strength, LARGEST_LEAK
+    )
 
 
 class _Qpth(torch.autograd.Function):

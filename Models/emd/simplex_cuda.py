@@ -27,6 +27,7 @@ STATUS = {
     3: (ProblemError, "supply and demand sum to different totals; scale both with scale_to_mass"),
     4: (SolverError, "the answer of simplex failed its optimality check"),
 }
+_fault_counters: dict[torch.device, Tensor] = {}
 
 
 class Solution(NamedTuple):
@@ -39,12 +40,10 @@ class Solution(NamedTuple):
 
 
 def is_usable(device: torch.device, n: int, m: int, dtype: torch.dtype) -> bool:
-    """Whether problems of this size can be solved on the device. The first call for a size compiles and tries it.
-
-    What is missing or wrong is reported once, as a warning.
-    """
+    """Whether this size can be solved on the device: compiled and tried on the first call; a fault is a warning, once."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    fault = _fault_of(index, n, m, dtype)
+    with _first_use:
+        fault = _try(index, n, m, dtype)
     if fault:
         _warn_once(fault)
     return not fault
@@ -55,43 +54,27 @@ def solve_tensors(cost: Tensor, supply: Tensor, demand: Tensor) -> Solution:
     batch, n, m = cost.shape
     device = cost.device
     kernel = _kernel(device.index, n, m, cost.dtype)
-    solution = Solution(
-        cost.new_empty(batch),
-        torch.empty_like(cost),
-        torch.empty_like(supply),
-        torch.empty_like(demand),
-        *(torch.empty(batch, dtype=torch.int32, device=device) for _ in range(2)),
-    )
+    like = (torch.empty_like(tensor) for tensor in (cost, supply, demand))
+    counts = (torch.empty(batch, dtype=torch.int32, device=device) for _ in range(2))
+    solution = Solution(cost.new_empty(batch), *like, *counts)
+    if device not in _fault_counters:
+        _fault_counters[device] = torch.zeros(1, dtype=torch.int32, device=device)
     with torch.cuda.device(device):
         # The stream of each call: inside a graph capture it is another one.
         stream = torch.cuda.current_stream(device).cuda_stream
-        _libraries().launch(kernel, stream, batch, [cost, supply, demand, batch, *solution, _fault_counter(device)])
+        _libraries().launch(kernel, stream, batch, [cost, supply, demand, batch, *solution, _fault_counters[device]])
     return solution
 
 
 def settle(device: torch.device) -> None:
-    """Wait for the device, and raise if any problem since the last call of this function was not solved.
-
-    Raises:
-        ProblemError: (a ValueError) values that make no transportation problem.
-        SolverError: the solver failed.
+    """Wait for the device. If any problem since the last call of this function was not solved: ProblemError (a ValueError)
+    for values that make no transportation problem, SolverError where the solver failed.
     """
-    if device not in _fault_counters:
-        return
-    code = int(_fault_counters[device])
-    if code:
-        _fault_counters[device].zero_()
+    counter = _fault_counters.get(device)
+    if counter is not None and (code := int(counter)):
+        counter.zero_()
         error, message = STATUS[code]
         raise error(f"{message} (a problem on {device})")
-
-
-_fault_counters: dict[torch.device, Tensor] = {}
-
-
-def _fault_counter(device: torch.device) -> Tensor:
-    if device not in _fault_counters:
-        _fault_counters[device] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _fault_counters[device]
 
 
 # --- First use --------------------------------------------------------------------------------------------------------
@@ -102,11 +85,6 @@ _first_use = threading.RLock()  # DataParallel matches in several threads
 @cache
 def _warn_once(fault: str) -> None:
     warnings.warn(f"simplex runs on the CPU: {fault}", RuntimeWarning, stacklevel=2)
-
-
-def _fault_of(device: int, n: int, m: int, dtype: torch.dtype) -> str | None:
-    with _first_use:
-        return _try(device, n, m, dtype)
 
 
 @cache
@@ -144,14 +122,13 @@ def certificate_fault(cost: Tensor, supply: Tensor, demand: Tensor, solution: So
 
     A flow with the right sums and duals with ``u_i + v_j <= cost_ij`` whose values agree are both optimal (weak duality).
     """
-    cost, supply, demand, flow, u, v, value = (
-        part.double().cpu() for part in (cost, supply, demand, solution.flow, solution.u, solution.v, solution.value)
-    )
+    parts = cost, supply, demand, *solution[:4]
+    cost, supply, demand, value, flow, u, v = (part.double().cpu() for part in parts)
     demand = demand * (supply.sum(1) / demand.sum(1)).unsqueeze(1)
     scale, mass = cost.abs().amax((1, 2)), supply.sum(1)
+    rows, columns = (flow.sum(2) - supply).abs().amax(1), (flow.sum(1) - demand).abs().amax(1)
     misses = {
-        "sums of the flow": torch.maximum((flow.sum(2) - supply).abs().amax(1), (flow.sum(1) - demand).abs().amax(1))
-        / mass,
+        "sums of the flow": torch.maximum(rows, columns) / mass,
         "sign of the flow": -flow.amin((1, 2)) / mass,
         "duals": (u.unsqueeze(2) + v.unsqueeze(1) - cost).amax((1, 2)) / scale,
         "duality gap": ((cost * flow).sum((1, 2)) - (u * supply).sum(1) - (v * demand).sum(1)).abs() / (scale * mass),
@@ -188,13 +165,8 @@ def compile_options(architecture: str, n: int, m: int, dtype: torch.dtype) -> tu
     """The options of the compiler, and the problems per block that they ask for."""
     shared = max(n, m) > REGISTER_NODES
     warps = 1 if shared else 4
-    macros = {
-        "N": n,
-        "M": m,
-        "WARPS": warps,
-        "SHARED": int(shared),
-        "real": {torch.float64: "double"}.get(dtype, "float"),
-    }
+    real = {torch.float64: "double"}.get(dtype, "float")
+    macros = {"N": n, "M": m, "WARPS": warps, "SHARED": int(shared), "real": real}
     return [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={x}" for k, x in macros.items())], warps
 
 
@@ -234,12 +206,10 @@ class Libraries:
         """Start the kernel, a warp per problem."""
         values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in arguments]
         array = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        blocks, threads = -(-problems // kernel.warps), 32 * kernel.warps
-        launch, stream_handle = self.driver.cuLaunchKernel, ctypes.c_void_p(stream)
-        _check(
-            launch(kernel.function, blocks, 1, 1, threads, 1, 1, 0, stream_handle, array, None),
-            "the CUDA driver (launch)",
-        )
+        grid, block = (-(-problems // kernel.warps), 1, 1), (32 * kernel.warps, 1, 1)
+        handle = ctypes.c_void_p(stream)
+        code = self.driver.cuLaunchKernel(kernel.function, *grid, *block, 0, handle, array, None)
+        _check(code, "the CUDA driver (launch)")
 
 
 _libraries = lru_cache(maxsize=1)(Libraries)
@@ -257,15 +227,12 @@ def _load_nvrtc() -> ctypes.CDLL:
     try:
         return ctypes.CDLL(f"libnvrtc.so.{torch.version.cuda.split('.')[0]}")  # loaded by torch, or known to the system
     except OSError:
-        libraries = [
-            path
-            for place in (folder / "lib", *folder.parent.glob("nvidia/*/lib"))
-            for path in place.glob("libnvrtc*.so*")
-        ]
+        places = folder / "lib", *folder.parent.glob("nvidia/*/lib")
+        libraries = [path for place in places for path in place.glob("libnvrtc*.so*")]
         builtins = [path for path in libraries if "builtins" in path.name]
-        for path in sorted(set(libraries) - set(builtins)):
-            if ".alt" not in path.name:
-                for needed in builtins:
-                    ctypes.CDLL(str(needed), mode=ctypes.RTLD_GLOBAL)
-                return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-        raise
+        compilers = sorted(path for path in set(libraries) - set(builtins) if ".alt" not in path.name)
+        if not compilers:
+            raise
+        for path in (*builtins, compilers[0]):
+            library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        return library

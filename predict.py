@@ -53,8 +53,7 @@ from utils import (
 )
 
 FORMAT = 2  # of a file of prototypes
-# Flags that have to be the same for prototypes and queries: they decide what the nodes of an image are, as do those of
-# the view, or what the prototypes were fitted through.
+# What has to be the same for prototypes and queries, beside the flags of the view: it decides what nodes and prototypes are.
 SETTINGS = ("dataset", "deepemd", "image_size", "feature_pyramid", "head", "norm", "temperature")
 READ_AHEAD = 32  # images read at once
 
@@ -180,15 +179,10 @@ class Classifier(NamedTuple):
         images = (answer.viewed, *(prototypes.examples[k] for k in chosen))
         given = (self.view, answer.nodes.shape[-1], self.model.feature_pyramid)
         query, *protos = (panels_of(one, *given) for one in images)
-        return draw_match(
-            query,
-            protos,
-            Matching(*(part[0].cpu() for part in matching)),
-            names=[f"{name}, {100 * probability:.1f} %" for name, probability in answer.ranking[:2]],
-            title=Path(answer.file).name,
-            notes=[f"shown by {prototypes.files[k]}" for k in chosen],
-            top=flows,
-        )
+        matching = Matching(*(part[0].cpu() for part in matching))
+        names = [f"{name}, {100 * probability:.1f} %" for name, probability in answer.ranking[:2]]
+        notes = [f"shown by {prototypes.files[k]}" for k in chosen]
+        return draw_match(query, protos, matching, names=names, title=Path(answer.file).name, notes=notes, top=flows)
 
 
 def save_prototypes(prototypes: Prototypes, path: str, *, settings: dict[str, Any], weights: str) -> None:
@@ -200,11 +194,7 @@ def save_prototypes(prototypes: Prototypes, path: str, *, settings: dict[str, An
 
 
 def load_prototypes(path: str, *, settings: dict[str, Any], weights: str) -> Prototypes:
-    """Prototypes that :func:`save_prototypes` wrote.
-
-    Raises:
-        InputError: no such file, a damaged one, or one made with other weights or settings.
-    """
+    """What :func:`save_prototypes` wrote; InputError for no file, a damaged one, or one of other weights or settings."""
     if not Path(path).is_file():
         raise InputError(f"-prototypes {path}: there is no such file. Write one with -support and -save")
     content = load_plain(Path(path), "file of prototypes")
@@ -220,10 +210,8 @@ def load_prototypes(path: str, *, settings: dict[str, Any], weights: str) -> Pro
         kind = type(error).__name__
         raise InputError(f"-prototypes {path} is damaged, or no file of -save ({kind}: {error})") from error
     if made_by != weights:
-        raise InputError(
-            f"-prototypes {path}: made with other weights ({made_by}, not {weights}). Set the same -model_dir, or make "
-            "them again with -support and -save"
-        )
+        advice = "Set the same -model_dir, or make them again with -support and -save"
+        raise InputError(f"-prototypes {path}: made with other weights ({made_by}, not {weights}). {advice}")
     if different := {name: value for name, value in made_with.items() if settings.get(name) != value}:
         raise InputError(f"-prototypes {path}: made with other flags; set {as_words(different)}")
     return prototypes
@@ -263,24 +251,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         picture_path(Path(args.picture), "picture", args.format)
     for path in filter(None, (args.save, args.json if args.json != "-" else None)):
         check_writable(Path(path))
-
     _, device, device_ids = start(args, one_process=True)
     model, weights = open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
     loaded = fingerprint(weights)
+    origin = f"sha256 {loaded['sha256']}" if loaded else f"random weights of seed {args.seed}"
     names = [*SETTINGS, *(name for name in VIEWS[args.deepemd][1] if name != "train")]
-    made_with = {
-        "settings": {name: getattr(args, name) for name in names},
-        "weights": f"sha256 {loaded['sha256']}" if loaded else f"random weights of seed {args.seed}",
-    }
+    made_with = {"settings": {name: getattr(args, name) for name in names}, "weights": origin}
     classifier = Classifier(model.folded(), view_of(args, train=False), args.seed, device)
-    kept = args.prototypes and load_prototypes(args.prototypes, **made_with)
-    prototypes = kept or classifier.fit(args.support)
+    prototypes = load_prototypes(args.prototypes, **made_with) if args.prototypes else classifier.fit(args.support)
     if args.save:
         save_prototypes(prototypes, args.save, **made_with)
         status(f"prototypes of {len(prototypes.classes)} classes: {args.save}")
     if not args.query:
         return
-
     width = max(len("runner-up"), *(len(shorten(name, 40)) for name in prototypes.classes))
     if args.json != "-":
         print(f"{'class':{width}}  probability    cost  {'runner-up':{width}}  file")

@@ -39,9 +39,8 @@ def build_parser() -> ArgumentParser:
     def command(name: str, summary: str) -> ArgumentParser:
         added = commands.add_parser(name, help=summary, description=summary, formatter_class=parser.formatter_class)
         group = added.add_argument_group("pictures")
-        group.add_argument(
-            "-out", metavar="DIR", default="checkpoint/pictures", help="folder that the pictures are written to"
-        )
+        out = "folder that the pictures are written to"
+        group.add_argument("-out", metavar="DIR", default="checkpoint/pictures", help=out)
         group.add_argument("-format", choices=canvas.FORMATS, default="png", help="of the pictures")
         return added
 
@@ -119,8 +118,7 @@ def draw_episode(args: Namespace) -> None:
     hits = sum(found == number % args.way for number, found in enumerate(logits.argmax(1).tolist()))
     where = f"{args.dataset} {args.set}, episode {args.episode}"
     title = f"{where}: {args.way}-way {args.shot}-shot, {hits} of {count} right"
-    figure = sheet.draw_sheet(episode, names=names, title=title)
-    print(canvas.save(figure, path))
+    print(canvas.save(sheet.draw_sheet(episode, names=names, title=title), path))
     for number in args.queries or choose_queries(logits, args.way):
         title = f"{where}, query {number}"
         figure = episode.draw(number, names=names, title=title, flows=args.flows, truth=number % args.way)
@@ -132,9 +130,8 @@ def draw_pair(args: Namespace) -> None:
     first, second = map(Path, args.images)
     path = output(args, f"pair-{first.stem[:30]}-{second.stem[:30]}")
     view = view_of(args, train=False)
-    viewed = []
-    for number, image in enumerate(args.images):
-        viewed.append(view_file(image, view, named_generator(args.seed, "pair", number).initial_seed(), advice=""))
+    seeds = [named_generator(args.seed, "pair", number).initial_seed() for number in range(2)]
+    viewed = [view_file(image, view, seed, advice="") for image, seed in zip(args.images, seeds, strict=True)]
     model, device = open_model(args)
     episode = match_episode(model, view, viewed[::-1], way=1, shot=1, device=device)
     title = f"left: {first.name}, right: {second.name}"

@@ -1,7 +1,6 @@
 """What all pictures share: colours, names that can be displayed, and the way from a figure to a file.
 
-Colours are those of Okabe and Ito, which colour-blind people can tell apart; what a colour says, a word or a line style says
-too. Figures are made without pyplot, so that no window system and no global state is involved.
+Colours are those of Okabe and Ito; what a colour says, a word or a line style says too. No pyplot: it has global state.
 """
 
 import io
@@ -34,22 +33,14 @@ def make_figure(width: float, height: float) -> Figure:
 
 
 def picture_path(folder: Path, stem: str, suffix: str) -> Path:
-    """The path of a picture, which can be written; a stem that is too long for the file system is cut.
-
-    Raises:
-        InputError: it cannot be written.
-    """
+    """The path of a picture, with its stem cut to what a file system takes; InputError if it cannot be written."""
     path = folder / f"{os.fsdecode(os.fsencode(stem)[:200])}.{suffix}"
     check_writable(path)
     return path
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure, in the format of its suffix.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
+    """Write a figure, in the format of its suffix; InputError if it cannot be written."""
     write_output(path, _render(figure, path.suffix[1:]).getbuffer())
     return path
 

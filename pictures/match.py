@@ -43,12 +43,8 @@ class Panel(NamedTuple):
 def cell_panels(pixels: Any, levels: Sequence[int]) -> list[Panel]:
     """An image whose nodes are the cells of its feature map, and of the levels of its feature pyramid.
 
-    Args:
-        pixels: ``(3, S, S)`` uint8, what the encoder sees.
-        levels: cells along an edge, for each level in the order of the nodes.
-
-    Raises:
-        ValueError: pixels of another shape or type.
+    ``pixels`` are what the encoder sees, ``(3, S, S)`` uint8, else ValueError; ``levels`` are the cells along an edge of
+    each level, in the order of the nodes.
     """
     raster = _as_raster(pixels, "(3, S, S)")
     size, panels = len(raster), []
@@ -65,11 +61,8 @@ def patch_panels(image: Any, boxes: Boxes, patches: Any, levels: Sequence[int]) 
     Args:
         image: ``(height, width, 3)`` uint8, the whole image.
         boxes: of each patch in the image.
-        patches: ``(P, 3, S, S)`` uint8.
+        patches: ``(P, 3, S, S)`` uint8, else ValueError.
         levels: patches along an edge of each level of a grid, or ``()`` for patches in no order.
-
-    Raises:
-        ValueError: patches of another shape or type.
     """
     image, patches = np.asarray(image), _as_raster(patches, "(P, 3, S, S)")
     places = _centres(boxes, image.shape[1], image.shape[0])

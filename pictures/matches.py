@@ -26,17 +26,11 @@ QUERIES = 4  # of an episode that are drawn by default
 
 
 class ViewedImage(NamedTuple):
-    """An image through a view.
+    """An image through a view."""
 
-    Attributes:
-        pixels: ``(3, S, S)`` or ``(P, 3, S, S)``, uint8: what the encoder sees.
-        image: ``(height, width, 3)`` uint8, the whole image at the size it is drawn; None where the nodes are not patches.
-        boxes: left, upper, right, lower of each patch in ``image``.
-    """
-
-    pixels: Tensor
-    image: Tensor | None
-    boxes: list[tuple[float, ...]]
+    pixels: Tensor  # (3, S, S) or (P, 3, S, S), uint8: what the encoder sees
+    image: Tensor | None  # (height, width, 3) uint8, at the size it is drawn; None where the nodes are not patches
+    boxes: list[tuple[float, ...]]  # left, upper, right, lower of each patch in ``image``
 
 
 _generator_lock = Lock()  # all threads share torch's global generator
@@ -92,16 +86,10 @@ class MatchedEpisode(NamedTuple):
         """A query beside every class. Of several support images, the one nearest to the prototype is shown."""
         shots = len(self.supports[0])
         notes = [f"class shown by shot {k + 1} of {shots}, nearest to its prototype" for k in self.nearest]
-        return draw_match(
-            self.queries[number],
-            [images[k] for images, k in zip(self.supports, self.nearest, strict=True)],
-            Matching(*(part[number] for part in self.matching)),
-            names=names,
-            truth=truth,
-            title=title,
-            notes=notes if shots > 1 else (),
-            top=flows,
-        )
+        protos = [images[k] for images, k in zip(self.supports, self.nearest, strict=True)]
+        matching = Matching(*(part[number] for part in self.matching))
+        labels = {"names": names, "title": title, "notes": notes if shots > 1 else ()}
+        return draw_match(self.queries[number], protos, matching, truth=truth, top=flows, **labels)
 
 
 @torch.no_grad()
@@ -116,15 +104,10 @@ def match_episode(
     generator: torch.Generator | None = None,
     solver: str | None = None,
 ) -> MatchedEpisode:
-    """Encode and match the images of an episode, support first.
+    """Encode and match the images of an episode, support first, with a model in evaluation mode.
 
-    Args:
-        model: in evaluation mode.
-        generator: of the order of the support images in the structured fully connected layer.
-        solver: overrides the model's own.
-
-    Raises:
-        DivergenceError: the encoder's features are not finite.
+    ``generator`` orders the support images in the structured fully connected layer; ``solver`` overrides the model's own.
+    DivergenceError if the encoder's features are not finite.
     """
     nodes = encode_images(model, torch.stack([one.pixels for one in viewed]), device=device)
     support, query = nodes[None, : way * shot], nodes[None, way * shot :]
@@ -133,8 +116,7 @@ def match_episode(
     similarity = torch.cosine_similarity(support[0].unflatten(0, (shot, way)), proto, dim=2).mean(2)  # (K, W)
     panels = [panels_of(one, view, nodes.shape[-1], model.feature_pyramid) for one in viewed]
     supports = [[panels[k * way + number] for k in range(shot)] for number in range(way)]
-    nearest = similarity.argmax(0).tolist()
-    return MatchedEpisode(matching, supports, panels[way * shot :], nearest)
+    return MatchedEpisode(matching, supports, panels[way * shot :], nearest=similarity.argmax(0).tolist())
 
 
 def draw_fixed(
@@ -148,23 +130,18 @@ def draw_fixed(
     device: torch.device,
     solver: str | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and pixels of a picture of query ``k % way`` of each episode k, as the model matches it.
+    """Name and pixels of a picture of query ``k % way`` of each episode k, as :func:`match_episode` matches it.
 
-    Args:
-        episodes: lists of (index, seed of the view), support first.
-        seed: of the run.
-        solver: overrides the model's own.
+    ``episodes`` are lists of (index, seed of the view), support first; ``seed`` is that of the run.
     """
     model = model.folded() if episodes else model
     for k, items in enumerate(episodes):
         query, support = k % way, way * shot
         viewed = view_items(dataset, [*items[:support], items[support + query]])
-        order = named_generator(seed, "sfc", 0, k)
-        given = {"way": way, "shot": shot, "device": device, "generator": order, "solver": solver}
-        episode = match_episode(model, dataset.view, viewed, **given)
+        given = {"device": device, "generator": named_generator(seed, "sfc", 0, k), "solver": solver}
+        episode = match_episode(model, dataset.view, viewed, way=way, shot=shot, **given)
         names = [dataset.class_names[dataset.labels[index]] for index, _ in items[:way]]
-        title = f"validation episode {k}, query {query}"
-        figure = episode.draw(0, names=names, title=title, flows=10, truth=query)
+        figure = episode.draw(0, names=names, title=f"validation episode {k}, query {query}", flows=10, truth=query)
         yield f"episode-{k}-query-{query}", to_pixels(figure)
 
 

@@ -40,17 +40,12 @@ class Curves(NamedTuple):
 
 
 def read_curves(path: Path) -> Curves:
-    """The curves of a run folder, or of a ``trlog.json``.
-
-    Raises:
-        InputError: the file is missing, is not one that a training script writes, or no epoch is finished.
-    """
+    """The curves of a run folder or a ``trlog.json``; InputError where it has none, or is missing or no such file."""
     file = path / "trlog.json" if path.is_dir() else path
 
     def parse(content: dict[str, Any]) -> Curves:
-        rows, test = content["epochs"], None
-        if "test_acc" in content:
-            test = float(content["test_acc"]), float(content["test_interval"])
+        rows = content["epochs"]
+        test = (float(content["test_acc"]), float(content["test_interval"])) if "test_acc" in content else None
         columns = ([float(row.get(key, "nan")) for row in rows] for key in Curves._fields[1:-1])
         return Curves([float(row["epoch"]) for row in rows], *columns, test=test)
 
@@ -110,11 +105,7 @@ class Compared(NamedTuple):
 
 
 def read_results(file: Path) -> Results:
-    """The results of an evaluation.
-
-    Raises:
-        InputError: the file is missing, or is not one that eval.py or train_meta.py writes.
-    """
+    """The results of an evaluation; InputError for a missing file, or one that eval.py or train_meta.py did not write."""
 
     def parse(content: dict[str, Any]) -> Results:
         accuracies = [float(value) for value in content["accuracies"]]

@@ -17,10 +17,8 @@ from pictures.matches import MatchedEpisode
 
 LARGEST_SHEET = 20  # queries
 CELL, ROW, THUMB, SUPPORT = 0.86, 0.52, 0.46, 0.76  # inches: width of a class, height of a query, edges of images
-KEY = (
-    "numbers: logits; shade: softmax probability\nsolid frame: predicted class; "
-    "dashed frame: true class, where another was predicted"
-)
+KEY = "numbers: logits; shade: softmax probability\nsolid frame: predicted class; "
+KEY += "dashed frame: true class, where another was predicted"
 
 
 def draw_sheet(episode: MatchedEpisode, *, names: Sequence[str], title: str) -> Figure:

@@ -10,11 +10,10 @@ the best of several calls, which alternate with those of the cv2.EMD loop on one
 import ctypes
 import itertools
 import sys
-import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from timeit import timeit
 
 import torch
 
@@ -73,21 +72,15 @@ def measure(case: str, nodes: int, batch: int) -> tuple[float, float, float]:
         for k in range(len(cost)):
             cv2.EMD(supply[k, :, None], demand[k, :, None], cv2.DIST_USER, cost[k])
 
-    forward, both, plain = best_times(lambda: run(case, inputs, False), lambda: run(case, inputs), loop)
-    return forward / batch, both / batch, plain / len(cost)
-
-
-def best_times(*works: Callable[[], object], seconds: float = 1.0) -> list[float]:
-    """Seconds per call of each, called in turn: the best of at least two calls, or of as many as fit."""
+    works = (lambda: run(case, inputs, False), lambda: run(case, inputs), loop)
     times: list[list[float]] = [[] for _ in works]
     for work in works:
         work()
-    while len(times[0]) < 2 or sum(map(sum, times)) < seconds * len(works) and len(times[0]) < 30:
+    while len(times[0]) < 2 or sum(map(sum, times)) < len(works) and len(times[0]) < 30:
         for work, spent in zip(works, times, strict=True):
-            start = time.perf_counter()
-            work()
-            spent.append(time.perf_counter() - start)
-    return [min(spent) for spent in times]
+            spent.append(timeit(work, number=1))
+    forward, both, plain = map(min, times)
+    return forward / batch, both / batch, plain / len(cost)
 
 
 def peak_growth(case: str, nodes: int, batch: int) -> float:

@@ -109,16 +109,15 @@ def measure_episodes(args: Namespace, device: torch.device) -> Rows:
 
 def measure_fit(args: Namespace, device: torch.device) -> Rows:
     """Milliseconds of a step of the prototype fit, 5-way 5-shot with 25 nodes: as a graph, step by step, and by opencv."""
-    steps = 2 if args.quick else 20
-    never_waits = sfc._never_waits
+    steps, graphed = 2 if args.quick else 20, sfc.GraphedStep
     for episodes in (1, 8):
         support = features(episodes, 5 * WAY, CHANNELS, 25).to(device)
         for how, solver in (("graph", "simplex"), ("step by step", "simplex"), ("step by step", "opencv")):
-            sfc._never_waits = never_waits if how == "graph" else lambda settings, nodes: False
+            sfc.GraphedStep = graphed if how == "graph" else lambda step: step
             settings = {"way": WAY, "shot": 5, "lr": 100.0, "steps": steps, "batch_size": 4, "solver": solver}
             mean = seconds(partial(sfc.fit_prototypes, support, **settings), device, 1)
             yield {"episodes": episodes, "solver": solver, "how": how, "ms a step": 1e3 * mean / (7 * steps)}
-    sfc._never_waits = never_waits
+    sfc.GraphedStep = graphed
 
 
 PARTS = {"solver": measure_solver, "encoder": measure_encoder, "episodes": measure_episodes, "fit": measure_fit}

@@ -5,6 +5,7 @@
 
 Takes the flags of eval.py and finds its accuracies, but encodes every image once for all heads. Each row also has its
 difference from deepemd (with the first of -kshots) on the same episodes, with the 95 % interval of that difference.
+Everything but the seconds is the same from run to run.
 """
 
 import argparse

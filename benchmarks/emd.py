@@ -10,17 +10,16 @@ the best of several calls, which alternate with those of the cv2.EMD loop on one
 import ctypes
 import itertools
 import sys
-import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from timeit import timeit
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from process_memory import megabytes
+from measuring import megabytes, print_row
 
 from Models.emd import SOLVERS, emd, scale_to_mass
 from Models.matching import cosine_similarity_map, cross_reference_weights
@@ -35,8 +34,7 @@ CASES = {
     "qpth, L2": ("qpth", {}),
     "qpth, QP": ("qpth", {"form": "QP"}),
 }
-MOST_NODES_OF_QPTH = 25
-CHANNELS = 640
+MOST_NODES_OF_QPTH, CHANNELS = 25, 640
 
 
 def problems(nodes: int, batch: int) -> list[torch.Tensor]:
@@ -55,52 +53,40 @@ def batch_sizes(solver: str, nodes: int) -> list[int]:
     return {"qpth": [8], "ipm": [8, many]}.get(solver, [many])
 
 
-def run_both(case: str, inputs: list[torch.Tensor]) -> None:
+def run(case: str, inputs: list[torch.Tensor], gradients: bool = True) -> None:
     solver, options = CASES[case]
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    emd(*leaves, solver=solver, **options).value.sum().backward()
+    leaves = [tensor.detach().requires_grad_(gradients) for tensor in inputs]
+    value = emd(*leaves, solver=solver, **options).value
+    if gradients:
+        value.sum().backward()
 
 
 def measure(case: str, nodes: int, batch: int) -> tuple[float, float, float]:
     """Seconds forward, forward and backward, and of a bare loop over cv2.EMD on prepared arrays, per problem."""
     import cv2
 
-    solver, options = CASES[case]
     inputs = problems(nodes, batch)
     cost, supply, demand = (x.float().numpy() for x in problems(nodes, batch_sizes("opencv", nodes)[0]))
-
-    @torch.no_grad()
-    def forward() -> None:
-        emd(*inputs, solver=solver, **options)
 
     def loop() -> None:
         for k in range(len(cost)):
             cv2.EMD(supply[k, :, None], demand[k, :, None], cv2.DIST_USER, cost[k])
 
-    times = best_times(forward, lambda: run_both(case, inputs), loop)
-    return times[0] / batch, times[1] / batch, times[2] / len(cost)
-
-
-def best_times(*works: Callable[[], object], seconds: float = 1.0) -> list[float]:
-    """Seconds per call of each, called in turn: the best of at least two calls, or of as many as fit."""
+    works = (lambda: run(case, inputs, False), lambda: run(case, inputs), loop)
     times: list[list[float]] = [[] for _ in works]
     for work in works:
         work()
-    while len(times[0]) < 2 or sum(map(sum, times)) < seconds * len(works) and len(times[0]) < 30:
+    while len(times[0]) < 2 or sum(map(sum, times)) < len(works) and len(times[0]) < 30:
         for work, spent in zip(works, times, strict=True):
-            start = time.perf_counter()
-            work()
-            spent.append(time.perf_counter() - start)
-    return [min(spent) for spent in times]
+            spent.append(timeit(work, number=1))
+    forward, both, plain = map(min, times)
+    return forward / batch, both / batch, plain / len(cost)
 
 
 def peak_growth(case: str, nodes: int, batch: int) -> float:
-    """Megabytes per problem by which one forward and backward raise the peak of this process (Linux; nan elsewhere).
-
-    A peak shows only in a process that has not freed any memory yet.
-    """
+    """Megabytes per problem by which forward and backward raise the peak of a fresh process (Linux; nan elsewhere)."""
     torch.set_num_threads(1)
-    run_both(case, problems(nodes, 1))  # whatever is loaded and compiled once
+    run(case, problems(nodes, 1))  # whatever is loaded and compiled once
     inputs = problems(nodes, batch)
     try:
         ctypes.CDLL(None).malloc_trim(0)  # gives back what the problems took while they were made
@@ -108,27 +94,19 @@ def peak_growth(case: str, nodes: int, batch: int) -> float:
     except (OSError, AttributeError, TypeError):
         return float("nan")
     before = megabytes("VmRSS")
-    run_both(case, inputs)
+    run(case, inputs)
     return max(0.0, megabytes("VmHWM") - before) / batch
 
 
-def print_row(*cells: object) -> None:
-    print("|", " | ".join(map(str, cells)), "|", flush=True)
-
-
 def main() -> None:
-    parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument(
-        "-nodes", type=whole_numbers, default="9,25,30,64", help="per side of a problem, comma-separated"
-    )
-    parser.add_argument(
-        "-solvers", type=lambda text: text.split(","), default=",".join(SOLVERS), help="comma-separated"
-    )
+    parser, names = make_parser(__doc__.splitlines()[0]), ",".join(SOLVERS)
+    nodes = "per side of a problem, comma-separated"
+    parser.add_argument("-nodes", type=whole_numbers, default="9,25,30,64", help=nodes)
+    parser.add_argument("-solvers", type=lambda text: text.split(","), default=names, help="comma-separated")
     args = parser.parse_args()
     for name in set(args.solvers) - SOLVERS.keys():
         parser.error(f"argument -solvers: expected solvers out of {', '.join(SOLVERS)}; got {name!r}")
     most_threads = torch.get_num_threads()
-
     print("microseconds per problem; memory in MB per problem; speed as a multiple of the cv2.EMD loop on one thread\n")
     print_row("solver", "nodes", "batch", "threads", "forward", "both", "memory", "cv2 loop", "loop / forward")
     print_row(*["---"] * 9)

@@ -4,10 +4,9 @@
     python benchmarks/episodes.py -image_size 32         a quick look
     python benchmarks/episodes.py -only end_to_end       one part: parts, sfc, end_to_end, training
 
-The published way encodes every image of every episode, expands similarities to (Q, W, N, N, C) tensors, and calls the solver
-once per pair of query and prototype. It is written here from its description, and runs in the same process on the same
-threads. Times are the best of at least two calls. Encoding is measured on one batch and multiplied by the number of images;
-extrapolated figures are marked with *. Memory is the peak of a fresh process that runs this project's way alone.
+The published way, written here from its description, encodes every image of every episode, expands similarities to
+(Q, W, N, N, C) tensors, and calls the solver once per pair of query and prototype. Times are the best of at least two calls
+on the same threads; those marked with * are extrapolated. Memory is the peak of a fresh process that runs our way alone.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from process_memory import megabytes
+from measuring import megabytes, print_row
 
 from dataloader import EpisodeSampler, ImageDataset, SeededEpisodes, episode_labels, make_view
 from engine.evaluation import ENCODE_BATCH, Evaluator
@@ -45,13 +44,6 @@ PATCHES = {"fcn": 1, "grid": 13, "sampling": 9}
 
 def best_time(work: Callable[[], object], calls: int = 2) -> float:
     return min(repeat(work, number=1, repeat=calls))
-
-
-def print_row(*cells: object) -> None:
-    print("|", " | ".join(map(str, cells)), "|", flush=True)
-
-
-# --- the published way ---
 
 
 def published_weights(left: Tensor, right: Tensor) -> Tensor:
@@ -71,12 +63,9 @@ def published_logits(proto: Tensor, query: Tensor) -> Tensor:
     similarity = F.cosine_similarity(left, right, dim=-1)
     flows = torch.empty_like(similarity)
     for i, j in np.ndindex(q, w):
-        sides = []
-        for weight in (supply[i, j], demand[j, i]):
-            weight = F.relu(weight.detach()) + 1e-5
-            sides.append((weight * (n / weight.sum().item())).view(-1, 1).numpy())
-        flow = cv2.EMD(*sides, cv2.DIST_USER, (1 - similarity[i, j]).detach().numpy())[2]
-        flows[i, j] = torch.from_numpy(flow)
+        weights = (F.relu(weight.detach()) + 1e-5 for weight in (supply[i, j], demand[j, i]))
+        sides = ((weight * (n / weight.sum().item())).view(-1, 1).numpy() for weight in weights)
+        flows[i, j] = torch.from_numpy(cv2.EMD(*sides, cv2.DIST_USER, (1 - similarity[i, j]).detach().numpy())[2])
     return (similarity * flows).sum((2, 3)) * (12.5 / n)
 
 
@@ -89,9 +78,6 @@ def published_sfc(support: Tensor, passes: int) -> None:
             optimizer.zero_grad()
             F.cross_entropy(published_logits(proto, support[chosen]), labels[chosen]).backward()
             optimizer.step()
-
-
-# --- what is measured ---
 
 
 class Basis(NamedTuple):
@@ -126,8 +112,7 @@ def support_nodes(episodes: int, nodes: int) -> Tensor:
 
 def sfc_time(nodes: int, episodes: int, **solver: str) -> float:
     """Seconds per episode for 100 passes over 25 support images, in batches of 4, ``episodes`` fitted at once."""
-    settings = {"way": WAY, "shot": 5, "lr": 100.0, "batch_size": 4, **solver}
-    fit = partial(fit_prototypes, support_nodes(episodes, nodes), **settings)
+    fit = partial(fit_prototypes, support_nodes(episodes, nodes), way=WAY, shot=5, lr=100.0, batch_size=4, **solver)
     fit(steps=1)
     return 100 / 10 * best_time(lambda: fit(steps=10)) / episodes
 
@@ -162,9 +147,6 @@ def make_images(folder: Path) -> None:
 def open_images(folder: Path, deepemd: str, image_size: int) -> ImageDataset:
     view = make_view(deepemd, train=False, image_size=image_size, **VARIANTS[deepemd])
     return ImageDataset("folder", "test", data_dir=str(folder), view=view)
-
-
-# --- the parts ---
 
 
 def parts(basis: Basis, folder: Path, model: DeepEMD, image_size: int) -> None:
@@ -207,8 +189,8 @@ def end_to_end(basis: Basis, folder: Path, model: DeepEMD, image_size: int) -> N
 
     def run(count: int, feature_cache: str) -> tuple[float, list[float]]:
         episodes = SeededEpisodes(EpisodeSampler(data.labels, count, WAY, 1 + QUERY), seed=1, name="test")
-        start = time.perf_counter()
         settings = {"device": torch.device("cpu"), "num_workers": 1, "feature_cache": feature_cache}
+        start = time.perf_counter()
         accuracies = Evaluator(data, way=WAY, shot=1, seed=1, **settings)(model, episodes).accuracies
         return (time.perf_counter() - start) / count, accuracies
 

@@ -11,6 +11,8 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,65 +50,54 @@ def features(*shape: int) -> torch.Tensor:
 
 def measure_solver(args: Namespace, device: torch.device) -> Rows:
     """Problems a second by nodes and batch, on the device and on the CPU."""
+    cpu = torch.device("cpu")
     for nodes in (9, 25, 64):
         for batch in (20,) if args.quick else (100, 3000, 30_000 // (1 + nodes // 32)):
             left, right = features(batch, 1, CHANNELS, nodes), features(batch, 1, CHANNELS, nodes)
             cost = 1 - cosine_similarity_map(left, right)[:, 0, 0]
             weights = cross_reference_weights(left, right)[:, 0, 0], cross_reference_weights(right, left)[:, 0, 0]
             given = [cost, *(scale_to_mass(weight, nodes) for weight in weights)]
-            for solver, place in (
-                ("simplex", device),
-                ("simplex", torch.device("cpu")),
-                ("opencv", torch.device("cpu")),
-            ):
-                if place.type == "cpu" and batch > 3000:
+            for solver, place in (("simplex", device), ("simplex", cpu), ("opencv", cpu)):
+                if place == cpu and batch > 3000:
                     continue
-                here = [part.to(place) for part in given]
-                mean = seconds(
-                    lambda here=here, solver=solver: emd(*here, solver=solver), place, 1 if args.quick else 10
-                )
-                yield {
-                    "nodes": nodes,
-                    "problems": batch,
-                    "solver": f"{solver} ({place.type})",
-                    "us each": 1e6 * mean / batch,
-                }
+                work = partial(emd, *(part.to(place) for part in given), solver=solver)
+                each = 1e6 * seconds(work, place, 1 if args.quick else 10) / batch
+                yield {"nodes": nodes, "problems": batch, "solver": f"{solver} ({place.type})", "us each": each}
 
 
 def measure_encoder(args: Namespace, device: torch.device) -> Rows:
     """ResNet-12 images a second at 84 pixels, and the peak memory."""
-    for amp in ("off", "bfloat16"):
-        for compiled in (False,) if args.quick else (False, True):
-            for phase in ("training", "evaluation"):
-                batch = 2 if args.quick else 128 if phase == "training" else 256
-                model = DeepEMD(amp=amp, compiled=compiled).to(device)
-                network = model.encoder.train() if phase == "training" else model.folded().encoder
-                images = torch.randint(256, (batch, 3, 84, 84), dtype=torch.uint8, device=device)
+    compilations = (False,) if args.quick else (False, True)
+    for amp, compiled, phase in product(("off", "bfloat16"), compilations, ("training", "evaluation")):
+        training = phase == "training"
+        batch = 2 if args.quick else 128 if training else 256
+        model = DeepEMD(amp=amp, compiled=compiled).to(device)
+        network = model.encoder.train() if training else model.folded().encoder
+        images = torch.randint(256, (batch, 3, 84, 84), dtype=torch.uint8, device=device)
 
-                def work(network=network, images=images, phase=phase):
-                    with torch.set_grad_enabled(phase == "training"):
-                        maps = network(images)
-                    if phase == "training":
-                        maps.mean().backward()
+        def work(network=network, images=images, training=training):
+            with torch.set_grad_enabled(training):
+                maps = network(images)
+            if training:
+                maps.mean().backward()
 
-                rate = batch / seconds(work, device, 1 if args.quick else 20)
-                memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
-                yield {"amp": amp, "compile": compiled, "phase": phase, "batch": batch, "images/s": rate, "GiB": memory}
+        rate = batch / seconds(work, device, 1 if args.quick else 20)
+        memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+        yield {"amp": amp, "compile": compiled, "phase": phase, "batch": batch, "images/s": rate, "GiB": memory}
 
 
 def measure_episodes(args: Namespace, device: torch.device) -> Rows:
     """Milliseconds of the parts of a 1-shot episode: encoding, matching, and a training step with its gradient."""
     images = torch.randint(256, (WAY * (1 + QUERY), 3, 84, 84), dtype=torch.uint8, device=device)
-    labels = torch.arange(WAY * QUERY, device=device) % WAY
+    labels, calls = torch.arange(WAY * QUERY, device=device) % WAY, 1 if args.quick else 10
     for solver in ("opencv", "simplex", "ipm"):
         model = DeepEMD(solver=solver).to(device).train()
         folded = model.folded()
-        calls = 1 if args.quick else 10
         with torch.no_grad():
             nodes = folded.encode(images)
             parts = {
-                "encoding": lambda model=folded: model.encode(images),
-                "matching": lambda model=folded, nodes=nodes: model.match(nodes[:WAY], nodes[WAY:], way=WAY, shot=1),
+                "encoding": partial(folded.encode, images),
+                "matching": partial(folded.match, nodes[:WAY], nodes[WAY:], way=WAY, shot=1),
             }
             found = {name: 1e3 * seconds(work, device, calls) for name, work in parts.items()}
 
@@ -118,18 +109,15 @@ def measure_episodes(args: Namespace, device: torch.device) -> Rows:
 
 def measure_fit(args: Namespace, device: torch.device) -> Rows:
     """Milliseconds of a step of the prototype fit, 5-way 5-shot with 25 nodes: as a graph, step by step, and by opencv."""
-    steps = 2 if args.quick else 20
-    never_waits = sfc._never_waits
+    steps, graphed = 2 if args.quick else 20, sfc.GraphedStep
     for episodes in (1, 8):
         support = features(episodes, 5 * WAY, CHANNELS, 25).to(device)
         for how, solver in (("graph", "simplex"), ("step by step", "simplex"), ("step by step", "opencv")):
-            sfc._never_waits = never_waits if how == "graph" else lambda settings, nodes: False
+            sfc.GraphedStep = graphed if how == "graph" else lambda step: step
             settings = {"way": WAY, "shot": 5, "lr": 100.0, "steps": steps, "batch_size": 4, "solver": solver}
-            mean = seconds(
-                lambda settings=settings, support=support: sfc.fit_prototypes(support, **settings), device, 1
-            )
+            mean = seconds(partial(sfc.fit_prototypes, support, **settings), device, 1)
             yield {"episodes": episodes, "solver": solver, "how": how, "ms a step": 1e3 * mean / (7 * steps)}
-    sfc._never_waits = never_waits
+    sfc.GraphedStep = graphed
 
 
 PARTS = {"solver": measure_solver, "encoder": measure_encoder, "episodes": measure_episodes, "fit": measure_fit}
@@ -141,8 +129,7 @@ def table(folder: Path) -> str:
     for file in sorted(folder.glob("*.jsonl")):
         first, *rows = map(json.loads, file.read_text().splitlines())
         lines += [f"\n**{file.stem}** ({first['device']}, torch {first['torch']})\n"]
-        columns = list(rows[0])
-        lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        lines += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
         for row in rows:
             cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values())
             lines.append("| " + " | ".join(cells) + " |")

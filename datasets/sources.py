@@ -5,6 +5,7 @@ A source lists its images from what is cheap to read, and then reads the wanted 
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -30,19 +31,19 @@ class Entry(NamedTuple):
 Content = tuple[str, bytes]
 
 
-class Source:
+class Source(ABC):
     """Images that can be listed and read."""
 
     def __init__(self, where: str) -> None:
         self.where = where  # for messages and the manifest
 
+    @abstractmethod
     def entries(self) -> list[Entry]:
         """Every file in it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, wanted: Collection[str]) -> Iterator[Content]:
         """Names and contents of the wanted entries that it has, in the order in which they are stored."""
-        raise NotImplementedError
 
 
 class ConcatSource(Source):

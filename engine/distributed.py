@@ -92,7 +92,7 @@ def read_launch() -> Launch | None:
         # "4(x2),3" is four tasks on each of two nodes and three on the last: at most four on this one.
         counts = re.findall(r"(\d+)(?:\(x\d+\))?", environ.get(names[3], ""))
         environ[names[3]] = max(counts, key=int, default="")
-    elif environ["WORLD_SIZE"] == "1":
+    elif environ["WORLD_SIZE"] == "1" and not set(names) <= set(environ):  # not torchrun, which forwards signals
         return None
     numbers = [int(text) if re.fullmatch("[0-9]{1,6}", text := environ.get(name, "")) else -1 for name in names]
     rank, size, local_rank, local_size = numbers

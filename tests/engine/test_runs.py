@@ -605,6 +605,12 @@ def test_variables_left_over_from_elsewhere_are_ignored(environ, variables):
     assert distributed.read_launch() is None
 
 
+def test_torchrun_with_one_process_is_a_launcher(environ):
+    """It forwards signals, whose copies are no second request to stop."""
+    environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    assert distributed.read_launch() == distributed.Launch(0, 1, 0, 1)
+
+
 @pytest.mark.parametrize(
     ("base", "changed", "found"),
     [

@@ -254,8 +254,8 @@ def solve_range(cost, supply, demand, first, last, precision, block, value, flow
     n, m = cost.shape[1], cost.shape[2]
     nodes = n + m
     mass, edge = np.empty(nodes, np.int64), np.empty(nodes, np.int64)
-    parent, order, position, size, moved = np.empty((5, nodes), np.int32)
-    closed = np.empty(nodes - 1, np.int32)
+    parent, order, closed = np.empty(nodes, np.int32), np.empty(nodes, np.int32), np.empty(nodes - 1, np.int32)
+    position, size, moved = np.empty(nodes, np.int32), np.empty(nodes, np.int32), np.empty(nodes, np.int32)
     price, dual, column_mean = np.empty(nodes), np.empty(nodes), np.empty(m)
     row_mean, row_best, row_choice = np.empty(n), np.empty(n), np.empty(n, np.int32)
 

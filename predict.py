@@ -54,7 +54,10 @@ from utils import (
 
 FORMAT = 2  # of a file of prototypes
 # What has to be the same for prototypes and queries, beside the flags of the view: it decides what nodes and prototypes are.
-SETTINGS = ("dataset", "deepemd", "image_size", "feature_pyramid", "head", "norm", "temperature")
+SETTINGS = (
+    *("dataset", "backbone", "backbone_layer", "map_size", "deepemd", "image_size", "interpolation"),
+    *("feature_pyramid", "head", "norm", "temperature"),
+)
 READ_AHEAD = 32  # images read at once
 
 
@@ -254,7 +257,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     _, device, device_ids = start(args, one_process=True)
     model, weights = open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
     loaded = fingerprint(weights)
-    origin = f"sha256 {loaded['sha256']}" if loaded else f"random weights of seed {args.seed}"
+    known = loaded and (loaded["sha256"] or model.encoder.identity()["weights"])
+    origin = f"sha256 {known}" if known else f"random weights of seed {args.seed}"
     names = [*SETTINGS, *(name for name in VIEWS[args.deepemd][1] if name != "train")]
     made_with = {"settings": {name: getattr(args, name) for name in names}, "weights": origin}
     classifier = Classifier(model.folded(), view_of(args, train=False), args.seed, device)

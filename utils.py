@@ -44,6 +44,26 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        # Called with the parsed flags, in this order: they fill in defaults that depend on other flags, and check those that do.
+        self.completions: list[Callable[[argparse.Namespace], None]] = []
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        parsed = super().parse_args(args, namespace)
+        self._complete(parsed)
+        return parsed
+
+    def _complete(self, parsed: argparse.Namespace) -> None:
+        try:
+            for completion in self.completions:
+                completion(parsed)
+        except (argparse.ArgumentTypeError, InputError) as error:
+            self.error(str(error))
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                action.choices[getattr(parsed, action.dest)]._complete(parsed)
+
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} -h)\n")
 
@@ -52,7 +72,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that shows every default and reports bad flags in one line."""
+    """A parser that shows every default and reports bad flags in one line.
+
+    Its ``completions`` are called with the flags that were parsed, those of a command included. They fill in the defaults that
+    depend on other flags, which are None until then, and raise InputError or ArgumentTypeError for flags that do not fit.
+    """
     return _Parser(description=description, allow_abbrev=False, formatter_class=_Formatter)
 
 

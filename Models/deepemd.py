@@ -25,6 +25,7 @@ class DeepEMD(nn.Module):
     """An encoder whose feature maps are compared by optimal transport.
 
     Args:
+        map_size: edge of the map that the feature map of a whole image is pooled to, 0 to keep it.
         feature_pyramid: sizes of further maps that the feature map is pooled to, as in ``(2, 1)``; whole images only.
         head, temperature, metric, norm, solver: see :class:`Models.heads.HeadSettings`.
         form, l2_strength, emd_gradient: given to every solver that has such an option (``emd_gradient`` is its ``gradient``),
@@ -44,6 +45,7 @@ class DeepEMD(nn.Module):
     def __init__(
         self,
         *,
+        map_size: int = 0,
         feature_pyramid: Sequence[int] | None = None,
         head: str = "deepemd",
         temperature: float = 12.5,
@@ -68,7 +70,7 @@ class DeepEMD(nn.Module):
             raise ValueError(f"{', '.join(encoder_settings)}: set this where the encoder is made, which is given")
         check_choice("kshot", kshot, KSHOT)
         self.encoder = BACKBONES["resnet12"](**encoder_settings) if encoder is None else encoder
-        self.feature_pyramid, self.kshot = tuple(feature_pyramid or ()), kshot
+        self.map_size, self.feature_pyramid, self.kshot = map_size, tuple(feature_pyramid or ()), kshot
         self.compiled, self.device_ids = compiled, list(device_ids)
         if compiled:
             self.encoder.compile()  # in place: no other module, no other key names
@@ -101,14 +103,18 @@ class DeepEMD(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Images to nodes (section 3.1): ``(B, 3, H, W)`` or ``(B, P, 3, H, W)`` to ``(B, C, N)``.
 
-        A whole image becomes the cells of its feature map, row by row, behind those of its feature pyramid. Patches are
-        encoded on their own and averaged to one node each, so N = P. ValueError as for :meth:`forward`.
+        A whole image becomes the cells of its feature map, pooled to ``map_size``, row by row, behind those of its feature
+        pyramid. Patches are encoded on their own and averaged to one node each, so N = P. ValueError as for :meth:`forward`, and
+        for a map smaller than ``map_size``.
         """
         if images.dim() == 5:
             maps = self._run_encoder(images.flatten(0, 1))  # (B*P, C, h, w)
             return maps.mean((-2, -1)).unflatten(0, images.shape[:2]).transpose(1, 2)  # (B, C, P)
         maps = self._run_encoder(images)  # (B, C, h, w)
+        if self.map_size > min(maps.shape[2:]):
+            raise ValueError(f"map_size {self.map_size} is larger than the feature map, {tuple(maps.shape[2:])}")
         levels = [_pool(maps, size) for size in self.feature_pyramid]
+        maps = _pool(maps, self.map_size) if self.map_size else maps
         return torch.cat([level.flatten(2) for level in (*levels, maps)], dim=2)
 
     def match(

@@ -126,11 +126,10 @@ def compare(args: argparse.Namespace, device: torch.device, shot: int, count: in
     args.shot, args.head = shot, args.heads[0]
     models: dict[Name, DeepEMD] = {}
     set_seed(args.seed, deterministic=args.deterministic)  # random weights do not depend on what is compared
-    shared, args.model_dir = open_model(args, device=device, device_ids=(), **data.pixel_statistics(args))
+    shared, args.source = open_model(args, device=device, device_ids=(), **data.pixel_statistics(args))
     for head, kshot in product(args.heads, args.kshots if shot > 1 else (None,)):
         flags = {**vars(args), "head": head, "kshot": kshot or args.kshot}
-        models[head, kshot] = build_model(argparse.Namespace(**flags))
-        models[head, kshot].encoder = shared.encoder
+        models[head, kshot] = build_model(argparse.Namespace(**flags), encoder=shared.encoder)
     dataset = data.open_dataset(args, args.set, train=False)
     episodes = data.draw_episodes(args, dataset, count, seed=args.seed, name=args.set)
     comparison = Comparison(models)
@@ -155,7 +154,7 @@ def heading(args: argparse.Namespace, device: torch.device) -> str:
     """What the table is of, and its head."""
     return (
         f"{args.dataset} {args.set}, {args.deepemd}, {args.image_size} pixels, {args.way}-way, {args.query} queries per "
-        f"class, weights {args.model_dir}, seed {args.seed}. Accuracies in percent with 95 % intervals; differences from "
+        f"class, weights {args.source}, seed {args.seed}. Accuracies in percent with 95 % intervals; differences from "
         f"deepemd (above one shot: deepemd, {args.kshots[0]}) on the same episodes. Seconds per episode of the head alone, "
         f"prototypes included, on {device.type}.\n\n"
         "| shot | head | prototypes | episodes | accuracy | difference | seconds |\n|---|---|---|---|---|---|---|"
@@ -193,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.json != "-":
             print("\n".join([*([] if rows else [heading(args, device)]), *map(line, found)]), flush=True)
         rows += found
-    result = {"rows": rows, "flags": vars(args), "versions": environment(), "weights": fingerprint(args.model_dir)}
+    result = {"rows": rows, "flags": vars(args), "versions": environment(), "weights": fingerprint(args.source)}
     if args.json == "-":
         print(json.dumps(result))
     elif args.json:

@@ -5,7 +5,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataloader.catalog import CATALOG
 from dataloader.dataset import ImageDataset
 from dataloader.episodes import EpisodeSampler, SeededEpisodes
-from dataloader.views import CROP_TO, VIEWS, View, make_view
+from dataloader.views import CROP_TO, INTERPOLATIONS, VIEWS, View, make_view
 from utils import InputError, number_between, whole_numbers
 
 # Four halvings lie between an image and its feature map. The upper bounds guard against slips of the keyboard.
@@ -29,9 +29,12 @@ def add_data_arguments(parser: ArgumentParser, *, has_splits: bool = True) -> No
         data.add_argument("-num_workers", type=number_between(0, 256, int), help=text)
 
     views.add_argument("-deepemd", choices=VIEWS, default="fcn", help="what becomes a node")
-    text = f"pixels along an edge of what the encoder sees, {SMALLEST_IMAGE} to {LARGEST_IMAGE}; less for quick runs"
+    text = f"pixels along an edge of what the encoder sees, {SMALLEST_IMAGE} to {LARGEST_IMAGE}; less for quick runs "
+    text += f"(default: {CROP_TO}; timm: what the model was made for, at most 224)"
     edge = number_between(SMALLEST_IMAGE, LARGEST_IMAGE, int)
-    views.add_argument("-image_size", type=edge, default=CROP_TO, help=text)
+    views.add_argument("-image_size", type=edge, help=text)
+    text = "how images are resized (default: bilinear; timm: as the model was trained)"
+    views.add_argument("-interpolation", choices=INTERPOLATIONS, help=text)
     patches = number_between(1, MOST_PATCHES, int)
     views.add_argument("-num_patch", type=patches, default=9, help="sampling: patches per image")
     if has_splits:
@@ -41,6 +44,13 @@ def add_data_arguments(parser: ArgumentParser, *, has_splits: bool = True) -> No
     views.add_argument("-patch_list", type=_grid_levels, default="2,3", metavar="CELLS", help=text)
     text = "grid: how much larger than its share of the image a patch is, in evaluation"
     views.add_argument("-patch_ratio", type=number_between(1, LARGEST_RATIO, float), default=2.0, help=text)
+    parser.completions.append(_complete)
+
+
+def _complete(args: Namespace) -> None:
+    """Fill in the defaults that the model's flags, if there are any, have left open."""
+    args.image_size = args.image_size or CROP_TO
+    args.interpolation = args.interpolation or "bilinear"
 
 
 def _grid_levels(text: str) -> tuple[int, ...]:
@@ -68,7 +78,9 @@ def open_dataset(args: Namespace, split: str, *, train: bool, deepemd: str | Non
 
 def view_of(args: Namespace, *, train: bool, deepemd: str | None = None) -> View:
     """The view that the flags ask for; ``deepemd`` overrides the flag of that name."""
-    settings = {name: getattr(args, name) for name in ("image_size", "patch_list", "patch_ratio", "num_patch")}
+    settings = {
+        name: getattr(args, name) for name in ("image_size", "interpolation", "patch_list", "patch_ratio", "num_patch")
+    }
     return make_view(deepemd or args.deepemd, train=train, **settings)
 
 

@@ -165,7 +165,10 @@ PUBLISHED = {
 
 def defaults_of(script: str) -> dict[str, str]:
     parser = importlib.import_module(script).build_parser()
-    return {action.option_strings[0]: str(action.default) for action in parser._actions if action.option_strings}
+    parsed = vars(parser.parse_args([]))
+    flags = [action for action in parser._actions if action.option_strings and action.dest in parsed]
+    # Those that depend on other flags are None before they are parsed.
+    return {flag.option_strings[0]: str(parsed[flag.dest] if flag.default is None else flag.default) for flag in flags}
 
 
 @pytest.mark.parametrize("script", ["train_pretrain", "train_meta", "eval"])

@@ -15,9 +15,8 @@ from Models.encoder import AMP
 from Models.heads import HEADS, HeadSettings
 from Models.matching import METRICS, NORMS, WEIGHTS
 from Models.sfc import KSHOT
-from Models.statistics import STATISTICS_FILE
 from Models.weights import load_encoder_weights
-from utils import InputError, available_cores, number_between, status, whole_numbers
+from utils import STATISTICS_FILE, InputError, available_cores, number_between, status, whole_numbers
 
 # The flags that are arguments of DeepEMD by the same name.
 OF_DEEPEMD = (

@@ -20,7 +20,7 @@ from Models.encoder import Encoder
 from Models.heads import HeadSettings, head_logits, match_with
 from Models.matching import Matching
 from Models.sfc import KSHOT, Draws, FitSettings, fit_prototypes, mean_prototypes
-from Models.statistics import NodeStatistics
+from Models.statistics import NodeStatistics, needed_statistics
 from utils import InputError
 
 
@@ -165,6 +165,12 @@ class DeepEMD(nn.Module):
                 needed = f"the nodes of this encoder have {self.encoder.out_channels}"
                 raise InputError(f"the statistics are of {channels} channels; {needed}. Compute them with this encoder")
         self.settings = replace(self.settings, statistics=statistics)
+
+    @property
+    def statistics_hash(self) -> str | None:
+        """The SHA-256 of the statistics in use."""
+        needed = needed_statistics(self.settings.norm, self.settings.statistics)
+        return needed and needed.sha256
 
     def read_statistics(self, path: str | Path) -> None:
         """:meth:`use_statistics` with those in a file; InputError unless it is one of this encoder."""

@@ -28,7 +28,7 @@ from Models.matching import (
     match_nodes,
     node_weights,
 )
-from Models.statistics import NodeStatistics, normalised
+from Models.statistics import OF_STATISTICS, NodeStatistics, normalised
 
 # Queries are compared in slices whose pairs of nodes take less memory than this; a pair takes about so many bytes: similarity,
 # cost, float64 cost and flow, float32 flow.
@@ -90,6 +90,10 @@ class HeadSettings:
     @property
     def uses_solver(self) -> bool:
         return HEADS[self.head].uses_solver
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.norm in OF_STATISTICS
 
     @property
     def of_nodes(self) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from utils import InputError, write_atomically
 
-STATISTICS_FILE = "base_statistics.npz"
 OF_STATISTICS = ("base", "standard")  # the norms that need them
 # The least deviation of a channel, as a part of the mean one. A channel may be 0 on all training images, behind a ReLU.
 DEVIATION_FLOOR = 1e-3
@@ -102,26 +101,24 @@ class NodeStatistics:
         return mean, scale * length
 
 
-def needed_statistics(norm: str, statistics: NodeStatistics | None, nodes: Tensor) -> NodeStatistics | None:
-    """The statistics that ``norm`` needs for ``nodes (..., C, N)``, None for the norms that need none.
-
-    InputError if they are missing, or of another number of channels.
-    """
+def needed_statistics(
+    norm: str, statistics: NodeStatistics | None, channels: int | None = None
+) -> NodeStatistics | None:
+    """The statistics if ``norm`` needs any, else None; InputError if it does and there are none, or of other ``channels``."""
     if norm not in OF_STATISTICS:
         return None
     if statistics is None:
-        raise InputError(
-            f"-norm {norm} needs the mean and deviation of training images. Set -statistics FOLDER or FILE"
-        )
-    if len(statistics.mean) != nodes.shape[-2]:
-        channels = f"of {len(statistics.mean)} channels, and the nodes have {nodes.shape[-2]}"
-        raise InputError(f"the statistics for -norm {norm} are {channels}. Compute them with the same encoder")
+        source = "Set -statistics FOLDER or FILE, or give them to DeepEMD.use_statistics"
+        raise InputError(f"-norm {norm} needs the mean and deviation of the nodes of training images. {source}")
+    if channels not in (None, len(statistics.mean)):
+        found = f"of {len(statistics.mean)} channels, and the nodes have {channels}"
+        raise InputError(f"the statistics for -norm {norm} are {found}. Compute them with the same encoder")
     return statistics
 
 
 def normalised(nodes: Tensor, norm: str, statistics: NodeStatistics | None) -> Tensor:
     """Nodes ``(..., C, N)`` in the space of ``base`` or ``standard``; as they are for the other norms."""
-    needed = needed_statistics(norm, statistics, nodes)
+    needed = needed_statistics(norm, statistics, nodes.shape[-2])
     if needed is None:
         return nodes
     shift, scale = needed.frame(norm, nodes)

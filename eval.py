@@ -10,6 +10,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from engine import arguments
 from engine.results import final_test
 from engine.run import result_flags
 from engine.start import start
+from engine.statistics import prepare_statistics
 from engine.stopping import stop_request
 from engine.weights_flags import adopt_trained_flags, as_words
 from Models.arguments import add_model_arguments, add_weights_arguments, open_model
@@ -64,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, weights = open_model(args, device=device, device_ids=device_ids, **data.pixel_statistics(args))
     dataset = data.open_dataset(args, args.set, train=False)
     episodes = data.draw_episodes(args, dataset, args.test_episode, seed=args.seed, name=args.set)
+    source = {"open_train": partial(data.open_base_images, args), "num_workers": arguments.loader_processes(args)}
+    prepare_statistics(args, model, weights, device=device, ranks=ranks, **source)
 
     command = arguments.resume_command("eval.py", argv, args) if ranks.is_first and args.json != "-" else None
     with stop_request(command) as stop:

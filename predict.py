@@ -14,6 +14,7 @@ import os
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dataloader.arguments import add_data_arguments, pixel_statistics, view_of
+from dataloader.arguments import add_data_arguments, open_base_images, pixel_statistics, view_of
 from dataloader.catalog import DatasetSpec
 from dataloader.readers import image_files, read_split
 from dataloader.views import VIEWS, View
@@ -30,10 +31,12 @@ from engine.arguments import add_json_argument, add_run_arguments
 from engine.evaluation import encode_images
 from engine.run import fingerprint
 from engine.start import start
+from engine.statistics import prepare_statistics
 from engine.weights_flags import adopt_trained_flags, as_words
 from Models import DeepEMD
 from Models.arguments import add_model_arguments, add_weights_arguments, open_model
 from Models.matching import Matching
+from Models.statistics import OF_STATISTICS, NodeStatistics
 from pictures.canvas import FORMATS, picture_path, save, shorten
 from pictures.match import draw_match
 from pictures.matches import ViewedImage, check_head, panels_of, view_file
@@ -56,7 +59,7 @@ FORMAT = 2  # of a file of prototypes
 # What has to be the same for prototypes and queries, beside the flags of the view: it decides what nodes and prototypes are.
 SETTINGS = (
     *("dataset", "backbone", "backbone_layer", "map_size", "deepemd", "image_size", "interpolation"),
-    *("feature_pyramid", "head", "norm", "temperature"),
+    *("feature_pyramid", "head", "norm", "weights", "weight_power", "temperature"),
 )
 READ_AHEAD = 32  # images read at once
 
@@ -188,16 +191,23 @@ class Classifier(NamedTuple):
         return draw_match(query, protos, matching, names=names, title=Path(answer.file).name, notes=notes, top=flows)
 
 
-def save_prototypes(prototypes: Prototypes, path: str, *, settings: dict[str, Any], weights: str) -> None:
+def save_prototypes(
+    prototypes: Prototypes, path: str, model: DeepEMD, *, settings: dict[str, Any], weights: str
+) -> None:
     content = prototypes._replace(nodes=prototypes.nodes.cpu())._asdict()
+    if model.statistics_hash:
+        content["statistics"] = {name: part.cpu() for name, part in vars(model.settings.statistics).items()}
     content["examples"] = [example._asdict() for example in prototypes.examples]
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content, "settings": settings, "weights": weights}, buffer)
     write_output(Path(path), buffer.getbuffer())
 
 
-def load_prototypes(path: str, *, settings: dict[str, Any], weights: str) -> Prototypes:
-    """What :func:`save_prototypes` wrote; InputError for no file, a damaged one, or one of other weights or settings."""
+def load_prototypes(path: str, model: DeepEMD, *, settings: dict[str, Any], weights: str) -> Prototypes:
+    """What :func:`save_prototypes` wrote, whose statistics of training nodes the model then uses.
+
+    InputError for no file, a damaged one, or one of other weights, settings or statistics.
+    """
     if not Path(path).is_file():
         raise InputError(f"-prototypes {path}: there is no such file. Write one with -support and -save")
     content = load_plain(Path(path), "file of prototypes")
@@ -209,6 +219,7 @@ def load_prototypes(path: str, *, settings: dict[str, Any], weights: str) -> Pro
         if len(set(map(len, prototypes))) > 1:
             raise ValueError("its parts are of different lengths")
         made_with, made_by = dict(content["settings"]), content["weights"]
+        statistics = NodeStatistics(**content["statistics"]) if made_with.get("norm") in OF_STATISTICS else None
     except (KeyError, TypeError, ValueError, IndexError) as error:
         kind = type(error).__name__
         raise InputError(f"-prototypes {path} is damaged, or no file of -save ({kind}: {error})") from error
@@ -217,6 +228,11 @@ def load_prototypes(path: str, *, settings: dict[str, Any], weights: str) -> Pro
         raise InputError(f"-prototypes {path}: made with other weights ({made_by}, not {weights}). {advice}")
     if different := {name: value for name, value in made_with.items() if settings.get(name) != value}:
         raise InputError(f"-prototypes {path}: made with other flags; set {as_words(different)}")
+    if model.settings.statistics and statistics and statistics.sha256 != model.statistics_hash:
+        raise InputError(
+            f"-prototypes {path}: made with other statistics, which are in the file. Leave -statistics out"
+        )
+    model.use_statistics(statistics)
     return prototypes
 
 
@@ -261,10 +277,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     origin = f"sha256 {known}" if known else f"random weights of seed {args.seed}"
     names = [*SETTINGS, *(name for name in VIEWS[args.deepemd][1] if name != "train")]
     made_with = {"settings": {name: getattr(args, name) for name in names}, "weights": origin}
-    classifier = Classifier(model.folded(), view_of(args, train=False), args.seed, device)
-    prototypes = load_prototypes(args.prototypes, **made_with) if args.prototypes else classifier.fit(args.support)
+    if args.statistics or not args.prototypes:
+        source = {"open_train": partial(open_base_images, args), "num_workers": 0}
+        prepare_statistics(args, model, weights, device=device, **source)
+    model = model.folded()
+    classifier = Classifier(model, view_of(args, train=False), args.seed, device)
+    prototypes = (
+        load_prototypes(args.prototypes, model, **made_with) if args.prototypes else classifier.fit(args.support)
+    )
     if args.save:
-        save_prototypes(prototypes, args.save, **made_with)
+        save_prototypes(prototypes, args.save, model, **made_with)
         status(f"prototypes of {len(prototypes.classes)} classes: {args.save}")
     if not args.query:
         return

@@ -10,6 +10,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import copy
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import utils
@@ -21,6 +22,7 @@ from engine.loading import make_loader
 from engine.results import final_test
 from engine.run import fingerprint, open_run
 from engine.start import start
+from engine.statistics import keep_for_run
 from engine.stopping import Stopped, stop_request
 from engine.training import fit
 from Models.arguments import add_model_arguments, build_model, solver_choice, starting_weights
@@ -101,10 +103,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for dataset in (train_set, val_set, test_set):
         dataset[0, 0]  # what is wrong with all images is reported before the first step
 
-    statistics = data.pixel_statistics(args)
+    pixels = data.pixel_statistics(args)
     weights = "none" if resumes else starting_weights(args, args.pretrain_dir)
     given = {"device_ids": device_ids, "val_solver": args.val_solver, "weights": weights}
-    model = build_model(args, **given, **statistics).to(device)
+    model = build_model(args, **given, **pixels).to(device)
     started_from = None if resumes else fingerprint(model.encoder.weights)
     if args.pretrain_dir not in (None, "none") and not resumes:
         hint = "Set -pretrain_dir, run train_pretrain.py, or download the published weights: bash download_pretrain_model.sh"
@@ -116,6 +118,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if run.is_finished(args.max_epoch):
         utils.status(f"the run in {folder} is finished: nothing to do")
         return
+
+    start_weights = "none" if args.pretrain_dir in (None, "none") else pretrained_weights(args)
+    source = {"open_train": partial(data.open_base_images, args), "num_workers": arguments.loader_processes(args)}
+    keep_for_run(args, model, start_weights, folder, resumes=resumes, device=device, ranks=ranks, **source)
 
     shard = Shard(train_episodes, ranks, by_image=False)
     loader = make_loader(train_set, shard, num_workers=arguments.loader_processes(args), device=device)

@@ -20,10 +20,12 @@ from engine.distributed import Shard
 from engine.loading import make_loader
 from engine.run import open_run
 from engine.start import start
+from engine.statistics import prepare_statistics
 from engine.stopping import stop_request
 from engine.training import fit
 from Models.arguments import add_model_arguments, build_model
 from Models.classifier import Classifier
+from Models.statistics import OF_STATISTICS
 from utils import BEST_WEIGHTS, InputError, make_parser, number_at_least, run_script, status
 
 SCRIPT = "train_pretrain.py"
@@ -63,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     train_set = data.open_dataset(args, "train", train=True, deepemd="fcn")  # whole images, whatever the variant
     val_set = data.open_dataset(args, args.set, train=False)
+    base_set = data.open_base_images(args) if args.norm in OF_STATISTICS else train_set
     train_batches = SeededBatches(len(train_set), args.bs, seed=args.seed, name="train")
     val_episodes = data.draw_episodes(args, val_set, args.num_episode, seed=args.seed, name=args.set)
     for dataset in (train_set, val_set):
@@ -89,7 +92,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with stop_request(arguments.resume_command(SCRIPT, argv, args) if ranks.is_first else None) as stop:
         evaluator = arguments.make_evaluator(args, val_set, device=device, keep_pixels=True, ranks=ranks, stop=stop)
 
+        source = {"open_train": lambda: base_set, "num_workers": arguments.loader_processes(args), "ranks": ranks}
+
         def validate(epoch):
+            prepare_statistics(args, model, "none", device=device, fresh=True, **source)
             val_episodes.set_epoch(epoch if args.random_val_task else 0)
             return evaluator(model, val_episodes, title=args.set)
 

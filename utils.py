@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 BEST_WEIGHTS = "max_acc.pth"
+STATISTICS_FILE = "base_statistics.npz"  # of training nodes, beside the weights
 T = TypeVar("T")
 
 

@@ -10,6 +10,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,12 +19,20 @@ from dataloader.arguments import (
     add_data_arguments,
     add_episode_arguments,
     draw_episodes,
+    open_base_images,
     open_dataset,
     pixel_statistics,
     view_of,
 )
-from engine.arguments import add_evaluation_arguments, add_run_arguments, add_set_argument, add_test_episode_argument
+from engine.arguments import (
+    add_evaluation_arguments,
+    add_run_arguments,
+    add_set_argument,
+    add_test_episode_argument,
+    loader_processes,
+)
 from engine.start import start
+from engine.statistics import prepare_statistics
 from engine.weights_flags import adopt_trained_flags
 from Models import DeepEMD, arguments
 from Models.arguments import add_model_arguments, add_weights_arguments
@@ -96,7 +105,9 @@ def open_model(args: Namespace) -> tuple[DeepEMD, torch.device]:
     """The model for evaluation that the flags describe, and its device."""
     check_head(args.head)
     _, device, device_ids = start(args, one_process=True)
-    model, _ = arguments.open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
+    model, weights = arguments.open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
+    source = {"open_train": partial(open_base_images, args), "num_workers": loader_processes(args)}
+    prepare_statistics(args, model, weights, device=device, **source)
     return model.folded(), device
 
 

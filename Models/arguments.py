@@ -14,10 +14,10 @@ from Models.emd.forms import FORMS
 from Models.emd.simplex import GRADIENTS
 from Models.encoder import AMP, Encoder, Plan
 from Models.heads import HEADS, HeadSettings
-from Models.matching import METRICS, NORMS
+from Models.matching import METRICS, NORMS, WEIGHTS
 from Models.sfc import KSHOT
 from Models.weights import load_encoder_weights
-from utils import InputError, available_cores, number_between, status, whole_numbers
+from utils import STATISTICS_FILE, InputError, available_cores, number_between, status, whole_numbers
 
 # The flags that are arguments of DeepEMD by the same name.
 OF_DEEPEMD = (
@@ -28,6 +28,8 @@ OF_DEEPEMD = (
         "temperature",
         "metric",
         "norm",
+        "weights",
+        "weight_power",
         "solver",
         "form",
         "l2_strength",
@@ -66,9 +68,16 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
     heads = f"how queries are compared with prototypes. {_rows(HEADS)}"
     group.add_argument("-head", type=head_choice, default="deepemd", help=heads, **named)
     group.add_argument("-temperature", type=rate, default=12.5, help="scale of the logits; proto has none")
-    group.add_argument("-metric", choices=METRICS, default="cosine", help="deepemd: similarity of two nodes")
-    norms = "deepemd: what is done to nodes before they are compared; other heads do not change them"
+    group.add_argument("-metric", choices=METRICS, default="cosine", help="deepemd, chamfer: similarity of two nodes")
+    norms = f"what is done to nodes before they are compared. {_words(NORMS)}. center changes deepemd and chamfer alone"
     group.add_argument("-norm", choices=NORMS, default="center", help=norms)
+    source = "norm base and standard: a file of statistics, or a folder of images that are not classified, at any depth, to take"
+    source += f" them from (default: {STATISTICS_FILE} beside the weights, else 20 images of each training class)"
+    group.add_argument("-statistics", metavar="FOLDER|FILE", help=source)
+    weights = f"deepemd, chamfer: weights of the nodes. {_words(WEIGHTS)}"
+    group.add_argument("-weights", choices=WEIGHTS, default="cross", help=weights)
+    power = "cross: power that the weights are raised to"
+    group.add_argument("-weight_power", type=number_between(0, 10, float), default=1.0, help=power)
     sizes = "fcn only: sizes of further maps that the feature map is pooled to, as in 2,1 (default: none)"
     group.add_argument("-feature_pyramid", type=whole_numbers, metavar="SIZES", help=sizes)
 

@@ -4,8 +4,9 @@ Axes: E episodes, W way, K shot, Q queries, C channels, N nodes, P patches, B an
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from Models.encoder import Encoder
 from Models.heads import HeadSettings, head_logits, match_with
 from Models.matching import Matching
 from Models.sfc import KSHOT, Draws, FitSettings, fit_prototypes, mean_prototypes
+from Models.statistics import NodeStatistics, needed_statistics
+from utils import InputError
 
 
 class DeepEMD(nn.Module):
@@ -27,7 +30,7 @@ class DeepEMD(nn.Module):
     Args:
         map_size: edge of the map that the feature map of a whole image is pooled to, 0 to keep it.
         feature_pyramid: sizes of further maps that the feature map is pooled to, as in ``(2, 1)``; whole images only.
-        head, temperature, metric, norm, solver: see :class:`Models.heads.HeadSettings`.
+        head, temperature, metric, norm, weights, weight_power, solver: see :class:`Models.heads.HeadSettings`.
         form, l2_strength, emd_gradient: given to every solver that has such an option (``emd_gradient`` is its ``gradient``),
             unless ``solver`` sets the option itself.
         kshot: a key of :data:`Models.sfc.KSHOT`: where prototypes come from, for ``shot > 1``.
@@ -51,6 +54,8 @@ class DeepEMD(nn.Module):
         temperature: float = 12.5,
         metric: str = "cosine",
         norm: str = "center",
+        weights: str = "cross",
+        weight_power: float = 1.0,
         solver: str = "opencv",
         form: str = "L2",
         l2_strength: float = 1e-6,
@@ -75,7 +80,8 @@ class DeepEMD(nn.Module):
         if compiled:
             self.encoder.compile()  # in place: no other module, no other key names
         self.solver_options = {"form": form, "l2_strength": l2_strength, "gradient": emd_gradient}
-        settings = HeadSettings(head=head, temperature=temperature, metric=metric, norm=norm)
+        similarity = {"temperature": temperature, "metric": metric, "norm": norm}
+        settings = HeadSettings(head=head, **similarity, weights=weights, weight_power=weight_power)
         self.settings = settings.with_solver(solver, self.solver_options)
         self.sfc = FitSettings(sfc_lr, sfc_wd, sfc_update_step, sfc_bs)
 
@@ -153,6 +159,35 @@ class DeepEMD(nn.Module):
         if self.settings.head != "deepemd":
             raise ValueError(f"only the head deepemd has a flow; this model has the head {self.settings.head}")
         return match_with(proto, query, self._settings(solver))
+
+    def use_statistics(self, statistics: NodeStatistics | None) -> None:
+        """Compare nodes by these statistics of training nodes from now on, as the norms ``base`` and ``standard`` need.
+
+        They are no part of the state dict. InputError if they are those of another number of channels.
+        """
+        if statistics is not None:
+            statistics = statistics.to(next(self.encoder.parameters()).device)
+            if (channels := len(statistics.mean)) != self.encoder.out_channels:
+                needed = f"the nodes of this encoder have {self.encoder.out_channels}"
+                raise InputError(f"the statistics are of {channels} channels; {needed}. Compute them with this encoder")
+        self.settings = replace(self.settings, statistics=statistics)
+
+    @property
+    def statistics_hash(self) -> str | None:
+        """The SHA-256 of the statistics in use."""
+        needed = needed_statistics(self.settings.norm, self.settings.statistics)
+        return needed and needed.sha256
+
+    def read_statistics(self, path: str | Path) -> None:
+        """:meth:`use_statistics` with those in a file; InputError unless it is one of this encoder."""
+        try:
+            self.use_statistics(NodeStatistics.read(Path(path)))
+        except InputError as error:
+            raise InputError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+
+    def fit_statistics(self, nodes: Tensor | Iterable[Tensor]) -> None:
+        """:meth:`use_statistics` with those of training nodes ``(B, C, N)``, or of batches of them."""
+        self.use_statistics(NodeStatistics.of(nodes))
 
     def folded(self) -> "DeepEMD":
         """A copy for evaluation, with the same weights and a faster encoder (see :meth:`Models.encoder.Encoder.folded`)."""

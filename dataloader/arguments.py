@@ -1,10 +1,12 @@
 """The flags that choose the data and the views of an image."""
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from pathlib import Path
 
 from dataloader.catalog import CATALOG
 from dataloader.dataset import ImageDataset
 from dataloader.episodes import EpisodeSampler, SeededEpisodes
+from dataloader.readers import image_files
 from dataloader.views import CROP_TO, INTERPOLATIONS, VIEWS, View, make_view
 from utils import InputError, number_between, whole_numbers
 
@@ -74,6 +76,25 @@ def open_dataset(args: Namespace, split: str, *, train: bool, deepemd: str | Non
     """One split as the flags say; ``deepemd`` overrides the flag of that name."""
     view = view_of(args, train=train, deepemd=deepemd)
     return ImageDataset(args.dataset, split, data_dir=args.data_dir, view=view, verify=args.verify_images)
+
+
+def open_base_images(args: Namespace) -> ImageDataset:
+    """The images that statistics of training nodes are taken from, as evaluation sees them: those in the folder
+    ``-statistics``, at any depth, else the training split. InputError if there are none."""
+    if args.statistics:
+        if not Path(args.statistics).is_dir():
+            raise InputError(f"-statistics {args.statistics}: this must be a folder of images, and there is none")
+        files = list(image_files([args.statistics]))
+        if not files:
+            raise InputError(f"-statistics {args.statistics}: there are no images in this folder")
+        return ImageDataset.of_files(files, view=view_of(args, train=False))
+    sources = "Set -statistics to a folder of images that are not classified, or to a file of statistics"
+    if "data_dir" not in args:
+        raise InputError(f"-norm {args.norm} needs statistics, and there are no training images. {sources}")
+    try:
+        return open_dataset(args, "train", train=False)
+    except InputError as error:
+        raise InputError(f"-norm {args.norm} needs statistics of training images: {error}. {sources}") from None
 
 
 def view_of(args: Namespace, *, train: bool, deepemd: str | None = None) -> View:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -52,6 +53,14 @@ class ImageDataset(Dataset):
         sizes = {path: read_image(path, upright=False).size for path in sample}
         for message in checks.opening_warnings(name, spec, split, counts, sizes):
             warn(message)
+
+    @classmethod
+    def of_files(cls, paths: Sequence[str], *, view: View) -> "ImageDataset":
+        """Images of one class without a name."""
+        dataset = cls.__new__(cls)
+        dataset.view, dataset.upright, dataset.class_names = view, True, [""]
+        dataset.paths, dataset.labels = list(paths), [0] * len(paths)
+        return dataset
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -40,6 +40,7 @@ class Model(Protocol):
     """What an :class:`Evaluator` needs of a model; see :class:`Models.deepemd.DeepEMD`, whose ``match`` has the settings."""
 
     device_ids: Sequence[int]  # the GPUs that batches are spread over, if there are several
+    statistics_hash: str | None  # of the statistics of training nodes that it compares nodes by, if it does
 
     def folded(self) -> "Model": ...
     def encode(self, images: Tensor) -> Tensor: ...

@@ -111,6 +111,7 @@ class RunFolder:
 
     def _move_earlier_run(self) -> None:
         names = ("results.txt", "trlog.json", "tf", "images", BEST_WEIGHTS, LAST_STATE, RECORD, "results.json")
+        names = (*names, utils.STATISTICS_FILE)
         mine = [*(self.path / name for name in names), *self.path.glob("epoch-*.pth")]
         if earlier := [path for path in mine if os.path.lexists(path)]:
             places = (self.path / f"previous-{number}" for number in itertools.count(1))

@@ -12,7 +12,7 @@ from utils import InputError, read_json, status, warn
 VIEW_FLAGS = ("patch_list", "patch_ratio", "num_patch", "feature_pyramid", "map_size")
 TRAINED_FLAGS = (
     *("dataset", "backbone", "backbone_layer", "deepemd", "image_size", "interpolation", *VIEW_FLAGS),
-    *("head", "temperature", "metric", "norm", "kshot"),
+    *("head", "temperature", "metric", "norm", "weights", "weight_power", "kshot"),
 )
 
 

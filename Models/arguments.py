@@ -11,7 +11,7 @@ from Models.deepemd import DeepEMD
 from Models.emd import SOLVERS, EmdError, emd, set_threads
 from Models.emd.forms import FORMS
 from Models.emd.simplex import GRADIENTS
-from Models.encoder import AMP
+from Models.encoder import AMP, NoEncoder
 from Models.heads import HEADS, HeadSettings
 from Models.matching import METRICS, NORMS
 from Models.sfc import KSHOT
@@ -23,6 +23,8 @@ OF_DEEPEMD = (
     *("feature_pyramid", "head", "temperature", "metric", "norm", "solver", "form", "l2_strength", "emd_gradient"),
     *("kshot", "sfc_lr", "sfc_wd", "sfc_update_step", "sfc_bs", "amp", "checkpoint_activations"),
 )
+# Those of them that are about images, and mean nothing to a model that is given nodes.
+OF_ENCODER = ("feature_pyramid", "amp", "checkpoint_activations")
 
 
 def _choice(what: str, text: str) -> str:
@@ -92,8 +94,29 @@ def build_model(
     """The model that the flags of :func:`add_model_arguments` describe; also sets the threads of the solvers.
 
     ``device_ids``, and ``mean`` and ``std`` of the pixels, are for :class:`Models.deepemd.DeepEMD`. ``val_solver`` is a second
-    solver of the script. InputError for flags that exclude each other, EmdError for a solver that cannot be used here.
+    solver of the script. With ``-features`` it has no encoder, whose flags are ignored. InputError for flags that exclude each
+    other, EmdError for a solver that cannot be used here.
     """
+    model = _build_head(args, device_ids) if takes_nodes(args) else _build_network(args, device_ids, statistics)
+    if model.settings.uses_solver:
+        for solver in {args.solver, val_solver or args.solver}:
+            check_solver(model.settings.with_solver(solver, model.solver_options))
+    set_threads(args.solver_threads or available_cores())
+    return model
+
+
+def takes_nodes(args: argparse.Namespace) -> bool:
+    """Whether the script is given nodes, by ``-features``, instead of images."""
+    return bool(getattr(args, "features", None))
+
+
+def _build_head(args: argparse.Namespace, device_ids: Sequence[int]) -> DeepEMD:
+    names = [name for name in OF_DEEPEMD if name not in OF_ENCODER]
+    settings = {name: getattr(args, name) for name in names}
+    return DeepEMD(**settings, encoder=NoEncoder(), device_ids=device_ids)
+
+
+def _build_network(args: argparse.Namespace, device_ids: Sequence[int], statistics: dict[str, Any]) -> DeepEMD:
     if args.feature_pyramid and args.deepemd != "fcn":
         raise InputError(f"-feature_pyramid requires -deepemd fcn; with -deepemd {args.deepemd}, the nodes are patches")
     if args.compile and args.checkpoint_activations:
@@ -106,10 +129,6 @@ def build_model(
     if size > edge:
         maps = f"the feature map, which is {edge} x {edge} for -image_size {args.image_size}"
         raise InputError(f"-feature_pyramid {size} is larger than {maps}")
-    if model.settings.uses_solver:
-        for solver in {args.solver, val_solver or args.solver}:
-            check_solver(model.settings.with_solver(solver, model.solver_options))
-    set_threads(args.solver_threads or available_cores())
     return model
 
 
@@ -121,6 +140,8 @@ def open_model(
     InputError for weights that cannot be loaded, and errors as for :func:`build_model`.
     """
     model = build_model(args, device_ids=device_ids, **statistics).to(device)
+    if takes_nodes(args):
+        return model, "none"
     weights = args.model_dir or f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
     status(f"weights: {weights}")
     if weights != "none":

@@ -150,6 +150,16 @@ class SeededBatches(_Seeded):
         return indices, torch.randint(_SEEDS, (len(indices),), generator=generator)
 
 
+def draw_per_class(labels: Sequence[int], count: int, *, seed: int, name: str) -> list[int]:
+    """Up to ``count`` images of each class, as a function of the seed and the name; class by class."""
+    labels, chosen = torch.as_tensor(labels), []
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
+        order = torch.randperm(len(members), generator=named_generator(seed, name, label))
+        chosen += members[order[:count]].tolist()
+    return chosen
+
+
 def episode_labels(way: int, query: int) -> Tensor:
     """``(W*Q,)`` labels of the queries of an episode: ``0 1 .. W-1 0 1 ..``."""
     return torch.arange(way).repeat(query)

@@ -251,7 +251,7 @@ class Evaluator:
             for batch in group.batches:
                 fresh = next(loaded)[0] if batch.missing else None
                 pixels = self.pixels.assemble(batch, fresh, keep=repeats)
-                table.put(batch.row, encode_images(model, pixels, device=self.device), least=group.rows.numel())
+                table.put(batch.rows, encode_images(model, pixels, device=self.device), least=group.rows.numel())
             yield table.get(group.rows)
 
     def _score(self, model: Model, nodes: Tensor, epoch: int, first: int, solver: str | None) -> list[Score]:

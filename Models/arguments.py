@@ -12,7 +12,7 @@ from Models.deepemd import DeepEMD
 from Models.emd import SOLVERS, EmdError, emd, set_threads
 from Models.emd.forms import FORMS
 from Models.emd.simplex import GRADIENTS
-from Models.encoder import AMP, Encoder, Plan
+from Models.encoder import AMP, Encoder, NoEncoder, Plan
 from Models.heads import HEADS, HeadSettings
 from Models.matching import METRICS, NORMS, WEIGHTS
 from Models.sfc import KSHOT
@@ -21,20 +21,8 @@ from utils import STATISTICS_FILE, InputError, available_cores, number_between, 
 
 # The flags that are arguments of DeepEMD by the same name.
 OF_DEEPEMD = (
-    *(
-        "map_size",
-        "feature_pyramid",
-        "head",
-        "temperature",
-        "metric",
-        "norm",
-        "weights",
-        "weight_power",
-        "solver",
-        "form",
-        "l2_strength",
-        "emd_gradient",
-    ),
+    *("map_size", "feature_pyramid", "head", "temperature", "metric", "norm", "weights", "weight_power"),
+    *("solver", "form", "l2_strength", "emd_gradient"),
     *("kshot", "sfc_lr", "sfc_wd", "sfc_update_step", "sfc_bs"),
 )
 # More nodes than these make an image's match take a second, and an episode's a gigabyte.
@@ -177,16 +165,41 @@ def build_model(
     """The model that the flags of :func:`add_model_arguments` describe; also sets the threads of the solvers.
 
     ``device_ids``, and ``mean`` and ``std`` of the pixels, are for :class:`Models.deepemd.DeepEMD`. ``val_solver`` is a second
-    solver of the script. ``weights`` override ``-backbone_weights``, and an ``encoder`` all flags of the encoder. InputError for
-    flags that exclude each other, EmdError for a solver that cannot be used here.
+    solver of the script. ``weights`` override ``-backbone_weights``. An ``encoder`` overrides all flags of the encoder, and with
+    ``-features`` there is none. InputError for flags that exclude each other, EmdError for a solver that cannot be used here.
     """
+    settings = {name: getattr(args, name) for name in OF_DEEPEMD}
+    if takes_nodes(args):
+        settings |= {"map_size": 0, "feature_pyramid": None, "encoder": NoEncoder()}
+    else:
+        settings |= {"encoder": _encoder(args, device_ids, encoder, weights, statistics), "compiled": args.compile}
+    model = DeepEMD(**settings, device_ids=device_ids)
+    if model.settings.uses_solver:
+        for solver in {args.solver, val_solver or args.solver}:
+            check_solver(model.settings.with_solver(solver, model.solver_options))
+    set_threads(args.solver_threads or available_cores())
+    return model
+
+
+def takes_nodes(args: argparse.Namespace) -> bool:
+    """Whether the script is given nodes, by ``-features``, instead of images."""
+    return bool(getattr(args, "features", None))
+
+
+def _encoder(
+    args: argparse.Namespace,
+    device_ids: Sequence[int],
+    encoder: Encoder | None,
+    weights: str | None,
+    statistics: dict[str, Any],
+) -> Encoder:
+    """An ``encoder``, or if it is None the one that the flags describe, after a check of them."""
     if args.feature_pyramid and args.deepemd != "fcn":
         raise InputError(f"-feature_pyramid requires -deepemd fcn; with -deepemd {args.deepemd}, the nodes are patches")
     if args.compile and args.checkpoint_activations:
         raise InputError("-compile and -checkpoint_activations exclude each other")
     if args.compile and len(device_ids) > 1:
         raise InputError(f"-compile works on one GPU. Name one with -gpu instead of {args.gpu}, or leave -compile out")
-    settings = {name: getattr(args, name) for name in OF_DEEPEMD}
     plan = _plan(args)
     edge, size = plan.edge, max(args.feature_pyramid or (), default=0)
     if size > edge:
@@ -196,23 +209,12 @@ def build_model(
         pooled = sum(size**2 for size in args.feature_pyramid)
         _check_nodes((args.map_size or plan.edge) ** 2 + pooled, ", and shorten -feature_pyramid")
     if encoder is None:
-        encoder = make_encoder(
-            args.backbone,
-            image_size=plan.image_size,
-            layer=args.backbone_layer,
-            weights=weights or args.backbone_weights,
-            amp=args.amp,
-            checkpoint_activations=args.checkpoint_activations,
-            **statistics,
-        )
+        settings = {"layer": args.backbone_layer, "weights": weights or args.backbone_weights, **statistics}
+        settings |= {"amp": args.amp, "checkpoint_activations": args.checkpoint_activations}
+        encoder = make_encoder(args.backbone, image_size=plan.image_size, **settings)
         if encoder.comes_with_weights and args.deepemd != "fcn":
             status(f"-deepemd {args.deepemd}: every patch of an image is a whole pass of {encoder.name}")
-    model = DeepEMD(**settings, encoder=encoder, compiled=args.compile, device_ids=device_ids)
-    if model.settings.uses_solver:
-        for solver in {args.solver, val_solver or args.solver}:
-            check_solver(model.settings.with_solver(solver, model.solver_options))
-    set_threads(args.solver_threads or available_cores())
-    return model
+    return encoder
 
 
 def open_model(
@@ -223,6 +225,8 @@ def open_model(
     A backbone that comes with weights of its own has them if there is no ``-model_dir``. InputError for weights that cannot be
     loaded, and errors as for :func:`build_model`.
     """
+    if takes_nodes(args):
+        return build_model(args, device_ids=device_ids).to(device), "none"
     weights = args.model_dir
     if weights is None and not backbone_class(args.backbone)[0].comes_with_weights:
         weights = f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"

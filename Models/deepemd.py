@@ -16,7 +16,7 @@ from torch.nn.parallel import data_parallel
 from Models.backbones import BACKBONES
 from Models.choices import check_choice
 from Models.emd import SOLVERS, settle
-from Models.encoder import Encoder
+from Models.encoder import Encoder, NoEncoder
 from Models.heads import HeadSettings, head_logits, match_with
 from Models.matching import Matching
 from Models.sfc import KSHOT, Draws, FitSettings, fit_prototypes, mean_prototypes
@@ -35,7 +35,7 @@ class DeepEMD(nn.Module):
             unless ``solver`` sets the option itself.
         kshot: a key of :data:`Models.sfc.KSHOT`: where prototypes come from, for ``shot > 1``.
         sfc_lr, sfc_wd, sfc_update_step, sfc_bs: learning rate, weight decay, passes and batch size of the fit by ``sfc``.
-        encoder: a ResNet-12 if None.
+        encoder: a ResNet-12 if None; :class:`Models.encoder.NoEncoder` for a model that is given nodes.
         compiled: run the encoder through ``torch.compile``; on one device, without ``checkpoint_activations``.
         device_ids: with more than one CUDA device, the encoder is spread over them by torch's DataParallel, and so is the
             head if its solver works on the device. The module itself is on the first.
@@ -65,7 +65,7 @@ class DeepEMD(nn.Module):
         sfc_wd: float = 0.0,
         sfc_update_step: int = 100,
         sfc_bs: int = 4,
-        encoder: Encoder | None = None,
+        encoder: Encoder | NoEncoder | None = None,
         compiled: bool = False,
         device_ids: Sequence[int] = (),
         **encoder_settings: Any,

@@ -171,6 +171,23 @@ def _statistics_kept(layer: nn.Module) -> Iterator[None]:
             norm.num_batches_tracked.copy_(count)
 
 
+class NoEncoder(nn.Module):
+    """In place of an encoder, for a model that is given nodes: knows where the model is, and encodes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise ValueError("this model has no encoder; give it nodes")
+
+    def folded(self) -> "NoEncoder":
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        return {}
+
+
 @lru_cache
 def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     # Kept per device: copying them to a GPU for every batch would wait for it every time. ``(3, 1, 1)`` each.

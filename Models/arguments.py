@@ -14,6 +14,7 @@ from Models.emd.simplex import GRADIENTS
 from Models.encoder import AMP
 from Models.heads import HEADS, HeadSettings
 from Models.matching import METRICS, NORMS
+from Models.package import is_package, locate, read_config, weights_file
 from Models.sfc import KSHOT
 from Models.weights import load_encoder_weights
 from utils import InputError, available_cores, number_between, status, whole_numbers
@@ -81,9 +82,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
 
 def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     """The flag that :func:`open_model` reads beside those of :func:`add_model_arguments`."""
-    text = 'checkpoint, or its folder, or "none" for random weights '
-    text += "(default: deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth)"
-    parser.add_argument_group("weights").add_argument("-model_dir", help=text)
+    text = "weights: a checkpoint, the folder of a run or of a package (export.py), hf://owner/name[@revision], "
+    text += 'https://...#sha256=..., or "none" for random ones (default: deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth)'
+    action = parser.add_argument_group("weights").add_argument("-model_dir", metavar="SOURCE", help=text)
+    action.locate = locate  # for engine.weights_flags, which finds the flags beside them
 
 
 def build_model(
@@ -118,15 +120,21 @@ def open_model(
 ) -> tuple[DeepEMD, str]:
     """The model of :func:`build_model` with the weights of ``-model_dir``, and what those are: a path, or "none".
 
-    InputError for weights that cannot be loaded, and errors as for :func:`build_model`.
+    A package brings the ``mean`` and ``std`` of its pixels, and the statistics of its base classes. InputError for weights
+    that cannot be loaded, and errors as for :func:`build_model`.
     """
+    source = args.model_dir or f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
+    weights = weights_file(source) if source != "none" else None
+    if weights and is_package(weights):
+        config = read_config(weights)
+        statistics = {"mean": config["mean"], "std": config["std"]}
     model = build_model(args, device_ids=device_ids, **statistics).to(device)
-    weights = args.model_dir or f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
-    status(f"weights: {weights}")
-    if weights != "none":
-        hint = "Set -model_dir, or download the published weights: bash download_trained_model.sh"
-        load_encoder_weights(model, weights, hint=hint)
-    return model, weights
+    status(f"weights: {source}" + (f" ({weights})" if "://" in source else ""))
+    if not weights:
+        return model, source
+    hint = "Set -model_dir, or download the published weights: bash download_trained_model.sh"
+    load_encoder_weights(model, weights, hint=hint)
+    return model, str(weights)
 
 
 def check_solver(settings: HeadSettings) -> None:

@@ -28,6 +28,7 @@ from engine.training import fit
 from Models.arguments import add_model_arguments, build_model, solver_choice, starting_weights
 from Models.backbones import backbone_class
 from Models.emd import ProblemError, SolverError
+from Models.package import is_package, weights_file
 from Models.weights import load_encoder_weights
 from pictures.matches import check_head, draw_fixed
 from utils import BEST_WEIGHTS, InputError, make_parser, named_generator, number_at_least, number_between, run_script
@@ -54,7 +55,7 @@ def build_parser() -> ArgumentParser:
     shown = {"metavar": "NAME[:OPTION=VALUE,...]", "help": "solver of validation and final test, as -solver"}
     group.add_argument("-val_solver", type=solver_choice, default="opencv", **shown)
     layout = '<dataset>/resnet12/max_acc.pth in it; "none" starts from random weights'
-    encoder = f"encoder to start from: a checkpoint, a run folder of train_pretrain.py, or a folder with {layout} "
+    encoder = f"encoder to start from: what -model_dir of eval.py takes, or a folder with {layout} "
     encoder += f"(default: {PRETRAINED}; timm: the model with its own weights)"
     group.add_argument("-pretrain_dir", help=encoder)
     parser.completions.append(complete)
@@ -77,11 +78,11 @@ def run_folder(args: Namespace) -> Path:
 
 
 def pretrained_weights(args: Namespace) -> Path:
-    """``-pretrain_dir`` may be a checkpoint, a run folder, or a folder laid out as the published encoders are."""
-    path = Path(args.pretrain_dir)
-    if path.is_file() or (path / BEST_WEIGHTS).is_file():
+    """``-pretrain_dir`` may be what ``-model_dir`` is, or a folder laid out as the published encoders are."""
+    path = weights_file(args.pretrain_dir)
+    if path.is_file() or is_package(path):
         return path
-    return path / args.dataset / args.backbone / BEST_WEIGHTS
+    return Path(args.pretrain_dir, args.dataset, args.backbone, BEST_WEIGHTS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,6 +15,7 @@ from Models.emd.simplex import GRADIENTS
 from Models.encoder import AMP, Encoder, NoEncoder, Plan
 from Models.heads import HEADS, HeadSettings
 from Models.matching import METRICS, NORMS, WEIGHTS
+from Models.package import is_package, locate, read_config, weights_file
 from Models.sfc import KSHOT
 from Models.weights import load_encoder_weights
 from utils import STATISTICS_FILE, InputError, available_cores, number_between, status, whole_numbers
@@ -106,9 +107,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
 
 def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     """The flag that :func:`open_model` reads beside those of :func:`add_model_arguments`."""
-    text = 'checkpoint, or its folder, or "none" for random weights '
-    text += "(default: deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth)"
-    parser.add_argument_group("weights").add_argument("-model_dir", help=text)
+    text = "weights: a checkpoint, the folder of a run or of a package (export.py), hf://owner/name[@revision], "
+    text += 'https://...#sha256=..., or "none" for random ones (default: deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth)'
+    action = parser.add_argument_group("weights").add_argument("-model_dir", metavar="SOURCE", help=text)
+    action.locate = locate  # for engine.weights_flags, which finds the flags beside them
 
 
 def _backbone(text: str) -> str:
@@ -222,24 +224,28 @@ def open_model(
 ) -> tuple[DeepEMD, str]:
     """The model of :func:`build_model` with the weights of ``-model_dir``, and what those are: a path, "none", or a name.
 
-    A backbone that comes with weights of its own has them if there is no ``-model_dir``. InputError for weights that cannot be
-    loaded, and errors as for :func:`build_model`.
+    A backbone that comes with weights of its own has them if there is no ``-model_dir``. A package brings the ``mean`` and
+    ``std`` of its pixels, and the statistics of its base classes. InputError for weights that cannot be loaded, and errors as
+    for :func:`build_model`.
     """
     if takes_nodes(args):
         return build_model(args, device_ids=device_ids).to(device), "none"
-    weights = args.model_dir
-    if weights is None and not backbone_class(args.backbone)[0].comes_with_weights:
-        weights = f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
-    given = starting_weights(args, weights)
+    source = args.model_dir
+    if source is None and not backbone_class(args.backbone)[0].comes_with_weights:
+        source = f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
+    weights = weights_file(source) if source not in (None, "none") else None
+    if weights and is_package(weights):
+        config = read_config(weights)
+        statistics = {"mean": config["mean"], "std": config["std"]}
+    given = starting_weights(args, source)
     model = build_model(args, device_ids=device_ids, weights=given, **statistics).to(device)
-    is_trained = weights not in (None, "none")
-    if not is_trained:
-        weights = model.encoder.weights
-    status(f"weights: {weights}")
-    if is_trained:
-        hint = "Set -model_dir, or download the published weights: bash download_trained_model.sh"
-        load_encoder_weights(model, weights, hint=hint)
-    return model, weights
+    shown = source if weights else model.encoder.weights
+    status(f"weights: {shown}" + (f" ({weights})" if "://" in shown else ""))
+    if not weights:
+        return model, shown
+    hint = "Set -model_dir, or download the published weights: bash download_trained_model.sh"
+    load_encoder_weights(model, weights, hint=hint)
+    return model, str(weights)
 
 
 def starting_weights(args: argparse.Namespace, trained: str | None) -> str | None:

@@ -53,7 +53,8 @@ def parse_run(
     With ``-resume FOLDER``, flags that are not given are those of the run in there; else ``folder_of`` gives the folder that
     the flags name. InputError if there is nothing to resume, or flags that decide the result differ from those of the run.
     """
-    args = parser.parse_args(argv)
+    words = parser.expand(argv)
+    args = parser.parse_args(words)
     folder = Path(args.resume) if args.resume else folder_of(args)
     if args.resume is None or not (folder / LAST_STATE).is_file():
         if args.resume:
@@ -68,7 +69,7 @@ def parse_run(
         message = io.StringIO()
         try:
             with contextlib.redirect_stderr(message):
-                args = parser.parse_args([*_words(parser, known), *(sys.argv[1:] if argv is None else argv)])
+                args = parser.parse_args([*_words(parser, known), *words])
         except SystemExit:
             found = f"has flags that cannot be used ({message.getvalue().strip()})"
             raise InputError(f"{folder / RECORD} {found}") from None

@@ -52,6 +52,7 @@ OPTIONAL_LIBRARIES = {
         "matplotlib",
         "torchvision",
     ),
+    *("onnx", "onnxruntime"),
     *("fcntl", "torch"),  # not on every system; a part of it that only torchrun needs
 }
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 100

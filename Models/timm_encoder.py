@@ -78,10 +78,7 @@ class TimmEncoder(Encoder):
         self.weights = self.name if weights == "hub" else weights
         self.options = _options(self.network, self.layer)
         if checkpoint_activations:
-            try:
-                self.network.set_grad_checkpointing(True)
-            except (AttributeError, AssertionError):
-                raise InputError(f"-checkpoint_activations: {self.name} cannot recompute its activations") from None
+            _checkpoint_activations(self.network, self.name)
         if amp != "off":
             self.to(memory_format=torch.channels_last)
 
@@ -252,6 +249,16 @@ def _options(network: nn.Module, index: int) -> dict[str, Any]:
     wanted = {"norm": True, "stop_early": True}  # convolutional networks have no final norm
     options = {name: value for name, value in wanted.items() if name in known}
     return {"indices": [index], "output_fmt": "NCHW", "intermediates_only": True, **options}
+
+
+def _checkpoint_activations(network: nn.Module, name: str) -> None:
+    if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        why = "has batch norm, whose statistics would count every batch twice"
+        raise InputError(f"-checkpoint_activations: {name} {why}. Leave it out")
+    try:
+        network.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise InputError(f"-checkpoint_activations: {name} cannot recompute its activations. Leave it out") from None
 
 
 def _with_weights(model: str, weights: str, settings: dict[str, Any]) -> nn.Module:

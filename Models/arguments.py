@@ -196,6 +196,8 @@ def build_model(
             checkpoint_activations=args.checkpoint_activations,
             **statistics,
         )
+        if encoder.weights != "none":
+            status(f"weights: {encoder.weights}")
         if encoder.comes_with_weights and args.deepemd != "fcn":
             status(f"-deepemd {args.deepemd}: every patch of an image is a whole pass of {encoder.name}")
     model = DeepEMD(**settings, encoder=encoder, compiled=args.compile, device_ids=device_ids)
@@ -222,7 +224,8 @@ def open_model(
     is_trained = weights not in (None, "none")
     if not is_trained:
         weights = model.encoder.weights
-    status(f"weights: {weights}")
+    if is_trained or weights == "none":
+        status(f"weights: {weights}")
     if is_trained:
         hint = "Set -model_dir, or download the published weights: bash download_trained_model.sh"
         load_encoder_weights(model, weights, hint=hint)

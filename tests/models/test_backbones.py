@@ -4,6 +4,7 @@ import argparse
 import builtins
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -239,6 +240,22 @@ def test_without_a_network_the_flag_for_files_is_named(model):
         InputError, match=f"timm:{model} cannot be opened: .* Set -backbone_weights to a file, or to none"
     ):
         TimmEncoder(model, image_size=64)
+
+
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch):
+    def unknown(*_):
+        raise OSError("Name or service not known")
+
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(timm_encoder, "getproxies", dict)
+    monkeypatch.setattr(timm_encoder.socket, "getaddrinfo", unknown)
+    start = time.monotonic()
+    with pytest.raises(InputError, match="Set -backbone_weights to a file"):
+        TimmEncoder("test_vit", image_size=64)
+    assert time.monotonic() - start < 5
+    assert constants.HF_HUB_OFFLINE is False
 
 
 @pytest.mark.parametrize(

@@ -194,8 +194,9 @@ def _words(parser: ArgumentParser, flags: dict[str, Any]) -> list[str]:
     defaults = vars(parser.parse_args([]))
     dependent = [name for name, value in defaults.items() if value is not None and parser.get_default(name) is None]
     others = {name: value for name, value in flags.items() if name in defaults and name not in dependent}
-    if dependent and others:  # defaults that depend on other flags are those beside these flags
-        defaults |= vars(parser.parse_args(_as_words({**defaults, **others}, defaults)))
+    if dependent and others:  # their defaults are those beside these flags
+        found = parser.parse_args(_as_words({**defaults, **others}, defaults))
+        defaults |= {name: getattr(found, name) for name in dependent}
     return _as_words({**defaults, **flags}, defaults)
 
 

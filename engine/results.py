@@ -38,7 +38,7 @@ def final_test(
     """
     ranks, loaded = evaluator.ranks, fingerprint(weights)
     flags = {**result_flags(args), "model_dir": None}
-    encoder = model.encoder.identity() if hasattr(model, "encoder") else None
+    encoder = getattr(getattr(model, "encoder", None), "identity", dict)()
     known = {"flags": flags, "weights": loaded and loaded["sha256"], "encoder": encoder, "data": data}
     statistics = {"statistics": model.statistics_hash} if model.statistics_hash else {}
     identity = json.dumps({**known, **statistics}, sort_keys=True)

@@ -97,8 +97,10 @@ class _Parser(argparse.ArgumentParser):
         """The flags of a ``-config`` file as words of a command line."""
 
         def check(content: Any) -> tuple[dict[str, Any], bool, Any]:
+            if not isinstance(content, dict):
+                raise TypeError("it must be an object, {flag: value}")
             is_record = isinstance(content.get("flags"), dict)  # of a run, an evaluation or a package
-            return dict((content["flags"] if is_record else content).items()), is_record, content.get("script")
+            return content["flags"] if is_record else content, is_record, content.get("script")
 
         try:
             flags, is_record, script = read_json(Path(file), "flags", check)
@@ -112,7 +114,7 @@ class _Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
             self.error(f"-config {file}: there is no flag -{printable(name)}; the nearest is -{near}")
         if is_record:
-            is_other = unknown or (script or self.prog.split()[0]) != self.prog.split()[0]
+            is_other = script != self.prog.split()[0] if script else bool(unknown)
             left_out = {*unknown, "resume", *(SCRIPT_FLAGS if is_other else ())}
             flags = {name: value for name, value in flags.items() if name not in left_out}
         words: list[str] = []
@@ -142,7 +144,7 @@ def flag_value(action: argparse.Action, value: Any) -> Any:
         return value
     try:
         if action.nargs == 0 or isinstance(value, dict | bool | None):
-            raise ValueError(f"{value!r} is no value of it")
+            raise ValueError(f"expected {'true or false' if action.nargs == 0 else 'a value'}; got {json.dumps(value)}")
         return _value_of(action, _text(value)) if action.nargs != "+" else [_value_of(action, word) for word in value]
     except Exception as error:  # a type of argparse has an exception of its own
         raise ValueError(f"-{action.dest}: {error}") from error

@@ -192,10 +192,11 @@ class Classifier(NamedTuple):
 
 
 def save_prototypes(
-    prototypes: Prototypes, path: str, model: DeepEMD, *, settings: dict[str, Any], weights: str
+    prototypes: Prototypes, path: str, *, settings: dict[str, Any], weights: str, model: DeepEMD | None = None
 ) -> None:
+    """Write a file for :func:`load_prototypes`, with the statistics of training nodes that the ``model`` uses."""
     content = prototypes._replace(nodes=prototypes.nodes.cpu())._asdict()
-    if model.statistics_hash:
+    if model and model.statistics_hash:
         content["statistics"] = {name: part.cpu() for name, part in vars(model.settings.statistics).items()}
     content["examples"] = [example._asdict() for example in prototypes.examples]
     buffer = io.BytesIO()
@@ -203,8 +204,8 @@ def save_prototypes(
     write_output(Path(path), buffer.getbuffer())
 
 
-def load_prototypes(path: str, model: DeepEMD, *, settings: dict[str, Any], weights: str) -> Prototypes:
-    """What :func:`save_prototypes` wrote, whose statistics of training nodes the model then uses.
+def load_prototypes(path: str, *, settings: dict[str, Any], weights: str, model: DeepEMD | None = None) -> Prototypes:
+    """What :func:`save_prototypes` wrote, whose statistics of training nodes the ``model`` then uses.
 
     InputError for no file, a damaged one, or one of other weights, settings or statistics.
     """
@@ -228,11 +229,12 @@ def load_prototypes(path: str, model: DeepEMD, *, settings: dict[str, Any], weig
         raise InputError(f"-prototypes {path}: made with other weights ({made_by}, not {weights}). {advice}")
     if different := {name: value for name, value in made_with.items() if settings.get(name) != value}:
         raise InputError(f"-prototypes {path}: made with other flags; set {as_words(different)}")
-    if model.settings.statistics and statistics and statistics.sha256 != model.statistics_hash:
+    if model and statistics and model.settings.statistics and statistics.sha256 != model.statistics_hash:
         raise InputError(
             f"-prototypes {path}: made with other statistics, which are in the file. Leave -statistics out"
         )
-    model.use_statistics(statistics)
+    if model and statistics:
+        model.use_statistics(statistics)
     return prototypes
 
 

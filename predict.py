@@ -283,11 +283,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare_statistics(args, model, weights, device=device, **source)
     model = model.folded()
     classifier = Classifier(model, view_of(args, train=False), args.seed, device)
-    prototypes = (
-        load_prototypes(args.prototypes, model, **made_with) if args.prototypes else classifier.fit(args.support)
-    )
+    made_with["model"] = model
+    prototypes = load_prototypes(args.prototypes, **made_with) if args.prototypes else classifier.fit(args.support)
     if args.save:
-        save_prototypes(prototypes, args.save, model, **made_with)
+        save_prototypes(prototypes, args.save, **made_with)
         status(f"prototypes of {len(prototypes.classes)} classes: {args.save}")
     if not args.query:
         return

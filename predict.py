@@ -78,10 +78,11 @@ def as_json(answer: Answer, top: int) -> dict[str, Any]:
 
 
 def save_prototypes(
-    prototypes: Prototypes, path: str, model: DeepEMD, *, settings: dict[str, Any], weights: str
+    prototypes: Prototypes, path: str, *, settings: dict[str, Any], weights: str, model: DeepEMD | None = None
 ) -> None:
+    """Write a file for :func:`load_prototypes`, with the statistics of training nodes that the ``model`` uses."""
     content = prototypes._replace(nodes=prototypes.nodes.cpu())._asdict()
-    if model.statistics_hash:
+    if model and model.statistics_hash:
         content["statistics"] = {name: part.cpu() for name, part in vars(model.settings.statistics).items()}
     content["examples"] = [example._asdict() for example in prototypes.examples]
     buffer = io.BytesIO()
@@ -89,8 +90,8 @@ def save_prototypes(
     write_output(Path(path), buffer.getbuffer())
 
 
-def load_prototypes(path: str, model: DeepEMD, *, settings: dict[str, Any], weights: str) -> Prototypes:
-    """What :func:`save_prototypes` wrote, whose statistics of training nodes the model then uses.
+def load_prototypes(path: str, *, settings: dict[str, Any], weights: str, model: DeepEMD | None = None) -> Prototypes:
+    """What :func:`save_prototypes` wrote, whose statistics of training nodes the ``model`` then uses.
 
     InputError for no file, a damaged one, or one of other weights, settings or statistics.
     """
@@ -114,11 +115,12 @@ def load_prototypes(path: str, model: DeepEMD, *, settings: dict[str, Any], weig
         raise InputError(f"-prototypes {path}: made with other weights ({made_by}, not {weights}). {advice}")
     if different := {name: value for name, value in made_with.items() if settings.get(name) != value}:
         raise InputError(f"-prototypes {path}: made with other flags; set {as_words(different)}")
-    if model.settings.statistics and statistics and statistics.sha256 != model.statistics_hash:
+    if model and statistics and model.settings.statistics and statistics.sha256 != model.statistics_hash:
         raise InputError(
             f"-prototypes {path}: made with other statistics, which are in the file. Leave -statistics out"
         )
-    model.use_statistics(statistics)
+    if model and statistics:
+        model.use_statistics(statistics)
     return prototypes
 
 
@@ -164,12 +166,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     origin = f"sha256 {known}" if known else f"random weights of seed {args.seed}"
     names = [*SETTINGS, *(name for name in VIEWS[args.deepemd][1] if name != "train")]
     made_with = {"settings": {name: getattr(args, name) for name in names}, "weights": origin}
-    if args.prototypes:
-        prototypes = load_prototypes(args.prototypes, model.network, **made_with)
-    else:
-        prototypes = model.prototypes(args.support)
+    made_with["model"] = model.network
+    prototypes = load_prototypes(args.prototypes, **made_with) if args.prototypes else model.prototypes(args.support)
     if args.save:
-        save_prototypes(prototypes, args.save, model.network, **made_with)
+        save_prototypes(prototypes, args.save, **made_with)
         status(f"prototypes of {len(prototypes.classes)} classes: {args.save}")
     if not args.query:
         return

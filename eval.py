@@ -8,18 +8,19 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the script without a traceback
 
 import json
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dataloader import ImageDataset
 from dataloader import arguments as data
-from dataloader.episodes import draw_per_class
+from dataloader.episode_files import episodes_digest, images_digest, write_episodes
+from dataloader.episodes import ListedEpisodes, SeededEpisodes, draw_per_class, fixed_view_seeds
 from dataloader.features import FeatureSet, fits_half, write_features
 from engine import arguments
 from engine.evaluation import encode_dataset
@@ -30,16 +31,7 @@ from engine.stopping import stop_request
 from engine.weights_flags import adopt_trained_flags, as_words
 from Models import DeepEMD
 from Models.arguments import add_model_arguments, add_weights_arguments, open_model
-from utils import (
-    InputError,
-    append_line,
-    check_writable,
-    make_parser,
-    named_generator,
-    run_script,
-    status,
-    write_output,
-)
+from utils import InputError, append_line, check_writable, make_parser, run_script, status, write_output
 
 # Images of each training class that are written beside those of a split.
 TRAIN_IMAGES, STATISTICS_SEED = 20, 1
@@ -53,10 +45,12 @@ def build_parser() -> ArgumentParser:
     resume = "continue an interrupted evaluation with the same flags, if there is one"
     group.add_argument("-resume", action="store_true", help=resume)
     arguments.add_json_argument(group)
-    group = parser.add_argument_group("nodes in a file")
+    arguments.add_csv_argument(group, "episode, with its accuracy, loss and classes")
+    group = parser.add_argument_group("nodes and episodes in files")
     data.add_features_argument(group)
     written = "write the nodes of the whole split to FILE, for -features, and evaluate them"
     group.add_argument("-features_out", metavar="FILE", help=written)
+    data.add_episode_file_arguments(group)
     data.add_data_arguments(parser)
     data.add_episode_arguments(parser)
     add_weights_arguments(parser)
@@ -71,6 +65,16 @@ def unusual_flags(parser: ArgumentParser, args: Namespace) -> dict[str, Any]:
     defaults = result_flags(parser.parse_args([]))
     named = ("dataset", "set", "deepemd", "way", "shot", "test_episode", "model_dir")
     return {name: value for name, value in result_flags(args).items() if value != defaults[name] and name not in named}
+
+
+def describe_data(
+    args: Namespace, dataset: ImageDataset | FeatureSet, episodes: SeededEpisodes | ListedEpisodes
+) -> dict[str, Any]:
+    """The fingerprint of the data, and what tells whether another evaluation had the same episodes."""
+    found = {**dataset.fingerprint(), "order": images_digest(dataset)}
+    if args.episodes_in or args.episodes_out:
+        found["episodes"] = episodes_digest(episodes)
+    return found
 
 
 def encode_split(
@@ -95,7 +99,7 @@ def encode_split(
         status(f"no train_nodes in {args.features_out}: {error}")
     else:
         chosen = draw_per_class(train.labels, TRAIN_IMAGES, seed=STATISTICS_SEED, name="statistics")
-        seeds = torch.randint(2**62, (len(train),), generator=named_generator(STATISTICS_SEED, "statistics", "views"))
+        seeds = fixed_view_seeds(len(train), STATISTICS_SEED, "statistics")
         nodes = encode(train, chosen, seeds.tolist(), "encoding train")
         features = replace(features, train_nodes=nodes, train_labels=[train.labels[k] for k in chosen])
     if shared["ranks"].is_first:
@@ -115,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path("checkpoint", "eval", args.extra_dir)
     if ranks.is_first:  # a file that cannot be written is an error now, not after the evaluation
         append_line(folder / "results.txt")
-        for path in (folder / "results.json", args.json, args.features_out):
+        for path in (folder / "results.json", args.json, args.csv, args.features_out, args.episodes_out):
             if path not in (None, "-"):
                 check_writable(Path(path))
 
@@ -124,11 +128,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.features_out and dataset.view.is_random and not args.fixed_patches:
         status("-features_out: the patches of an image are drawn once, as with -fixed_patches")
         args.fixed_patches = True
-    episodes = data.draw_episodes(args, dataset, args.test_episode, seed=args.seed, name=args.set)
+    words = {str(word).partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    most = args.test_episode if "-test_episode" in words else None
+    episodes = data.choose_episodes(args, dataset, seed=args.seed, name=args.set, most=most)
+    found = describe_data(args, dataset, episodes)
+    if args.episodes_out and ranks.is_first:
+        shape = {"way": args.way, "shot": args.shot, "with_seeds": dataset.view.is_random and not args.fixed_patches}
+        write_episodes(args.episodes_out, episodes, dataset, **shape)
 
     command = arguments.resume_command("eval.py", argv, args) if ranks.is_first and args.json != "-" else None
     with stop_request(command) as stop:
-        settings = {"weights": weights, "data": dataset.fingerprint(), "resume": args.resume, "title": args.set}
+        settings = {"weights": weights, "data": found, "resume": args.resume, "title": args.set}
         shared = {"device": device, "ranks": ranks, "stop": stop}
         if args.features_out:
             dataset = encode_split(args, model, dataset, episodes.fixed_seeds, **shared)

@@ -20,7 +20,7 @@ from torch import Tensor
 from dataloader import ImageDataset
 from dataloader import arguments as data
 from dataloader.episode_files import episodes_digest, images_digest, write_episodes
-from dataloader.episodes import ListedEpisodes, SeededEpisodes, draw_per_class, fixed_view_seeds
+from dataloader.episodes import ListedEpisodes, SeededEpisodes, draw_training_images
 from dataloader.features import FeatureSet, fits_half, write_features
 from engine import arguments
 from engine.evaluation import encode_dataset
@@ -32,9 +32,6 @@ from engine.weights_flags import adopt_trained_flags, as_words
 from Models import DeepEMD
 from Models.arguments import add_model_arguments, add_weights_arguments, open_model
 from utils import InputError, append_line, check_writable, make_parser, run_script, status, write_output
-
-# Images of each training class that are written beside those of a split.
-TRAIN_IMAGES, STATISTICS_SEED = 20, 1
 
 
 def build_parser() -> ArgumentParser:
@@ -82,26 +79,25 @@ def encode_split(
 ) -> FeatureSet:
     """The nodes of every image of a split, and of some of the training classes, written to ``-features_out``.
 
-    ``seeds`` are those of the views of the images, where they are random; ``shared`` is for
+    ``seeds`` are those of the views of the images, if each has one; ``shared`` is for
     :func:`engine.evaluation.encode_dataset`.
     """
 
-    def encode(images: ImageDataset, chosen: Sequence[int], seeds: Sequence[int], title: str) -> Tensor:
-        items = [(k, seeds[k]) if images.view.is_random else k for k in chosen]
+    def encode(images: ImageDataset, items: Sequence[Any], title: str) -> Tensor:
         workers = arguments.loader_processes(args)
         return encode_dataset(model, images, items, fits_half=fits_half, num_workers=workers, title=title, **shared)
 
-    nodes = encode(dataset, range(len(dataset)), [] if seeds is None else seeds.tolist(), f"encoding {args.set}")
+    items = range(len(dataset)) if seeds is None else list(enumerate(seeds.tolist()))
+    nodes = encode(dataset, items, f"encoding {args.set}")
     features = FeatureSet(nodes, dataset.labels, dataset.class_names, dataset.relative_paths())
     try:
         train = data.open_dataset(args, "train", train=False)
     except InputError as error:
         status(f"no train_nodes in {args.features_out}: {error}")
     else:
-        chosen = draw_per_class(train.labels, TRAIN_IMAGES, seed=STATISTICS_SEED, name="statistics")
-        seeds = fixed_view_seeds(len(train), STATISTICS_SEED, "statistics")
-        nodes = encode(train, chosen, seeds.tolist(), "encoding train")
-        features = replace(features, train_nodes=nodes, train_labels=[train.labels[k] for k in chosen])
+        items = draw_training_images(train.labels)
+        train_labels = [train.labels[index] for index, _ in items]
+        features = replace(features, train_nodes=encode(train, items, "encoding train"), train_labels=train_labels)
     if shared["ranks"].is_first:
         write_features(args.features_out, features)
         status(f"features: {args.features_out}, {features.nodes.dtype}".replace("torch.", ""))

@@ -94,6 +94,9 @@ class NoEncoder(nn.Module):
     def folded(self) -> "NoEncoder":
         return self
 
+    def identity(self) -> None:
+        """What tells encoders apart: nothing, as the nodes are data."""
+
 
 @lru_cache
 def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -196,13 +196,14 @@ class SeededBatches(_Seeded):
         return indices, torch.randint(_SEEDS, (len(indices),), generator=generator)
 
 
-def draw_per_class(labels: Sequence[int], count: int, *, seed: int, name: str) -> list[int]:
-    """Up to ``count`` images of each class, as a function of the seed and the name; class by class."""
-    labels, chosen = torch.as_tensor(labels), []
-    for label in labels.unique().tolist():
-        members = (labels == label).nonzero().flatten()
-        order = torch.randperm(len(members), generator=named_generator(seed, name, label))
-        chosen += members[order[:count]].tolist()
+def draw_training_images(labels: Sequence[int], count: int = 20) -> list[tuple[int, int]]:
+    """Up to ``count`` images of each class, as pairs (index, view seed): always the same ones, whatever the seed of a run."""
+    every, chosen = torch.as_tensor(labels), []
+    for label in every.unique().tolist():
+        members, draws = (every == label).nonzero().flatten(), named_generator(0, "statistics", label)
+        some = members[torch.randperm(len(members), generator=draws)[:count]]
+        seeds = torch.randint(2**31, (len(some),), generator=draws)
+        chosen += zip(some.tolist(), seeds.tolist(), strict=True)
     return chosen
 
 

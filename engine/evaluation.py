@@ -167,7 +167,7 @@ def _parse(content: Any, episodes: int, queries: int) -> tuple[list[Score], Conf
     fits = len(scores) <= episodes and 0 <= seconds <= sys.float_info.max
     for loss, hits, count in scores:
         fits = fits and 0 <= loss <= sys.float_info.max and 0 <= hits <= count == queries and hits % 1 == 0
-    confusion = None
+    confusion = None if scores else Counter()
     if "confusion" in content:
         confusion = Counter({(true, found): count for true, found, count in content["confusion"]})
         fits = fits and all(type(number) is int for row in content["confusion"] for number in row)

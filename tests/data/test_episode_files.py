@@ -94,7 +94,10 @@ def change(*keys, to):
         (change(2, to=[]), "episode 2: an episode needs"),
         (lambda content: content[3]["query"][0].pop(), "episode 3: an episode needs .* as many for each class"),
         (lambda content: [row.pop() for row in content[3]["query"]], "episode 3 3-way 2-shot with 2 queries per class"),
-        (lambda content: content[0]["classes"].reverse(), "episode 0: 'class./.*' is of class 'class.', not of 'class.'"),
+        (
+            lambda content: content[0]["classes"].reverse(),
+            "episode 0: 'class./.*' is of class 'class.', not of 'class.'",
+        ),
         (lambda content: content[0]["query"][1].__setitem__(0, content[0]["support"][1][0]), "is in it twice"),
         (lambda content: content.clear(), "a list of one or more episodes"),
     ],

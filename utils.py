@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import difflib
 import errno
 import hashlib
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -316,6 +317,15 @@ def check_writable(path: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write one of our JSON files atomically."""
     write_atomically(path, json.dumps(content, indent=1).encode())
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table that the user named; None becomes an empty field."""
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_output(path, table.getvalue().encode(errors="backslashreplace"))
 
 
 def save_plain(path: Path, content: Any) -> None:

@@ -134,6 +134,18 @@ def add_json_argument(group: Any, what: str = "the results") -> None:
     group.add_argument("-json", metavar="FILE", help=f'also write {what} to FILE; "-" prints them and nothing else')
 
 
+def add_csv_argument(group: Any, what: str) -> None:
+    group.add_argument(
+        "-csv", type=_table_file, metavar="FILE", help=f"also write a table to FILE: a row for each {what}"
+    )
+
+
+def _table_file(text: str) -> str:
+    if text == "-":
+        raise ArgumentTypeError('expected the name of a file; "-" is for -json')
+    return text
+
+
 def loader_processes(args: Namespace) -> int:
     """Processes that load images for this one."""
     return min(8, available_cores()) if args.num_workers is None else args.num_workers

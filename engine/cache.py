@@ -78,7 +78,7 @@ class NodeTable:
 
     def get(self, rows: Tensor) -> Tensor:
         """Rows ``(E, images)`` to nodes ``(E, images, C, N)`` on the device."""
-        nodes = self.nodes[rows.flatten().to(self.nodes.device)]
+        nodes = self.nodes[rows.flatten().to(self.nodes.device, non_blocking=True)]
         return nodes.to(self.device, non_blocking=True).unflatten(0, rows.shape)
 
 

@@ -127,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add_set_argument(group)
     arguments.add_json_argument(group)
     group.add_argument("-csv", metavar="FILE", help="also write the table to FILE")
+    data.add_features_argument(group)
     data.add_data_arguments(parser)
     data.add_episode_arguments(parser)
     add_model_arguments(parser, sfc_lr=100.0)
@@ -136,14 +137,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_models(args: argparse.Namespace, device: torch.device, own_lr: bool) -> dict[Name, DeepEMD]:
+def build_models(
+    args: argparse.Namespace, device: torch.device, own_lr: bool, train_nodes: Tensor | None
+) -> dict[Name, DeepEMD]:
     """A model for each row, all with one encoder. Norms whose statistics cannot be had are dropped from ``args.norms``.
 
-    ``own_lr``: each norm has its own learning rate of the prototype fit, as ``-sfc_lr`` is not given.
+    ``train_nodes`` are those of ``-features``, for the statistics. ``own_lr``: each norm has its own learning rate of the prototype fit, as ``-sfc_lr`` is not given.
     """
     set_seed(args.seed, deterministic=args.deterministic)  # random weights do not depend on what is compared
     shared, args.source = open_model(args, device=device, device_ids=(), **data.pixel_statistics(args))
-    statistics = base_statistics(args, shared, device)
+    statistics = base_statistics(args, shared, device, train_nodes)
     models: dict[Name, DeepEMD] = {}
     for head, norm, kshot in product(args.heads, args.norms, args.kshots if args.shot > 1 else (None,)):
         if norm == "center" and "none" in args.norms and not HEADS[head.partition(":")[0]].weighs_nodes:
@@ -156,7 +159,7 @@ def build_models(args: argparse.Namespace, device: torch.device, own_lr: bool) -
     return models
 
 
-def base_statistics(args: argparse.Namespace, shared: DeepEMD, device: torch.device) -> Any:
+def base_statistics(args: argparse.Namespace, shared: DeepEMD, device: torch.device, train_nodes: Tensor | None) -> Any:
     """The statistics of training nodes, if ``args.norms`` need them; norms that cannot have them are dropped with a line."""
     needing = [norm for norm in args.norms if norm in OF_STATISTICS]
     if not needing:
@@ -164,6 +167,7 @@ def base_statistics(args: argparse.Namespace, shared: DeepEMD, device: torch.dev
     flags = argparse.Namespace(**{**vars(args), "norm": needing[-1]})
     model = build_model(flags, encoder=shared.encoder)
     source = {"open_train": partial(data.open_base_images, flags), "num_workers": arguments.loader_processes(args)}
+    source["train_nodes"] = train_nodes
     try:
         prepare_statistics(flags, model, args.source, device=device, **source)
     except utils.InputError as error:
@@ -185,8 +189,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """One row for each head, each norm and, above one shot, each way to prototypes."""
     args.shot, args.head = shot, args.heads[0]
-    comparison = Comparison(build_models(args, device, own_lr))
     dataset = data.open_dataset(args, args.set, train=False)
+    comparison = Comparison(build_models(args, device, own_lr, getattr(dataset, "train_nodes", None)))
     episodes = data.draw_episodes(args, dataset, count, seed=args.seed, name=args.set)
     arguments.make_evaluator(args, dataset, device=device)(comparison, episodes, title=f"{args.shot}-shot")
     kshot, rows = args.kshots[0] if args.shot > 1 else None, []

@@ -142,7 +142,8 @@ def build_models(
 ) -> dict[Name, DeepEMD]:
     """A model for each row, all with one encoder. Norms whose statistics cannot be had are dropped from ``args.norms``.
 
-    ``train_nodes`` are those of ``-features``, for the statistics. ``own_lr``: each norm has its own learning rate of the prototype fit, as ``-sfc_lr`` is not given.
+    ``train_nodes`` are those of ``-features``, for the statistics. ``own_lr``: each norm has its own learning rate of the
+    prototype fit, as ``-sfc_lr`` is not given.
     """
     set_seed(args.seed, deterministic=args.deterministic)  # random weights do not depend on what is compared
     shared, args.source = open_model(args, device=device, device_ids=(), **data.pixel_statistics(args))
@@ -225,11 +226,11 @@ def heading(args: argparse.Namespace, device: torch.device) -> str:
         "few-shot results of other encoders.\n\n"
     )
     above = f" (above one shot, by -kshot {args.kshots[0]})" if max(args.shots) > 1 else ""
+    encoder = f"{args.dataset} {args.set}, {backbone}, {args.deepemd}, {args.image_size} pixels, weights {args.source}"
     return (
-        f"{args.dataset} {args.set}, {backbone}, {args.deepemd}, {args.image_size} pixels, {args.way}-way, {args.query} "
-        f"queries per class, weights {args.source}, seed {args.seed}. Accuracies in percent with 95 % intervals; differences "
-        f"from cosine and from deepemd, both with -norm {norm}{above}, on the same episodes. Seconds per episode of the head "
-        f"alone, prototypes included, on {device.type}.\n\n{leak if star else ''}"
+        f"{args.features or encoder}, {args.way}-way, {args.query} queries per class, seed {args.seed}. Accuracies in percent "
+        f"with 95 % intervals; differences from cosine and from deepemd, both with -norm {norm}{above}, on the same episodes. "
+        f"Seconds per episode of the head alone, prototypes included, on {device.type}.\n\n{leak if star else ''}"
         f"| shot | head | norm | prototypes | episodes | accuracy{star} | vs cosine, {norm} "
         f"| vs deepemd, {norm} | seconds |\n|---|---|---|---|---|---|---|---|---|"
     )

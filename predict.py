@@ -12,50 +12,44 @@ import io
 import json
 import os
 from argparse import ArgumentParser
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor
 
-from dataloader.arguments import add_data_arguments, pixel_statistics, view_of
-from dataloader.catalog import DatasetSpec
-from dataloader.readers import image_files, read_split
-from dataloader.views import VIEWS, View
-from engine.arguments import add_json_argument, add_run_arguments
-from engine.evaluation import encode_images
+from dataloader.readers import image_files
+from dataloader.views import VIEWS
+from deepemd import Answer, Model, Prototypes, add_model_flags
+from engine.arguments import add_csv_argument, add_json_argument
+from engine.results import confusion_lines
 from engine.run import fingerprint
 from engine.start import start
 from engine.weights_flags import adopt_trained_flags, as_words
 from Models import DeepEMD
-from Models.arguments import add_model_arguments, add_weights_arguments, open_model
-from Models.matching import Matching
+from Models.statistics import OF_STATISTICS, NodeStatistics
 from pictures.canvas import FORMATS, picture_path, save, shorten
-from pictures.match import draw_match
-from pictures.matches import ViewedImage, check_head, panels_of, view_file
+from pictures.matches import ViewedImage, check_head
 from utils import (
     InputError,
-    available_cores,
     check_writable,
     load_plain,
     make_parser,
-    named_generator,
     number_at_least,
     printable,
     run_script,
     status,
-    warn,
+    write_csv,
     write_output,
 )
 
 FORMAT = 2  # of a file of prototypes
 # What has to be the same for prototypes and queries, beside the flags of the view: it decides what nodes and prototypes are.
-SETTINGS = ("dataset", "deepemd", "image_size", "feature_pyramid", "head", "norm", "temperature")
-READ_AHEAD = 32  # images read at once
+SETTINGS = (
+    *("dataset", "backbone", "backbone_layer", "map_size", "deepemd", "image_size", "interpolation"),
+    *("feature_pyramid", "head", "norm", "weights", "weight_power", "temperature"),
+)
 
 
 def build_parser() -> ArgumentParser:
@@ -68,133 +62,79 @@ def build_parser() -> ArgumentParser:
     group.add_argument("-query", nargs="+", default=[], metavar="PATH", help="images, or folders of them at any depth")
     group = parser.add_argument_group("results")
     add_json_argument(group, "a list of the results")
+    add_csv_argument(group, "image, with what -json has")
     group.add_argument("-top", type=count, default=1, help="classes listed for each image, the most probable first")
     group.add_argument("-save", metavar="FILE", help="write the prototypes to FILE, for -prototypes")
     group.add_argument("-picture", metavar="DIR", help="draw the match behind each prediction, in DIR")
     group.add_argument("-format", choices=FORMATS, default="png", help="of the pictures")
     group.add_argument("-flows", type=count, default=10, help="flows drawn per class, the strongest first")
-    add_data_arguments(parser, has_splits=False)
-    add_weights_arguments(parser)
-    add_model_arguments(parser, sfc_lr=100.0)
-    add_run_arguments(parser, has_folder=False)
+    add_model_flags(parser)
     return parser
 
 
-class Prototypes(NamedTuple):
-    """What the classes are represented by."""
-
-    nodes: Tensor  # (W, C, N)
-    classes: list[str]  # W names
-    examples: list[ViewedImage]  # W images that show the classes in pictures
-    files: list[str]  # the names of their files
-
-
-class Answer(NamedTuple):
-    """What was found for an image: its classes by falling probability."""
-
-    file: str
-    ranking: list[tuple[str, float]]
-    cost: float | None  # per unit of mass, of the match with the best class; None for a head that moves nothing
-    viewed: ViewedImage
-    nodes: Tensor  # (C, N)
-
-    def as_json(self, top: int) -> dict[str, Any]:
-        (name, probability), *others = self.ranking
-        content: dict[str, Any] = {"file": self.file, "class": name, "probability": probability, "cost": self.cost}
-        content["runner_up"] = others[0][0] if others else None
-        if top > 1:
-            content["top"] = [{"class": name, "probability": p} for name, p in self.ranking[:top]]
-        return content
+def known_classes(folders: Iterable[str], files: Sequence[str], classes: Sequence[str]) -> dict[str, str]:
+    """The classes of those files that are in a folder which has nothing but a folder of images for each of some classes."""
+    known = {}
+    for folder in filter(os.path.isdir, folders):
+        inside = {file: Path(file).relative_to(folder).parts for file in files if Path(file).is_relative_to(folder)}
+        others = [file for file, parts in inside.items() if len(parts) < 2 or parts[0] not in classes]
+        if not others:
+            known |= {file: parts[0] for file, parts in inside.items()}
+        elif len(others) < len(inside):
+            place = f"{printable(others[0])} is not in a folder of a class of the examples"
+            status(f"no accuracy of the images in {printable(folder)}: {place}")
+    return known
 
 
-class Classifier(NamedTuple):
-    """A model for evaluation, and the view that it sees images through."""
-
-    model: DeepEMD
-    view: View
-    seed: int
-    device: torch.device
-
-    def read(self, file: str) -> ViewedImage:
-        """Read an image as the network sees it; the random draws of the view depend on its name alone."""
-        seed = named_generator(self.seed, "predict", Path(file).name).initial_seed()
-        return view_file(file, self.view, seed, advice="")
-
-    def read_all(
-        self, files: Iterable[str], *, skip: bool = False
-    ) -> Iterator[tuple[Sequence[str], Sequence[ViewedImage]]]:
-        """Files and their images, some at a time. With ``skip``, files that cannot be read are named and left out."""
-        files = iter(files)
-        with ThreadPoolExecutor(available_cores()) as pool:
-            while batch := list(islice(files, READ_AHEAD)):
-                readable = []
-                for file, viewed in [(file, pool.submit(self.read, file)) for file in batch]:
-                    try:
-                        readable.append((file, viewed.result()))
-                    except InputError as error:
-                        if not skip:
-                            raise
-                        warn(f"left out: {error}")
-                if readable:
-                    yield tuple(zip(*readable, strict=True))
-
-    def encode(self, viewed: Sequence[ViewedImage]) -> Tensor:
-        """The nodes of images, ``(B, C, N)``."""
-        return encode_images(self.model, torch.stack([one.pixels for one in viewed]), device=self.device)
-
-    @torch.no_grad()
-    def fit(self, folder: str) -> Prototypes:
-        """Prototypes from ``folder/<class>/<image>``. A class with one image is represented by that image."""
-        layout = DatasetSpec("folders", folders=(".",), split_folders={"support": "."}, obtain="")
-        advice = "-support needs a folder of images for each class"
-        files, labels, classes = read_split(layout, folder, "support", advice=advice)
-        nodes = torch.cat([self.encode(viewed) for _, viewed in self.read_all(files)])  # (S, C, N)
-        label = torch.tensor(labels)
-        order = named_generator(self.seed, "sfc", "predict")
-        proto = self.model.prototypes(nodes, way=len(classes), labels=label, generator=order)
-        similarity = torch.cosine_similarity(nodes, proto[label.to(nodes.device)], dim=1).mean(1)
-        # A class is shown by the example whose nodes are nearest to those of its prototype.
-        nearest = {label: file for label, _, file in sorted(zip(labels, similarity.tolist(), files, strict=True))}
-        shown = [nearest[label] for label in range(len(classes))]
-        return Prototypes(proto, classes, [self.read(file) for file in shown], [Path(file).name for file in shown])
-
-    @torch.no_grad()
-    def answers(self, prototypes: Prototypes, files: Iterable[str]) -> Iterator[Answer]:
-        """An answer for each image that can be read; the others are named on standard error."""
-        proto, settings = prototypes.nodes.to(self.device), self.model.settings
-        for batch, viewed in self.read_all(files, skip=True):
-            nodes = self.encode(viewed)
-            logits = self.model.match(proto, nodes, way=len(proto), shot=1).cpu()  # (B, W)
-            for file, row, *image in zip(batch, logits, viewed, nodes, strict=True):
-                probability = row.double().softmax(0).tolist()
-                ranking = [(prototypes.classes[k], probability[k]) for k in row.argsort(descending=True, stable=True)]
-                cost = 1 - float(row.max()) / settings.temperature if settings.uses_solver else None
-                yield Answer(file, ranking, cost, *image)
-
-    @torch.no_grad()
-    def draw(self, prototypes: Prototypes, answer: Answer, flows: int) -> Figure:
-        """The image beside the class that was predicted and the runner-up, with the flows between them."""
-        chosen = [prototypes.classes.index(name) for name, _ in answer.ranking[:2]]
-        matching = self.model.matching(prototypes.nodes.to(self.device)[chosen], answer.nodes[None])
-        images = (answer.viewed, *(prototypes.examples[k] for k in chosen))
-        given = (self.view, answer.nodes.shape[-1], self.model.feature_pyramid)
-        query, *protos = (panels_of(one, *given) for one in images)
-        matching = Matching(*(part[0].cpu() for part in matching))
-        names = [f"{name}, {100 * probability:.1f} %" for name, probability in answer.ranking[:2]]
-        notes = [f"shown by {prototypes.files[k]}" for k in chosen]
-        return draw_match(query, protos, matching, names=names, title=Path(answer.file).name, notes=notes, top=flows)
+def report_accuracy(truths: Sequence[str], found: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """Lines: how many images of known class were classified correctly, in all and by class, and what others were taken for."""
+    confusion = Counter(zip(truths, found, strict=True))
+    counts = [[confusion[true, predicted] for predicted in classes] for true in classes]
+    right = sum(true == predicted for true, predicted in zip(truths, found, strict=True))
+    of = f"{right} of {len(truths)} images whose folder names their class"
+    return [f"accuracy: {100 * right / len(truths):.2f} % ({of})", *confusion_lines(classes, counts)]
 
 
-def save_prototypes(prototypes: Prototypes, path: str, *, settings: dict[str, Any], weights: str) -> None:
+def write_table(listed: Sequence[dict[str, Any]], path: str, top: int) -> None:
+    """The list of -json as a table, with two columns for each further class."""
+    header = ["file", "class", "probability", "cost", "runner_up"] + ["truth"] * any("truth" in row for row in listed)
+    more = [f"{what}_{place}" for place in range(2, top + 1) for what in ("class", "probability")]
+    rows = []
+    for row in listed:
+        others = [value for other in row.get("top", [])[1:] for value in (other["class"], other["probability"])]
+        rows.append([*(row.get(name) for name in header), *others])
+    write_csv(Path(path), header + more, rows)
+
+
+def as_json(answer: Answer, top: int, truth: str | None) -> dict[str, Any]:
+    """An answer as an entry of the list of -json, with the true class where that is known."""
+    content = {"file": answer.file, "class": answer.class_name, "probability": answer.probability}
+    content |= {"cost": answer.cost, "runner_up": answer.runner_up}
+    if truth is not None:
+        content["truth"] = truth
+    if top > 1:
+        content["top"] = [{"class": name, "probability": share} for name, share in answer.ranking[:top]]
+    return content
+
+
+def save_prototypes(
+    prototypes: Prototypes, path: str, *, settings: dict[str, Any], weights: str, model: DeepEMD | None = None
+) -> None:
+    """Write a file for :func:`load_prototypes`, with the statistics of training nodes that the ``model`` uses."""
     content = prototypes._replace(nodes=prototypes.nodes.cpu())._asdict()
+    if model and model.statistics_hash:
+        content["statistics"] = {name: part.cpu() for name, part in vars(model.settings.statistics).items()}
     content["examples"] = [example._asdict() for example in prototypes.examples]
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content, "settings": settings, "weights": weights}, buffer)
     write_output(Path(path), buffer.getbuffer())
 
 
-def load_prototypes(path: str, *, settings: dict[str, Any], weights: str) -> Prototypes:
-    """What :func:`save_prototypes` wrote; InputError for no file, a damaged one, or one of other weights or settings."""
+def load_prototypes(path: str, *, settings: dict[str, Any], weights: str, model: DeepEMD | None = None) -> Prototypes:
+    """What :func:`save_prototypes` wrote, whose statistics of training nodes the ``model`` then uses.
+
+    InputError for no file, a damaged one, or one of other weights, settings or statistics.
+    """
     if not Path(path).is_file():
         raise InputError(f"-prototypes {path}: there is no such file. Write one with -support and -save")
     content = load_plain(Path(path), "file of prototypes")
@@ -206,6 +146,7 @@ def load_prototypes(path: str, *, settings: dict[str, Any], weights: str) -> Pro
         if len(set(map(len, prototypes))) > 1:
             raise ValueError("its parts are of different lengths")
         made_with, made_by = dict(content["settings"]), content["weights"]
+        statistics = NodeStatistics(**content["statistics"]) if made_with.get("norm") in OF_STATISTICS else None
     except (KeyError, TypeError, ValueError, IndexError) as error:
         kind = type(error).__name__
         raise InputError(f"-prototypes {path} is damaged, or no file of -save ({kind}: {error})") from error
@@ -214,6 +155,12 @@ def load_prototypes(path: str, *, settings: dict[str, Any], weights: str) -> Pro
         raise InputError(f"-prototypes {path}: made with other weights ({made_by}, not {weights}). {advice}")
     if different := {name: value for name, value in made_with.items() if settings.get(name) != value}:
         raise InputError(f"-prototypes {path}: made with other flags; set {as_words(different)}")
+    if model and statistics and model.settings.statistics and statistics.sha256 != model.statistics_hash:
+        raise InputError(
+            f"-prototypes {path}: made with other statistics, which are in the file. Leave -statistics out"
+        )
+    if model and statistics:
+        model.use_statistics(statistics)
     return prototypes
 
 
@@ -243,22 +190,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("give either -support DIR or -prototypes FILE")
     if not (args.query or args.save):
         parser.error("give -query PATH, or -save FILE to make prototypes alone")
-    if args.json and not args.query:
-        parser.error("-json lists answers and requires -query PATH")
+    for name in ("json", "csv"):
+        if getattr(args, name) and not args.query:
+            parser.error(f"-{name} lists answers and requires -query PATH")
     adopt_trained_flags(parser, args, argv)
     if args.picture:
         check_head(args.head)
         picture_path(Path(args.picture), "picture", args.format)
-    for path in filter(None, (args.save, args.json if args.json != "-" else None)):
+    for path in filter(None, (args.save, args.csv, args.json if args.json != "-" else None)):
         check_writable(Path(path))
     _, device, device_ids = start(args, one_process=True)
-    model, weights = open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
+    brings_statistics = bool(args.prototypes) and not args.statistics
+    model, weights = Model.open(args, device, device_ids, needs_statistics=not brings_statistics)
     loaded = fingerprint(weights)
-    origin = f"sha256 {loaded['sha256']}" if loaded else f"random weights of seed {args.seed}"
+    known = loaded and (loaded["sha256"] or model.network.encoder.identity()["weights"])
+    origin = f"sha256 {known}" if known else f"random weights of seed {args.seed}"
     names = [*SETTINGS, *(name for name in VIEWS[args.deepemd][1] if name != "train")]
     made_with = {"settings": {name: getattr(args, name) for name in names}, "weights": origin}
-    classifier = Classifier(model.folded(), view_of(args, train=False), args.seed, device)
-    prototypes = load_prototypes(args.prototypes, **made_with) if args.prototypes else classifier.fit(args.support)
+    made_with["model"] = model.network
+    prototypes = load_prototypes(args.prototypes, **made_with) if args.prototypes else model.prototypes(args.support)
     if args.save:
         save_prototypes(prototypes, args.save, **made_with)
         status(f"prototypes of {len(prototypes.classes)} classes: {args.save}")
@@ -267,14 +217,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     width = max(len("runner-up"), *(len(shorten(name, 40)) for name in prototypes.classes))
     if args.json != "-":
         print(f"{'class':{width}}  probability    cost  {'runner-up':{width}}  file")
+    files = list(image_files(args.query))
+    truth_of = known_classes(args.query, files, prototypes.classes)
     listed, taken = [], set()
-    for answer in classifier.answers(prototypes, image_files(args.query)):
-        listed.append(answer.as_json(args.top))
+    for answer in model.answers(prototypes, files, skip=True):
+        listed.append(as_json(answer, args.top, truth_of.get(answer.file)))
         if args.json != "-":
             print_answer(answer, args.top, width)
         if args.picture:
-            figure = classifier.draw(prototypes, answer, args.flows)
+            figure = model.draw(prototypes, answer, flows=args.flows)
             save(figure, path_for(answer.file, Path(args.picture), args.format, taken))
+    pairs = [(row["truth"], row["class"]) for row in listed if "truth" in row]
+    if pairs and args.json != "-":
+        print("\n" + "\n".join(report_accuracy(*zip(*pairs, strict=True), prototypes.classes)))
+    if args.csv:
+        write_table(listed, args.csv, args.top)
     if args.json == "-":
         print(json.dumps(listed, indent=1))
     elif args.json:

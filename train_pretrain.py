@@ -20,10 +20,12 @@ from engine.distributed import Shard
 from engine.loading import make_loader
 from engine.run import open_run
 from engine.start import start
+from engine.statistics import prepare_statistics
 from engine.stopping import stop_request
 from engine.training import fit
 from Models.arguments import add_model_arguments, build_model
 from Models.classifier import Classifier
+from Models.statistics import OF_STATISTICS
 from utils import BEST_WEIGHTS, InputError, make_parser, number_at_least, run_script, status
 
 SCRIPT = "train_pretrain.py"
@@ -54,7 +56,7 @@ def run_folder(args: Namespace) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
-    args, folder, _ = arguments.parse_run(SCRIPT, parser, argv, run_folder)
+    args, folder, resumes = arguments.parse_run(SCRIPT, parser, argv, run_folder)
     ranks, device, device_ids = start(args)
     if args.bs < ranks.size:
         raise InputError(f"-bs {args.bs} is less than an image for each of the {ranks.size} processes")
@@ -63,12 +65,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     train_set = data.open_dataset(args, "train", train=True, deepemd="fcn")  # whole images, whatever the variant
     val_set = data.open_dataset(args, args.set, train=False)
+    base_set = data.open_base_images(args) if args.norm in OF_STATISTICS else train_set
     train_batches = SeededBatches(len(train_set), args.bs, seed=args.seed, name="train")
     val_episodes = data.draw_episodes(args, val_set, args.num_episode, seed=args.seed, name=args.set)
     for dataset in (train_set, val_set):
         dataset[0, 0]  # what is wrong with all images is reported before the first step
 
-    model = build_model(args, device_ids=device_ids, **data.pixel_statistics(args)).to(device)
+    weights = "none" if resumes else None  # those of the run's state replace them
+    model = build_model(args, device_ids=device_ids, weights=weights, **data.pixel_statistics(args)).to(device)
     classifier = Classifier(model.encoder, len(train_set.class_names)).to(device)
     if args.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(classifier)  # in place, so the model's encoder is converted too
@@ -88,7 +92,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with stop_request(arguments.resume_command(SCRIPT, argv, args) if ranks.is_first else None) as stop:
         evaluator = arguments.make_evaluator(args, val_set, device=device, keep_pixels=True, ranks=ranks, stop=stop)
 
+        source = {"open_train": lambda: base_set, "num_workers": arguments.loader_processes(args), "ranks": ranks}
+
         def validate(epoch):
+            prepare_statistics(args, model, "none", device=device, fresh=True, **source)
             val_episodes.set_epoch(epoch if args.random_val_task else 0)
             return evaluator(model, val_episodes, title=args.set)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import difflib
 import errno
 import hashlib
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 
 BEST_WEIGHTS = "max_acc.pth"
+STATISTICS_FILE = "base_statistics.npz"  # of training nodes, beside the weights
 T = TypeVar("T")
 
 
@@ -45,11 +47,28 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        # Called with the parsed flags, in this order: they fill in defaults that depend on other flags, and check those that do.
+        self.completions: list[Callable[[argparse.Namespace], None]] = []
         text = "take flags that are not given from a JSON file: a run.json, a package's config.json, or {flag: value}"
         # Not in the namespace: the flags that it stands for are.
         self.add_argument("-config", action=_Config, metavar="FILE", default=argparse.SUPPRESS, help=text)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        parsed = super().parse_args(args, namespace)
+        self._complete(parsed)
+        return parsed
+
+    def _complete(self, parsed: argparse.Namespace) -> None:
+        try:
+            for completion in self.completions:
+                completion(parsed)
+        except (argparse.ArgumentTypeError, InputError) as error:
+            self.error(str(error))
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                action.choices[getattr(parsed, action.dest)]._complete(parsed)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} -h)\n")
@@ -153,7 +172,11 @@ def _text(value: Any) -> str:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that shows every default, reports bad flags in one line, and takes flags from the file of ``-config``."""
+    """A parser that shows every default, reports bad flags in one line, and takes flags from the file of ``-config``.
+
+    Its ``completions`` are called with the flags that were parsed, those of a command included. They fill in the defaults that
+    depend on other flags, which are None until then, and raise InputError or ArgumentTypeError for flags that do not fit.
+    """
     return _Parser(description=description, allow_abbrev=False, formatter_class=_Formatter)
 
 
@@ -294,6 +317,15 @@ def check_writable(path: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write one of our JSON files atomically."""
     write_atomically(path, json.dumps(content, indent=1).encode())
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table that the user named; None becomes an empty field."""
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_output(path, table.getvalue().encode(errors="backslashreplace"))
 
 
 def save_plain(path: Path, content: Any) -> None:

@@ -1,4 +1,5 @@
-"""Pictures: which regions were matched (episode, pair), the curves of runs (curves), evaluations side by side (compare)."""
+"""Pictures: which regions were matched (episode, pair), the curves of runs (curves), evaluations side by side (compare), which
+classes were taken for which (confusion)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,17 +20,25 @@ from dataloader.arguments import (
     add_data_arguments,
     add_episode_arguments,
     draw_episodes,
+    open_base_images,
     open_dataset,
     pixel_statistics,
-    view_of,
 )
-from engine.arguments import add_evaluation_arguments, add_run_arguments, add_set_argument, add_test_episode_argument
+from deepemd import Model
+from engine.arguments import (
+    add_evaluation_arguments,
+    add_run_arguments,
+    add_set_argument,
+    add_test_episode_argument,
+    loader_processes,
+)
 from engine.start import start
+from engine.statistics import prepare_statistics
 from engine.weights_flags import adopt_trained_flags
 from Models import DeepEMD, arguments
 from Models.arguments import add_model_arguments, add_weights_arguments
 from pictures import canvas, plots, sheet
-from pictures.matches import QUERIES, check_head, choose_queries, match_episode, view_file, view_items
+from pictures.matches import QUERIES, check_head, choose_queries, match_episode, view_items
 from utils import InputError, make_parser, named_generator, number_at_least, run_script
 
 
@@ -77,6 +87,8 @@ def build_parser() -> ArgumentParser:
     added.add_argument("files", nargs="+", metavar="FILE", help=files)
     names = "names of the evaluations, as in before,after (default: what tells the paths apart)"
     added.add_argument("-names", type=lambda text: text.split(","), metavar="NAMES", help=names)
+    added = command("confusion", "draw which classes an evaluation took for which")
+    added.add_argument("file", metavar="FILE", help="results.json of eval.py or train_meta.py")
     return parser
 
 
@@ -96,7 +108,9 @@ def open_model(args: Namespace) -> tuple[DeepEMD, torch.device]:
     """The model for evaluation that the flags describe, and its device."""
     check_head(args.head)
     _, device, device_ids = start(args, one_process=True)
-    model, _ = arguments.open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
+    model, weights = arguments.open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
+    source = {"open_train": partial(open_base_images, args), "num_workers": loader_processes(args)}
+    prepare_statistics(args, model, weights, device=device, **source)
     return model.folded(), device
 
 
@@ -129,15 +143,11 @@ def draw_episode(args: Namespace) -> None:
 def draw_pair(args: Namespace) -> None:
     first, second = map(Path, args.images)
     path = output(args, f"pair-{first.stem[:30]}-{second.stem[:30]}")
-    view = view_of(args, train=False)
-    seeds = [named_generator(args.seed, "pair", number).initial_seed() for number in range(2)]
-    viewed = [view_file(image, view, seed, advice="") for image, seed in zip(args.images, seeds, strict=True)]
-    model, device = open_model(args)
-    episode = match_episode(model, view, viewed[::-1], way=1, shot=1, device=device)
-    title = f"left: {first.name}, right: {second.name}"
-    print(canvas.save(episode.draw(0, names=[""], title=title, flows=args.flows, truth=None), path))
-    logit = float(episode.matching.logits[0, 0])
-    print(f"logit {logit:.4f}, cost of the match {1 - logit / args.temperature:.4f}")
+    check_head(args.head)
+    _, device, device_ids = start(args, one_process=True)
+    match = Model.open(args, device, device_ids)[0].match(first, second)
+    print(canvas.save(match.draw(title=f"left: {first.name}, right: {second.name}", flows=args.flows), path))
+    print(f"logit {match.logit:.4f}, cost of the match {match.cost:.4f}")
 
 
 def draw_curves(args: Namespace) -> None:
@@ -155,7 +165,20 @@ def draw_comparison(args: Namespace) -> None:
     print(canvas.save(plots.draw_comparison(evaluations), path))
 
 
-COMMANDS = {"episode": draw_episode, "pair": draw_pair, "curves": draw_curves, "compare": draw_comparison}
+def draw_confusion(args: Namespace) -> None:
+    path = output(args, "confusion")
+    confusion = plots.read_confusion(Path(args.file))
+    print("\n".join(plots.worst_pairs(confusion)))
+    print(canvas.save(plots.draw_confusion(confusion), path))
+
+
+COMMANDS = {
+    "episode": draw_episode,
+    "pair": draw_pair,
+    "curves": draw_curves,
+    "compare": draw_comparison,
+    "confusion": draw_confusion,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

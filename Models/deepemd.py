@@ -4,8 +4,9 @@ Axes: E episodes, W way, K shot, Q queries, C channels, N nodes, P patches, B an
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,23 +16,26 @@ from torch.nn.parallel import data_parallel
 from Models.backbones import BACKBONES
 from Models.choices import check_choice
 from Models.emd import SOLVERS, settle
-from Models.encoder import Encoder
+from Models.encoder import Encoder, NoEncoder
 from Models.heads import HeadSettings, head_logits, match_with
 from Models.matching import Matching
 from Models.sfc import KSHOT, Draws, FitSettings, fit_prototypes, mean_prototypes
+from Models.statistics import NodeStatistics, needed_statistics
+from utils import InputError
 
 
 class DeepEMD(nn.Module):
     """An encoder whose feature maps are compared by optimal transport.
 
     Args:
+        map_size: edge of the map that the feature map of a whole image is pooled to, 0 to keep it.
         feature_pyramid: sizes of further maps that the feature map is pooled to, as in ``(2, 1)``; whole images only.
-        head, temperature, metric, norm, solver: see :class:`Models.heads.HeadSettings`.
+        head, temperature, metric, norm, weights, weight_power, solver: see :class:`Models.heads.HeadSettings`.
         form, l2_strength, emd_gradient: given to every solver that has such an option (``emd_gradient`` is its ``gradient``),
             unless ``solver`` sets the option itself.
         kshot: a key of :data:`Models.sfc.KSHOT`: where prototypes come from, for ``shot > 1``.
         sfc_lr, sfc_wd, sfc_update_step, sfc_bs: learning rate, weight decay, passes and batch size of the fit by ``sfc``.
-        encoder: a ResNet-12 if None.
+        encoder: a ResNet-12 if None; :class:`Models.encoder.NoEncoder` for a model that is given nodes.
         compiled: run the encoder through ``torch.compile``; on one device, without ``checkpoint_activations``.
         device_ids: with more than one CUDA device, the encoder is spread over them by torch's DataParallel, and so is the
             head if its solver works on the device. The module itself is on the first.
@@ -44,11 +48,14 @@ class DeepEMD(nn.Module):
     def __init__(
         self,
         *,
+        map_size: int = 0,
         feature_pyramid: Sequence[int] | None = None,
         head: str = "deepemd",
         temperature: float = 12.5,
         metric: str = "cosine",
         norm: str = "center",
+        weights: str = "cross",
+        weight_power: float = 1.0,
         solver: str = "opencv",
         form: str = "L2",
         l2_strength: float = 1e-6,
@@ -58,7 +65,7 @@ class DeepEMD(nn.Module):
         sfc_wd: float = 0.0,
         sfc_update_step: int = 100,
         sfc_bs: int = 4,
-        encoder: Encoder | None = None,
+        encoder: Encoder | NoEncoder | None = None,
         compiled: bool = False,
         device_ids: Sequence[int] = (),
         **encoder_settings: Any,
@@ -68,12 +75,13 @@ class DeepEMD(nn.Module):
             raise ValueError(f"{', '.join(encoder_settings)}: set this where the encoder is made, which is given")
         check_choice("kshot", kshot, KSHOT)
         self.encoder = BACKBONES["resnet12"](**encoder_settings) if encoder is None else encoder
-        self.feature_pyramid, self.kshot = tuple(feature_pyramid or ()), kshot
+        self.map_size, self.feature_pyramid, self.kshot = map_size, tuple(feature_pyramid or ()), kshot
         self.compiled, self.device_ids = compiled, list(device_ids)
         if compiled:
             self.encoder.compile()  # in place: no other module, no other key names
         self.solver_options = {"form": form, "l2_strength": l2_strength, "gradient": emd_gradient}
-        settings = HeadSettings(head=head, temperature=temperature, metric=metric, norm=norm)
+        similarity = {"temperature": temperature, "metric": metric, "norm": norm}
+        settings = HeadSettings(head=head, **similarity, weights=weights, weight_power=weight_power)
         self.settings = settings.with_solver(solver, self.solver_options)
         self.sfc = FitSettings(sfc_lr, sfc_wd, sfc_update_step, sfc_bs)
 
@@ -101,14 +109,18 @@ class DeepEMD(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Images to nodes (section 3.1): ``(B, 3, H, W)`` or ``(B, P, 3, H, W)`` to ``(B, C, N)``.
 
-        A whole image becomes the cells of its feature map, row by row, behind those of its feature pyramid. Patches are
-        encoded on their own and averaged to one node each, so N = P. ValueError as for :meth:`forward`.
+        A whole image becomes the cells of its feature map, pooled to ``map_size``, row by row, behind those of its feature
+        pyramid. Patches are encoded on their own and averaged to one node each, so N = P. ValueError as for :meth:`forward`, and
+        for a map smaller than ``map_size``.
         """
         if images.dim() == 5:
             maps = self._run_encoder(images.flatten(0, 1))  # (B*P, C, h, w)
             return maps.mean((-2, -1)).unflatten(0, images.shape[:2]).transpose(1, 2)  # (B, C, P)
         maps = self._run_encoder(images)  # (B, C, h, w)
+        if self.map_size > min(maps.shape[2:]):
+            raise ValueError(f"map_size {self.map_size} is larger than the feature map, {tuple(maps.shape[2:])}")
         levels = [_pool(maps, size) for size in self.feature_pyramid]
+        maps = _pool(maps, self.map_size) if self.map_size else maps
         return torch.cat([level.flatten(2) for level in (*levels, maps)], dim=2)
 
     def match(
@@ -148,6 +160,35 @@ class DeepEMD(nn.Module):
             raise ValueError(f"only the head deepemd has a flow; this model has the head {self.settings.head}")
         return match_with(proto, query, self._settings(solver))
 
+    def use_statistics(self, statistics: NodeStatistics | None) -> None:
+        """Compare nodes by these statistics of training nodes from now on, as the norms ``base`` and ``standard`` need.
+
+        They are no part of the state dict. InputError if they are those of another number of channels.
+        """
+        if statistics is not None:
+            statistics = statistics.to(next(self.encoder.parameters()).device)
+            if (channels := len(statistics.mean)) != self.encoder.out_channels:
+                needed = f"the nodes of this encoder have {self.encoder.out_channels}"
+                raise InputError(f"the statistics are of {channels} channels; {needed}. Compute them with this encoder")
+        self.settings = replace(self.settings, statistics=statistics)
+
+    @property
+    def statistics_hash(self) -> str | None:
+        """The SHA-256 of the statistics in use."""
+        needed = needed_statistics(self.settings.norm, self.settings.statistics)
+        return needed and needed.sha256
+
+    def read_statistics(self, path: str | Path) -> None:
+        """:meth:`use_statistics` with those in a file; InputError unless it is one of this encoder."""
+        try:
+            self.use_statistics(NodeStatistics.read(Path(path)))
+        except InputError as error:
+            raise InputError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+
+    def fit_statistics(self, nodes: Tensor | Iterable[Tensor]) -> None:
+        """:meth:`use_statistics` with those of training nodes ``(B, C, N)``, or of batches of them."""
+        self.use_statistics(NodeStatistics.of(nodes))
+
     def folded(self) -> "DeepEMD":
         """A copy for evaluation, with the same weights and a faster encoder (see :meth:`Models.encoder.Encoder.folded`)."""
         model = copy.deepcopy(self).eval()
@@ -157,8 +198,8 @@ class DeepEMD(nn.Module):
         return model
 
     def settle(self) -> None:
-        """Raise what a solver on the model's device has met and not reported yet: see :func:`Models.emd.settle`."""
-        settle(next(self.encoder.parameters()).device)
+        """Raise what a solver on a GPU has met and not reported yet: see :func:`Models.emd.settle`."""
+        settle()
 
     def _run_encoder(self, images: Tensor) -> Tensor:
         if len(self.device_ids) < 2:

@@ -14,10 +14,17 @@ from torch.nn import functional as F
 
 from Models.choices import check_choice
 from Models.emd import SOLVERS, emd, scale_to_mass
+from Models.statistics import NodeStatistics, normalised
 
-# The choices of -metric and -norm.
+# The choices of -metric, -norm and -weights.
 METRICS = {"cosine": "cosine similarity of two nodes"}
-NORMS = {"center": "subtract each node's own mean over channels", "none": "leave the nodes as they are"}
+NORMS = {
+    "center": "subtract each node's own mean over channels",
+    "none": "leave the nodes as they are",
+    "base": "subtract the mean node of training images",
+    "standard": "subtract it, and divide by the deviation of their nodes, channel by channel",
+}
+WEIGHTS = {"cross": "by cross-reference, on the nodes as the encoder gives them", "uniform": "the same for every node"}
 
 WEIGHT_FLOOR = 1e-3
 SMALLEST_NORM = 1e-8
@@ -41,16 +48,35 @@ def cross_reference_weights(nodes: Tensor, other: Tensor) -> Tensor:
     return F.relu(other.mean(-1).unsqueeze(-3) @ nodes) + WEIGHT_FLOOR  # (..., 1, B, C) x (..., A, C, N)
 
 
+def node_weights(
+    nodes: Tensor, other: Tensor, *, weights: str = "cross", power: float = 1.0, floor: float = 0.0
+) -> Tensor:
+    """:func:`cross_reference_weights` plus a ``floor``, to a ``power``, or the same for all nodes: ``(..., A, B, N)``.
+
+    Only the ratios within a set of nodes mean something. ``weights`` is a key of ``WEIGHTS``; ``uniform`` has no power.
+    """
+    check_choice("weights", weights, WEIGHTS)
+    if weights == "uniform":
+        return nodes.new_ones(*nodes.shape[:-2], other.shape[-3], nodes.shape[-1])
+    weight = cross_reference_weights(nodes, other) + floor if floor else cross_reference_weights(nodes, other)
+    if power == 1:
+        return weight
+    return (weight / weight.amax(-1, keepdim=True)) ** power  # which float32 can hold, whatever the length of the nodes
+
+
 # --- Section 3.3: the cost of moving mass between two nodes -----------------------------------------------------------
 
 
-def cosine_similarity_map(query: Tensor, proto: Tensor, *, norm: str = "center") -> Tensor:
+def cosine_similarity_map(
+    query: Tensor, proto: Tensor, *, norm: str = "center", statistics: NodeStatistics | None = None
+) -> Tensor:
     """Cosine similarity of every query node with every prototype node (equation 6: cost = 1 - similarity).
 
     ``(..., Q, C, N)`` and ``(..., W, C, M)`` to ``(..., Q, W, N, M)``, in [-1, 1]. ``norm`` is a key of ``NORMS``; ``center``
-    first subtracts each node's mean over channels.
+    first subtracts each node's mean over channels, ``base`` and ``standard`` need ``statistics``.
     """
     check_choice("norm", norm, NORMS)
+    query, proto = normalised(query, norm, statistics), normalised(proto, norm, statistics)
     if norm == "center":
         query, proto = query - query.mean(-2, keepdim=True), proto - proto.mean(-2, keepdim=True)
     # One matrix product per episode, (Q*N, C) x (C, W*M). Dividing it by the lengths touches fewer numbers than normalising
@@ -85,6 +111,9 @@ def match_nodes(
     temperature: float = 12.5,
     metric: str = "cosine",
     norm: str = "center",
+    statistics: NodeStatistics | None = None,
+    weights: str = "cross",
+    weight_power: float = 1.0,
     solver: str = "opencv",
     **options: Any,
 ) -> Matching:
@@ -97,7 +126,9 @@ def match_nodes(
         proto: ``(..., W, C, N)``, one set of nodes per class.
         query: ``(..., Q, C, M)``, with the same leading axes (episodes).
         temperature: the scale of the logits.
-        metric, norm: keys of ``METRICS`` and ``NORMS``.
+        metric, norm: keys of ``METRICS`` and ``NORMS``. They decide the cost alone: weights are those of the nodes as given.
+        statistics: of training nodes, for the norms ``base`` and ``standard``.
+        weights, weight_power: a key of ``WEIGHTS``, and the power that cross-reference weights are raised to.
         solver, options: see :func:`Models.emd.emd`. A solver without a gradient for the weights (``opencv``, or ``simplex``
             with the gradient ``cost``) takes them as the published OpenCV path does; the others, as its QPTH path does.
 
@@ -106,11 +137,13 @@ def match_nodes(
     check_nodes(proto, query)
     check_choice("metric", metric, METRICS)
     check_choice("solver", solver, SOLVERS)
-    similarity = cosine_similarity_map(query, proto, norm=norm)  # (..., Q, W, M, N)
-    supply = cross_reference_weights(query, proto)  # (..., Q, W, M)
-    demand = cross_reference_weights(proto, query).transpose(-3, -2)  # (..., Q, W, N)
-    if "supply" not in SOLVERS[solver].differentiable or options.get("gradient") == "cost":  # no gradient for weights
-        supply, demand = supply.detach() + OPENCV_FLOOR, demand.detach() + OPENCV_FLOOR
+    similarity = cosine_similarity_map(query, proto, norm=norm, statistics=statistics)  # (..., Q, W, M, N)
+    has_gradient = "supply" in SOLVERS[solver].differentiable and options.get("gradient") != "cost"  # for weights
+    given = {"weights": weights, "power": weight_power, "floor": 0.0 if has_gradient else OPENCV_FLOOR}
+    supply = node_weights(query, proto, **given)  # (..., Q, W, M)
+    demand = node_weights(proto, query, **given).transpose(-3, -2)  # (..., Q, W, N)
+    if not has_gradient:
+        supply, demand = supply.detach(), demand.detach()
     mass = similarity.shape[-2]
     supply, demand = scale_to_mass(supply, mass), scale_to_mass(demand, mass)
     distance, flow = emd(1 - similarity, supply, demand, solver=solver, **options)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from Models.cuda_graph import GraphedStep
 from Models.emd import SOLVERS
 from Models.heads import HeadSettings, head_logits
+from Models.statistics import needed_statistics
 from utils import InputError
 
 KSHOT = {
@@ -24,6 +25,8 @@ KSHOT = {
     "mean": "the mean of the support images of a class, node by node",
 }
 
+# The learning rate for nodes of length 1, which the norms base and standard fit.
+UNIT_LR = 0.1
 # As published. The dampening scales every step but the first to a tenth, which is why the learning rates look large.
 MOMENTUM, DAMPENING = 0.9, 0.9
 Draws = torch.Generator | Sequence[torch.Generator] | None
@@ -84,6 +87,9 @@ def fit_prototypes(
     """Fit one set of nodes per class to the support images, from their mean on, by SGD on the cross entropy of the images'
     logits against the prototypes. Episodes are fitted side by side and do not influence each other.
 
+    With the norms ``base`` and ``standard``, SGD moves ``(nodes - mean) / unit``, where ``unit`` gives a training node the
+    length 1: ``sqrt(C)`` times the deviation of each channel, or the root of the sum of their squares for ``base``.
+
     Args:
         support: ``(..., K*W, C, N)``, class-interleaved: image i is of class ``i % W``. Leading axes are episodes.
         way, shot: W and K.
@@ -104,23 +110,35 @@ def fit_prototypes(
     start = mean_prototypes(support.detach(), way=way, shot=shot, labels=labels)
     images, device = support.shape[-3], support.device
     labels = torch.arange(images) % way if labels is None else labels
-    is_fixed = (labels.bincount() == 1).view(way, 1, 1).to(device)  # a class with one image is not fitted
-    labels = labels.to(device)
+    is_fixed = (
+        (labels.bincount() == 1).view(way, 1, 1).to(device, non_blocking=True)
+    )  # a class with one image is not fitted
+    labels = labels.to(device, non_blocking=True)
     episode_shape, node_shape = support.shape[:-3], support.shape[-2:]
     support = support.detach().reshape(-1, images, *node_shape)  # (E, K*W, C, N)
-    order = _orders(permutations, len(support), fit.steps, images, generator).to(device)  # (E, steps, K*W)
+    order = _orders(permutations, len(support), fit.steps, images, generator).to(
+        device, non_blocking=True
+    )  # (E, steps, K*W)
     rows = torch.arange(len(support), device=device).unsqueeze(1)
     start = start.reshape(-1, way, *node_shape)  # (E, W, C, N)
-    proto = start.clone().requires_grad_()
-    optimizer = torch.optim.SGD([proto], fit.lr, MOMENTUM, DAMPENING, fit.weight_decay)
+    # SGD moves nodes as the head compares them: with the norms base and standard, in their space and in units of the usual length
+    # of a node. There, one learning rate fits all encoders, and no channel of a tiny deviation gets huge steps.
+    statistics = needed_statistics(settings.norm, settings.statistics, support.shape[-2])
+    shift, unit = statistics.unit_frame(settings.norm, support) if statistics else (0.0, 1.0)
+    moved = ((start - shift) / unit if statistics else start.clone()).requires_grad_()
+    optimizer = torch.optim.SGD([moved], fit.lr, MOMENTUM, DAMPENING, fit.weight_decay)
+
+    def prototypes() -> Tensor:
+        """Nodes as the encoder gives them, which is what the head takes."""
+        return torch.where(is_fixed, start, moved * unit + shift if statistics else moved)
 
     def step(chosen: Tensor) -> None:
         """One step of SGD on the support images ``chosen (E, b)``."""
         with torch.enable_grad():
-            logits = head_logits(torch.where(is_fixed, start, proto), support[rows, chosen], settings)  # (E, b, W)
+            logits = head_logits(prototypes(), support[rows, chosen], settings)  # (E, b, W)
             # The mean over an episode's images and the sum over episodes: each episode gets the gradient it has alone.
             loss = F.cross_entropy(logits.flatten(0, 1), labels[chosen].flatten(), reduction="sum")
-            proto.grad = torch.autograd.grad(loss / chosen.shape[1], proto)[0]
+            moved.grad = torch.autograd.grad(loss / chosen.shape[1], moved)[0]
         optimizer.step()
 
     solver, count = SOLVERS[settings.solver], node_shape[1]
@@ -129,7 +147,7 @@ def fit_prototypes(
     for number in range(fit.steps):
         for chosen in order[:, number].split(fit.batch_size, dim=1):
             step(chosen)
-    proto = torch.where(is_fixed, start, proto.detach())
+    proto = prototypes().detach()
     # Prototypes may be finite and yet too large to be compared with anything.
     is_finite = proto.isfinite().all() and head_logits(proto, support[:, :1], settings).isfinite().all()
     if not bool(is_finite) and bool(support.isfinite().all()):

@@ -43,10 +43,11 @@ def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") 
     unknown = [_shown(key) for key in given if key not in wanted]
     misshapen = [key for key in wanted if key in given and given[key].shape != wanted[key].shape]
     if missing or unknown or misshapen:
+        name = getattr(encoder, "name", type(encoder).__name__)
         faults = [f"it lacks {first_few(missing)}"] if missing else []
         faults += [f"it has unknown {first_few(unknown)}"] if unknown else []
         faults += [f"{key} is {tuple(given[key].shape)}, not {tuple(wanted[key].shape)}" for key in misshapen[:1]]
-        raise InputError(f"{path} does not hold the weights of {type(encoder).__name__}: {'; '.join(faults)}")
+        raise InputError(f"{path} does not hold the weights of {name}: {'; '.join(faults)}")
     for key, value in given.items():
         given[key] = value = value.detach().to(wanted[key].dtype)  # in which a large number may be infinite
         is_negative = key.endswith("running_var") and (value < 0).any()

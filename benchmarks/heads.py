@@ -1,14 +1,16 @@
-"""The paper's table of heads: accuracies on the same features and the same episodes, and paired differences.
+"""Heads and norms on the same features and the same episodes: accuracies, and paired differences.
 
     python benchmarks/heads.py -dataset fc100 -image_size 32 -model_dir checkpoint/pre_train/fc100/... -solver simplex
-    python benchmarks/heads.py -heads deepemd,knn:k=3 -shots 5 -episodes 200 -kshots sfc,mean -json heads.json ...
+    python benchmarks/heads.py -heads deepemd,knn:k=3 -norms center -shots 5 -kshots sfc,mean -json heads.json ...
 
-Takes the flags of eval.py and finds its accuracies, but encodes every image once for all heads. Each row also has its
-difference from deepemd (with the first of -kshots) on the same episodes, with the 95 % interval of that difference.
-Everything but the seconds is the same from run to run.
+Takes the flags of eval.py and finds its accuracies, but encodes every image once for all rows. Each row also has its difference
+from pooled features (cosine) and from the optimal matching (deepemd), both standardised, on the same episodes, with the 95 %
+interval of that difference. Everything but the seconds is the same from run to run.
 """
 
 import argparse
+import csv
+import io
 import json
 import re
 import sys
@@ -30,14 +32,24 @@ from dataloader import episode_labels
 from engine import arguments
 from engine.run import environment, fingerprint
 from engine.start import set_seed, start
+from engine.statistics import prepare_statistics
 from engine.weights_flags import adopt_trained_flags
 from Models import DeepEMD
 from Models.arguments import add_model_arguments, add_weights_arguments, build_model, head_choice, open_model
 from Models.choices import check_choice
 from Models.heads import HEADS
-from Models.sfc import KSHOT, FitError
+from Models.matching import NORMS
+from Models.sfc import KSHOT, UNIT_LR, FitError
+from Models.statistics import OF_STATISTICS
 
-Name = tuple[str, str | None]  # of a row: the head, and kshot if there is more than one shot
+Name = tuple[str, str, str | None]  # of a row: the head, the norm, and kshot if there is more than one shot
+# What every row is compared with, on the same features: the fair pooled baseline, and the method of the paper.
+BASELINES = {"cosine_difference": "cosine", "difference": "deepemd"}
+# Data sets that no backbone was trained on classes of.
+OWN_CLASSES = ("glyphs", "folder", "omniglot")
+CSV_COLUMNS = ("shot", "head", "norm", "kshot", "episodes", "accuracy", "interval")
+CSV_COLUMNS += tuple(name for key in BASELINES for name in (key, f"{key}_interval"))
+CSV_COLUMNS += ("seconds", "failed")
 
 
 class Comparison:
@@ -106,12 +118,16 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("comparison")
     heads, kshots = partial(names, head_choice), partial(names, partial(check_choice, "kshot", known=KSHOT))
     group.add_argument("-heads", type=heads, default=",".join(HEADS), help="heads to compare")
+    norms = partial(names, partial(check_choice, "norm", known=NORMS))
+    group.add_argument("-norms", type=norms, default="none,base,standard", help="norms to compare each head under")
     group.add_argument("-shots", type=utils.whole_numbers, default="1,5", help="support images per class")
     group.add_argument("-kshots", type=kshots, default=",".join(KSHOT), help="prototypes, for shots above 1")
     counts = "episodes for each of -shots, or one number for all"
     group.add_argument("-episodes", type=utils.whole_numbers, default="600,200", help=counts)
     arguments.add_set_argument(group)
     arguments.add_json_argument(group)
+    group.add_argument("-csv", metavar="FILE", help="also write the table to FILE")
+    data.add_features_argument(group)
     data.add_data_arguments(parser)
     data.add_episode_arguments(parser)
     add_model_arguments(parser, sfc_lr=100.0)
@@ -121,83 +137,152 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def compare(args: argparse.Namespace, device: torch.device, shot: int, count: int) -> list[dict[str, Any]]:
-    """One row for each head and, above one shot, each way to prototypes."""
-    args.shot, args.head = shot, args.heads[0]
-    models: dict[Name, DeepEMD] = {}
+def build_models(
+    args: argparse.Namespace, device: torch.device, own_lr: bool, train_nodes: Tensor | None
+) -> dict[Name, DeepEMD]:
+    """A model for each row, all with one encoder. Norms whose statistics cannot be had are dropped from ``args.norms``.
+
+    ``train_nodes`` are those of ``-features``, for the statistics. ``own_lr``: each norm has its own learning rate of the
+    prototype fit, as ``-sfc_lr`` is not given.
+    """
     set_seed(args.seed, deterministic=args.deterministic)  # random weights do not depend on what is compared
-    shared, args.model_dir = open_model(args, device=device, device_ids=(), **data.pixel_statistics(args))
-    for head, kshot in product(args.heads, args.kshots if shot > 1 else (None,)):
-        flags = {**vars(args), "head": head, "kshot": kshot or args.kshot}
-        models[head, kshot] = build_model(argparse.Namespace(**flags))
-        models[head, kshot].encoder = shared.encoder
+    shared, args.source = open_model(args, device=device, device_ids=(), **data.pixel_statistics(args))
+    statistics = base_statistics(args, shared, device, train_nodes)
+    models: dict[Name, DeepEMD] = {}
+    for head, norm, kshot in product(args.heads, args.norms, args.kshots if args.shot > 1 else (None,)):
+        if norm == "center" and "none" in args.norms and not HEADS[head.partition(":")[0]].weighs_nodes:
+            continue  # this head has no such norm
+        flags = {**vars(args), "head": head, "norm": norm, "kshot": kshot or args.kshot}
+        flags["sfc_lr"] = UNIT_LR if own_lr and norm in OF_STATISTICS else args.sfc_lr
+        models[head, norm, kshot] = model = build_model(argparse.Namespace(**flags), encoder=shared.encoder)
+        if norm in OF_STATISTICS:
+            model.use_statistics(statistics)
+    return models
+
+
+def base_statistics(args: argparse.Namespace, shared: DeepEMD, device: torch.device, train_nodes: Tensor | None) -> Any:
+    """The statistics of training nodes, if ``args.norms`` need them; norms that cannot have them are dropped with a line."""
+    needing = [norm for norm in args.norms if norm in OF_STATISTICS]
+    if not needing:
+        return None
+    flags = argparse.Namespace(**{**vars(args), "norm": needing[-1]})
+    model = build_model(flags, encoder=shared.encoder)
+    source = {"open_train": partial(data.open_base_images, flags), "num_workers": arguments.loader_processes(args)}
+    source["train_nodes"] = train_nodes
+    try:
+        prepare_statistics(flags, model, args.source, device=device, **source)
+    except utils.InputError as error:
+        if args.statistics or len(needing) == len(args.norms):
+            raise
+        utils.status(f"rows of -norm {' and '.join(needing)} are left out: {error}")
+        args.norms = tuple(norm for norm in args.norms if norm not in OF_STATISTICS)
+        return None
+    return model.settings.statistics
+
+
+def baseline_norm(args: argparse.Namespace) -> str:
+    """The norm of the rows that the others are compared with."""
+    return "standard" if "standard" in args.norms else args.norms[0]
+
+
+def compare(
+    args: argparse.Namespace, device: torch.device, shot: int, count: int, own_lr: bool
+) -> list[dict[str, Any]]:
+    """One row for each head, each norm and, above one shot, each way to prototypes."""
+    args.shot, args.head = shot, args.heads[0]
     dataset = data.open_dataset(args, args.set, train=False)
+    comparison = Comparison(build_models(args, device, own_lr, getattr(dataset, "train_nodes", None)))
     episodes = data.draw_episodes(args, dataset, count, seed=args.seed, name=args.set)
-    comparison = Comparison(models)
-    arguments.make_evaluator(args, dataset, device=device)(comparison, episodes, title=f"{shot}-shot")
-    baseline = "deepemd", args.kshots[0] if shot > 1 else None
-    reference = None if baseline in comparison.failed else comparison.accuracies.get(baseline)
-    rows = []
+    arguments.make_evaluator(args, dataset, device=device)(comparison, episodes, title=f"{args.shot}-shot")
+    kshot, rows = args.kshots[0] if args.shot > 1 else None, []
     for name, accuracies in comparison.accuracies.items():
-        row = {"head": name[0], "shot": shot, "kshot": name[1], "episodes": count}
+        row = {"head": name[0], "norm": name[1], "shot": args.shot, "kshot": name[2], "episodes": count}
         if name in comparison.failed:
             rows.append({**row, "failed": comparison.failed[name]})
             continue
         row["accuracy"], row["interval"] = utils.mean_confidence_interval(accuracies)
-        if reference is not None:
-            differences = [value - other for value, other in zip(accuracies, reference, strict=True)]
-            row["difference"], row["difference_interval"] = utils.mean_confidence_interval(differences)
+        for key, head in BASELINES.items():
+            baseline = head, baseline_norm(args), kshot
+            if baseline in comparison.accuracies and baseline not in comparison.failed:
+                pairs = zip(accuracies, comparison.accuracies[baseline], strict=True)
+                difference = utils.mean_confidence_interval([value - other for value, other in pairs])
+                row[key], row[f"{key}_interval"] = difference
         rows.append({**row, "seconds": comparison.seconds[name] / count, "accuracies": accuracies})
     return rows
 
 
+def may_overlap(args: argparse.Namespace) -> bool:
+    """Whether the encoder may have been trained on images of the test classes: pretrained ones are, on most photographs."""
+    is_pretrained = getattr(args, "backbone", "").startswith("timm") and args.backbone_weights != "none"
+    return bool(getattr(args, "features", None)) or is_pretrained and args.dataset not in OWN_CLASSES
+
+
 def heading(args: argparse.Namespace, device: torch.device) -> str:
     """What the table is of, and its head."""
+    backbone, norm = getattr(args, "backbone", "resnet12"), baseline_norm(args)
+    star = " \\*" if may_overlap(args) else ""
+    leak = (
+        "\\* The encoder may have been trained on images of the test classes: rows can be compared with each other, not with "
+        "few-shot results of other encoders.\n\n"
+    )
+    above = f" (above one shot, by -kshot {args.kshots[0]})" if max(args.shots) > 1 else ""
+    encoder = f"{args.dataset} {args.set}, {backbone}, {args.deepemd}, {args.image_size} pixels, weights {args.source}"
     return (
-        f"{args.dataset} {args.set}, {args.deepemd}, {args.image_size} pixels, {args.way}-way, {args.query} queries per "
-        f"class, weights {args.model_dir}, seed {args.seed}. Accuracies in percent with 95 % intervals; differences from "
-        f"deepemd (above one shot: deepemd, {args.kshots[0]}) on the same episodes. Seconds per episode of the head alone, "
-        f"prototypes included, on {device.type}.\n\n"
-        "| shot | head | prototypes | episodes | accuracy | difference | seconds |\n|---|---|---|---|---|---|---|"
+        f"{args.features or encoder}, {args.way}-way, {args.query} queries per class, seed {args.seed}. Accuracies in percent "
+        f"with 95 % intervals; differences from cosine and from deepemd, both with -norm {norm}{above}, on the same episodes. "
+        f"Seconds per episode of the head alone, prototypes included, on {device.type}.\n\n{leak if star else ''}"
+        f"| shot | head | norm | prototypes | episodes | accuracy{star} | vs cosine, {norm} "
+        f"| vs deepemd, {norm} | seconds |\n|---|---|---|---|---|---|---|---|---|"
     )
 
 
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
-    start, difference = f"| {row['shot']} | {row['head']} | {row['kshot'] or ''} | {row['episodes']} ", ""
+    start = f"| {row['shot']} | {row['head']} | {row['norm']} | {row['kshot'] or ''} | {row['episodes']} "
     if "failed" in row:
-        return start + "| diverged | | |"
-    if "difference" in row:
-        difference = f"{round(row['difference'], 2) + 0.0:+.2f} +- {row['difference_interval']:.2f}"
-    return start + f"| {row['accuracy']:.2f} +- {row['interval']:.2f} | {difference} | {row['seconds']:.4f} |"
+        return start + "| diverged | | | |"
+    differences = [
+        f"{round(row[key], 2) + 0.0:+.2f} +- {row[f'{key}_interval']:.2f}" if key in row else "" for key in BASELINES
+    ]
+    accuracy = f"{row['accuracy']:.2f} +- {row['interval']:.2f}"
+    return start + f"| {accuracy} | {differences[0]} | {differences[1]} | {row['seconds']:.4f} |"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    for flag in ("shot", "head", "kshot"):
+    for flag in ("shot", "head", "norm", "kshot"):
         if getattr(args, flag) != parser.get_default(flag):
             raise utils.InputError(
                 f"-{flag} is a flag of eval.py. Set -{flag}s, which takes all that are to be compared"
             )
-    adopt_trained_flags(parser, args, argv, ignore=("head", "kshot"))
+    adopt_trained_flags(parser, args, argv, ignore=("head", "norm", "kshot"))
     if len(args.episodes) not in (1, len(args.shots)):
         raise utils.InputError(f"-episodes takes one number, or one for each of the {len(args.shots)} -shots")
     counts = args.episodes * len(args.shots) if len(args.episodes) == 1 else args.episodes
-    if args.json not in (None, "-"):
-        utils.check_writable(Path(args.json))
+    for path in (args.json, args.csv):
+        if path not in (None, "-"):
+            utils.check_writable(Path(path))
+    own_lr = not any(word.partition("=")[0] == "-sfc_lr" for word in (sys.argv[1:] if argv is None else argv))
     _, device, _ = start(args, one_process=True)
     rows = []
     for shot, count in zip(args.shots, counts, strict=True):
-        found = compare(args, device, shot, count)
+        found = compare(args, device, shot, count, own_lr)
         if args.json != "-":
             print("\n".join([*([] if rows else [heading(args, device)]), *map(line, found)]), flush=True)
         rows += found
-    result = {"rows": rows, "flags": vars(args), "versions": environment(), "weights": fingerprint(args.model_dir)}
+    result = {"rows": rows, "baseline_norm": baseline_norm(args), "may_overlap": may_overlap(args), "flags": vars(args)}
+    result |= {"versions": environment(), "weights": fingerprint(args.source)}
     if args.json == "-":
         print(json.dumps(result))
     elif args.json:
         utils.write_output(Path(args.json), json.dumps(result, indent=1).encode())
+    if args.csv:
+        table = io.StringIO()
+        writer = csv.DictWriter(table, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        utils.write_output(Path(args.csv), table.getvalue().encode())
 
 
 if __name__ == "__main__":

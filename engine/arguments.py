@@ -1,6 +1,7 @@
 """The flags that scripts share beside those of the data and the model, and the commands that they print."""
 
 import contextlib
+import hashlib
 import io
 import json
 import re
@@ -19,7 +20,7 @@ from engine.training import FitSettings
 from utils import InputError, available_cores, number_at_least, number_between
 
 # Flags that belong to one stage of training and mean nothing to the next.
-STAGE_FLAGS = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_every")
+STAGE_FLAGS = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_every", "backbone_weights")
 
 
 def add_training_arguments(
@@ -133,6 +134,18 @@ def add_json_argument(group: Any, what: str = "the results") -> None:
     group.add_argument("-json", metavar="FILE", help=f'also write {what} to FILE; "-" prints them and nothing else')
 
 
+def add_csv_argument(group: Any, what: str) -> None:
+    group.add_argument(
+        "-csv", type=_table_file, metavar="FILE", help=f"also write a table to FILE: a row for each {what}"
+    )
+
+
+def _table_file(text: str) -> str:
+    if text == "-":
+        raise ArgumentTypeError('expected the name of a file; "-" is for -json')
+    return text
+
+
 def loader_processes(args: Namespace) -> int:
     """Processes that load images for this one."""
     return min(8, available_cores()) if args.num_workers is None else args.num_workers
@@ -154,7 +167,16 @@ def folder_number(value: float, digits: int) -> str:
 def encoder_suffix(args: Namespace) -> str:
     """What the encoder adds to the name of a run folder: nothing for the published one."""
     name = getattr(args, "backbone", "resnet12")
-    return "" if name == "resnet12" else "-" + re.sub(r"[^\w.-]+", "-", name)
+    if name == "resnet12":
+        return ""
+    # A path has characters that a folder's name cannot have; without them, two paths may read alike.
+    backbone, _, model = name.partition(":")
+    plain = re.sub(r"[^\w.-]+", "-", model)
+    return "-".join(["", backbone, *filter(None, [plain])]) + (f"-{_digest(name)}" if plain != model else "")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def resume_command(script: str, argv: Sequence[str] | None, args: Namespace) -> str:
@@ -182,8 +204,17 @@ def next_command(
 def _words(parser: ArgumentParser, flags: dict[str, Any]) -> list[str]:
     """Flags as words of a command line, without those at their default, in the order of the parser."""
     defaults = vars(parser.parse_args([]))
+    dependent = [name for name, value in defaults.items() if value is not None and parser.get_default(name) is None]
+    others = {name: value for name, value in flags.items() if name in defaults and name not in dependent}
+    if dependent and others:  # their defaults are those beside these flags
+        found = parser.parse_args(_as_words({**defaults, **others}, defaults))
+        defaults |= {name: getattr(found, name) for name in dependent}
+    return _as_words({**defaults, **flags}, defaults)
+
+
+def _as_words(flags: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
     words = []
-    for name, value in {**defaults, **flags}.items():
+    for name, value in flags.items():
         text = _joined(value)
         if text == _joined(defaults.get(name)):
             continue

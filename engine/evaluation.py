@@ -1,10 +1,12 @@
 """Evaluation: encode each image once, match episodes in batches."""
 
+import itertools
 import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,7 +19,7 @@ from torch.utils.data import Dataset
 from engine import cache
 from engine.cache import Item, NodeTable, PixelCache, Queue, load_ahead, plan_groups
 from engine.distributed import Ranks
-from engine.loading import make_loader, progress_bar
+from engine.loading import make_loader, progress_bar, stream
 from engine.stopping import Stopped, StopRequest
 from utils import InputError, mean_confidence_interval, named_generator, read_json, warn, write_atomically
 
@@ -40,6 +42,7 @@ class Model(Protocol):
     """What an :class:`Evaluator` needs of a model; see :class:`Models.deepemd.DeepEMD`, whose ``match`` has the settings."""
 
     device_ids: Sequence[int]  # the GPUs that batches are spread over, if there are several
+    statistics_hash: str | None  # of the statistics of training nodes that it compares nodes by, if it does
 
     def folded(self) -> "Model": ...
     def encode(self, images: Tensor) -> Tensor: ...
@@ -92,6 +95,10 @@ class Evaluation(NamedTuple):
         return f"{self.accuracy:.2f} +- {self.interval:.2f} %"
 
 
+# (true class, predicted class), as numbers of the data set -> queries
+Confusion = Counter[tuple[int, int]]
+
+
 class _RunningInterval:
     """Mean and 95 % interval of the accuracies so far, in constant time per score."""
 
@@ -112,13 +119,16 @@ class _RunningInterval:
 class Recorder:
     """Records the scores of an evaluation in a file from time to time, so that it can be resumed.
 
-    With ``resume``, ``scores`` are those in the file at first; one that does not fit so many ``episodes`` of so many
-    ``queries`` is set aside with a warning. Only the first rank reads and writes.
+    With ``resume``, ``scores`` and ``confusion`` are those in the file at first; one that does not fit so many ``episodes`` of
+    so many ``queries`` is set aside with a warning. Only the first rank reads and writes.
     """
+
+    # None where an earlier version, which did not record it, began the evaluation.
+    confusion: Confusion | None
 
     def __init__(self, path: Path, *, resume: bool, episodes: int, queries: int, ranks: Ranks) -> None:
         self.path, self.ranks, self.next_write = path, ranks, time.monotonic() + SECONDS_BETWEEN_RECORDS
-        content: tuple[list[Score], float] = [], 0.0
+        content: tuple[list[Score], Confusion | None, float] = [], Counter(), 0.0
         if resume and ranks.is_first and path.exists():
             try:
                 content = read_json(path, "scores of an evaluation", lambda found: _parse(found, episodes, queries))
@@ -126,7 +136,7 @@ class Recorder:
                 aside = path.with_suffix(".damaged")
                 path.replace(aside)
                 warn(f"{error}. It is now {aside.name}, and the evaluation starts from its first episode")
-        self.scores, earlier_seconds = ranks.from_first(content)
+        self.scores, self.confusion, earlier_seconds = ranks.from_first(content)
         self.start = time.monotonic() - earlier_seconds
 
     @property
@@ -134,11 +144,16 @@ class Recorder:
         """Time spent on the evaluation, interrupted parts included."""
         return time.monotonic() - self.start
 
-    def update(self, *, now: bool) -> None:
-        """Write the scores if it is time, or ``now``."""
+    def update(self, confusions: Sequence[Confusion] = (), *, now: bool) -> None:
+        """Add what classes were confused, and write all if it is time, or ``now``."""
+        if self.confusion is not None:
+            for confusion in confusions:
+                self.confusion.update(confusion)
         before = time.monotonic()
         if self.ranks.is_first and (now or before >= self.next_write):
             content = {"scores": self.scores, "seconds": self.seconds}
+            if self.confusion is not None:
+                content["confusion"] = [[*pair, count] for pair, count in self.confusion.items()]
             write_atomically(self.path, json.dumps(content).encode())  # compact, as there may be a million scores
             after = time.monotonic()
             self.next_write = after + max(SECONDS_BETWEEN_RECORDS, 20 * (after - before))
@@ -148,14 +163,21 @@ class Recorder:
         self.path.unlink(missing_ok=True)
 
 
-def _parse(content: Any, episodes: int, queries: int) -> tuple[list[Score], float]:
+def _parse(content: Any, episodes: int, queries: int) -> tuple[list[Score], Confusion | None, float]:
     scores, seconds = [Score(*row) for row in content["scores"]], content["seconds"]
     fits = len(scores) <= episodes and 0 <= seconds <= sys.float_info.max
     for loss, hits, count in scores:
         fits = fits and 0 <= loss <= sys.float_info.max and 0 <= hits <= count == queries and hits % 1 == 0
+    confusion = None if scores else Counter()
+    if "confusion" in content:
+        confusion = Counter({(true, found): count for true, found, count in content["confusion"]})
+        fits = fits and all(type(number) is int for row in content["confusion"] for number in row)
+        hits = sum(count for (true, found), count in confusion.items() if true == found)
+        fits = fits and hits in (0, sum(score.hits for score in scores))
+        fits = fits and confusion.total() in (0, sum(score.queries for score in scores))
     if not fits:
         raise ValueError("its numbers do not fit this evaluation")
-    return scores, seconds
+    return scores, confusion, seconds
 
 
 @dataclass(eq=False)
@@ -166,7 +188,8 @@ class Evaluator:
     as long as they fit in memory, and decoded images for later calls, unless views are random.
     """
 
-    # Gives (pixels, label) for an engine.cache.Item. Its view has is_random, and patches: their number in an image.
+    # Gives (pixels, label) for an engine.cache.Item; its view has is_random, and patches: their number in an image. One that
+    # has nodes (B, C, N) is not asked for pixels, and the model encodes nothing.
     dataset: Dataset
     _: KW_ONLY
     way: int
@@ -209,15 +232,15 @@ class Evaluator:
         rank, size, total = self.ranks.rank, self.episode_batch, len(episodes)
         with progress_bar(title, total=total, initial=len(scores), disable=not self.ranks.is_first) as bar:
             for start in range(len(scores), total, self.ranks.size * size):  # a round: a group for every rank
-                first, group = start + rank * size, []
+                first, group = start + rank * size, ([], Counter())
                 if first < total:
-                    group = self._score(model, next(nodes_of_groups), episodes.epoch, first, solver)
-                rows = self.ranks.gather((self.stop.signal_number, group))
-                new = [score for _, part in rows for score in part]
+                    group = self._score(model, next(nodes_of_groups), episodes, first, solver)
+                rows = self.ranks.gather((self.stop.signal_number, *group))
+                new = [score for _, part, _ in rows for score in part]
                 scores += new
-                signal_number = max(number for number, _ in rows)
+                signal_number = max(number for number, _, _ in rows)
                 if recorder:
-                    recorder.update(now=signal_number > 0)
+                    recorder.update([confusion for _, _, confusion in rows], now=signal_number > 0)
                 if signal_number:
                     raise Stopped(signal_number)
                 shown.add(new)
@@ -227,7 +250,15 @@ class Evaluator:
 
     def _nodes_of_groups(self, model: Model, episodes: Episodes, start: int) -> Iterator[Tensor]:
         """The nodes ``(E, images, C, N)`` of this rank's groups, from episode ``start`` on, encoded when they are asked for."""
-        view, size, total = self.dataset.view, self.episode_batch, len(episodes)
+        size, total = self.episode_batch, len(episodes)
+        firsts = range(start + self.ranks.rank * size, total, self.ranks.size * size)
+        if (nodes := getattr(self.dataset, "nodes", None)) is not None:
+            for first in firsts:
+                group = [episodes[k] for k in range(first, min(first + size, total))]
+                chosen = nodes[torch.tensor([[index for index, _ in items] for items in group])]
+                yield chosen.to(self.device).float()
+            return
+        view = self.dataset.view
         repeats = not view.is_random or episodes.fixed_seeds is not None
         most = len(self.dataset) if repeats and self.feature_cache == "auto" else 0
         table = NodeTable(self.device, most=most, share=self.share)
@@ -235,31 +266,40 @@ class Evaluator:
         def items(k: int) -> list[Item]:
             return [item if view.is_random else item[0] for item in episodes[k]]
 
-        firsts = range(start + self.ranks.rank * size, total, self.ranks.size * size)
         groups = ([items(k) for k in range(first, min(first + size, total))] for first in firsts)
         plan = plan_groups(groups, table, self.pixels, _encode_batch(model, self.device, view.patches))
         for group, loaded in load_ahead(plan, self.loader, self.queue, most=max(2, EPISODES_AHEAD // size)):
             for batch in group.batches:
                 fresh = next(loaded)[0] if batch.missing else None
                 pixels = self.pixels.assemble(batch, fresh, keep=repeats)
-                table.put(batch.row, encode_images(model, pixels, device=self.device), least=group.rows.numel())
+                table.put(batch.rows, encode_images(model, pixels, device=self.device), least=group.rows.numel())
             yield table.get(group.rows)
 
-    def _score(self, model: Model, nodes: Tensor, epoch: int, first: int, solver: str | None) -> list[Score]:
-        """The scores of a group whose nodes are ``(E, images, C, N)``, from episode number ``first`` on."""
+    def _score(
+        self, model: Model, nodes: Tensor, episodes: Episodes, first: int, solver: str | None
+    ) -> tuple[list[Score], Confusion]:
+        """The scores of a group whose nodes are ``(E, images, C, N)``, from episode number ``first`` on, and its confusion."""
         support = self.way * self.shot
-        draws = [named_generator(self.seed, "sfc", epoch, first + k) for k in range(len(nodes))]
+        draws = [named_generator(self.seed, "sfc", episodes.epoch, first + k) for k in range(len(nodes))]
         settings = {"way": self.way, "shot": self.shot, "solver": solver, "generator": draws}
         logits = model.match(nodes[:, :support], nodes[:, support:], **settings)  # (E, W*Q, W)
         queries = logits.shape[1]
         labels = (torch.arange(queries, device=logits.device) % self.way).expand(len(nodes), -1)
         # By gather: the gradient-free kernel of cross_entropy for more than one axis is not deterministic on a GPU.
         losses = -logits.log_softmax(2).gather(2, labels.unsqueeze(2)).mean((1, 2))
-        rows = torch.stack([losses, (logits.argmax(2) == labels).sum(1)], dim=1).tolist()  # one wait for the device
-        if not all(math.isfinite(loss) for loss, _ in rows):
+        rows = torch.cat([losses.unsqueeze(1), logits.argmax(2)], dim=1).tolist()  # one wait for the device
+        if not all(math.isfinite(loss) for loss, *_ in rows):
             model.settle()
             raise DivergenceError("the logits are not finite: the encoder's weights have diverged")
-        return [Score(loss, hits, queries) for loss, hits in rows]
+        scores, confusion, classes_of = [], Counter(), getattr(self.dataset, "labels", None)
+        for k, (loss, *found) in enumerate(rows):
+            hits = sum(predicted == query % self.way for query, predicted in enumerate(found))
+            scores.append(Score(loss, hits, queries))
+            if classes_of is not None:
+                classes = [classes_of[index] for index, _ in episodes[first + k][: self.way]]
+                pairs = ((classes[query % self.way], classes[int(number)]) for query, number in enumerate(found))
+                confusion.update(pairs)
+        return scores, confusion
 
 
 @torch.no_grad()
@@ -279,6 +319,46 @@ def encode_images(model: Model, images: Tensor, *, device: torch.device) -> Tens
     if not bool(nodes.isfinite().all()):
         raise DivergenceError("the encoder's features are not finite: its weights have diverged")
     return nodes
+
+
+def encode_dataset(
+    model: Model,
+    dataset: Dataset,
+    items: Sequence[Item],
+    *,
+    device: torch.device,
+    ranks: Ranks,
+    stop: StopRequest,
+    fits_half: Callable[[float], bool],
+    num_workers: int = 0,
+    title: str = "",
+) -> Tensor:
+    """The nodes ``(B, C, N)`` of items of a data set, on the CPU, which the ranks share the work for.
+
+    They are in float16 if their largest absolute value ``fits_half``, and in float32 otherwise. Raises DivergenceError if they
+    are not finite, and Stopped.
+    """
+    model, size = model.folded(), _encode_batch(model, device, dataset.view.patches)
+    batches = [items[first : first + size] for first in range(0, len(items), size)]
+    loader = make_loader(dataset, batches[ranks.rank :: ranks.size], num_workers=num_workers, device=device)
+    for dtype in (torch.float16, torch.float32):
+        own: list[Tensor] = []
+        largest = 0.0
+        with progress_bar(title, total=len(batches), disable=not ranks.is_first) as bar:
+            for images, _ in stream(loader):
+                nodes = encode_images(model, images, device=device)
+                largest = max(largest, float(nodes.abs().max()))
+                own.append(nodes.to(dtype).cpu())
+                bar.update(ranks.size)
+                if stop.signal_number:
+                    break
+        numbers, bounds, parts = zip(*ranks.gather((stop.signal_number, largest, own)), strict=True)
+        if signal_number := max(numbers):
+            raise Stopped(signal_number)
+        if dtype == torch.float32 or fits_half(max(bounds)):
+            break
+    # Rank r has batches r, r + size, ..
+    return torch.cat([part for row in itertools.zip_longest(*parts) for part in row if part is not None])
 
 
 def _encode_batch(model: Model, device: torch.device, patches: int) -> int:

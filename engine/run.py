@@ -28,7 +28,8 @@ RECORD = "run.json"
 NON_RESULT_FLAGS = (
     *("num_workers", "gpu", "data_dir", "save_every", "save_all", "solver_threads"),
     *("feature_cache", "episode_batch", "checkpoint_activations"),  # the same but for float rounding
-    *("resume", "extra_dir", "json", "log_images"),  # where it is written, and what beside it
+    *("resume", "extra_dir", "json", "csv", "log_images"),  # where it is written, and what beside it
+    *("features", "features_out", "episodes_in", "episodes_out"),  # whose content is a part of the data
 )
 
 
@@ -111,6 +112,7 @@ class RunFolder:
 
     def _move_earlier_run(self) -> None:
         names = ("results.txt", "trlog.json", "tf", "images", BEST_WEIGHTS, LAST_STATE, RECORD, "results.json")
+        names = (*names, utils.STATISTICS_FILE)
         mine = [*(self.path / name for name in names), *self.path.glob("epoch-*.pth")]
         if earlier := [path for path in mine if os.path.lexists(path)]:
             places = (self.path / f"previous-{number}" for number in itertools.count(1))
@@ -209,7 +211,7 @@ def hold_lock(path: Path, advice: str) -> Any:
 def environment() -> dict[str, str]:
     """Versions of Python, of the libraries that compute, and the commit of this project where git knows it."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "numpy", "opencv-python", "numba", "qpth", "pillow"):
+    for name in ("torch", "torchvision", "numpy", "opencv-python", "numba", "qpth", "pillow", "timm"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     git = ["git", "-C", str(Path(__file__).parents[1]), "describe", "--always", "--dirty", "--abbrev=40"]

@@ -8,9 +8,9 @@ from typing import Any
 from utils import InputError, flag_value, read_json, status, warn
 
 # Flags that weights should be used with as they were trained. Those of one view mean nothing to another.
-VIEW_FLAGS = ("patch_list", "patch_ratio", "num_patch", "feature_pyramid")
+VIEW_FLAGS = ("patch_list", "patch_ratio", "num_patch", "feature_pyramid", "map_size")
 TRAINED_FLAGS = (
-    *("dataset", "backbone", "backbone_layer", "deepemd", "image_size", "interpolation", "map_size", *VIEW_FLAGS),
+    *("dataset", "backbone", "backbone_layer", "deepemd", "image_size", "interpolation", *VIEW_FLAGS),
     *("head", "temperature", "metric", "norm", "weights", "weight_power", "kshot"),
 )
 

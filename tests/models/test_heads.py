@@ -1,9 +1,11 @@
 """The heads: properties that each must have, the published ones by loops, and the table of heads."""
 
+import csv
 import importlib.util
 import json
 import re
-from dataclasses import FrozenInstanceError, asdict
+import shutil
+from dataclasses import FrozenInstanceError, asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,11 @@ from torch.nn import functional as F
 
 import eval as eval_script
 from Models import DeepEMD
-from Models.heads import HEADS, Head, HeadSettings, head_logits, proto_logits
+from Models.emd import emd
+from Models.heads import HEADS, Head, HeadSettings, head_logits, match_with, proto_logits
+from Models.matching import cross_reference_weights
 from Models.sfc import FitError, fit_prototypes
+from Models.statistics import NodeStatistics
 from utils import InputError, run_script
 
 WAY, SHOT = 3, 2
@@ -163,7 +168,18 @@ def loop_knn(proto, query, temperature, k=1):
     return temperature * sum(sum(row) for row in nearest) / query.shape[1]
 
 
-BY_PAIR = {"proto": loop_proto, "cosine": loop_cosine, "knn": loop_knn}
+def loop_chamfer(proto, query, temperature, compared=None, weight=lambda node, other: max(0.0, node @ other) + 1e-3):
+    """``compared`` are the nodes whose cosines are taken, centred ones if None; ``weight`` of a node and the others' mean."""
+    center = [image - image.mean(0) for image in (proto, query)] if compared is None else compared
+    total = 0.0
+    for (own, other), (raw, opposite) in (((center[1], center[0]), (query, proto)), (center, (proto, query))):
+        weights = [weight(node, opposite.mean(1)) for node in raw.T]
+        nearest = [max(cos(node, candidate) for candidate in other.T) for node in own.T]
+        total += sum(w * s for w, s in zip(weights, nearest, strict=True)) / sum(weights)
+    return temperature * total / 2
+
+
+BY_PAIR = {"proto": loop_proto, "cosine": loop_cosine, "knn": loop_knn, "chamfer": loop_chamfer}
 
 
 def loops(head: str, proto: torch.Tensor, query: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -202,7 +218,7 @@ def test_knn_counts_k_neighbours(k):
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("head", LOOPS)
+@pytest.mark.parametrize("head", ["proto", "cosine", "knn", "fusion"])
 def test_published_heads_are_invariant_to_shift_or_scale(head):
     proto, query, shift = nodes(5, 8, 3), nodes(7, 8, 4, seed=1), nodes(8, 1, seed=2)
     expected = head_logits(proto, query, head=head)
@@ -215,6 +231,123 @@ def test_published_heads_are_invariant_to_shift_or_scale(head):
         assert torch.equal(warmer, expected)
     elif head != "fusion":
         torch.testing.assert_close(warmer, 2 * expected)
+
+
+# --- norms and weights ---
+
+
+def statistics_of(channels: int) -> NodeStatistics:
+    scales = 10.0 ** torch.linspace(-2, 2, channels, dtype=torch.float64).view(-1, 1)
+    return NodeStatistics.of(scales * (nodes(50, channels, 4, seed=7) + 2))
+
+
+@pytest.mark.parametrize("norm", ["base", "standard"])
+@pytest.mark.parametrize("head", HEADS)
+def test_base_and_standard_change_the_nodes_that_are_compared_and_no_weights(head, norm):
+    statistics = statistics_of(8)
+    mean, deviation = (part.double().view(8, 1) for part in (statistics.mean, statistics.deviation))
+    scale = deviation if norm == "standard" else 1.0
+    raw = [mean + deviation * nodes(*shape, seed=seed) for shape, seed in (((3, 8, 4), 0), ((5, 8, 6), 1))]
+    compared = [(image - mean) / scale for image in raw]
+    found = head_logits(*raw, head=head, norm=norm, statistics=statistics, temperature=7.0, **exact_solver(head))
+    if head == "deepemd":
+        for q, p in np.ndindex(5, 3):
+            proto, query = raw[0][p], raw[1][q]
+            weights = [F.relu(b.mean(1) @ a) + 1e-3 for a, b in ((query, proto), (proto, query))]
+            similarity = F.normalize(compared[1][q], dim=0).mT @ F.normalize(compared[0][p], dim=0)
+            flow = emd(1 - similarity, *(6 * w / w.sum() for w in weights), solver="simplex").flow
+            torch.testing.assert_close(found[q, p], 7.0 / 6 * (flow * similarity).sum())
+    elif head == "chamfer":
+        for q, p in np.ndindex(5, 3):
+            pair = [(images[0][p].numpy(), images[1][q].numpy()) for images in (raw, compared)]
+            assert float(found[q, p]) == pytest.approx(loop_chamfer(*pair[0], 7.0, compared=pair[1]))
+    else:
+        torch.testing.assert_close(found, loops(head, *compared, 7.0))
+    different = head_logits(*raw, head=head, norm="none", temperature=7.0, **exact_solver(head))
+    assert torch.allclose(found, different) == (head == "proto" and norm == "base")  # squared distances have no origin
+
+
+def exact_solver(head: str) -> dict:
+    return {"solver": "simplex"} if HEADS[head].uses_solver else {}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_center_changes_the_heads_that_weigh_nodes_alone(head):
+    raw = nodes(3, 8, 4) + 1, nodes(5, 8, 6, seed=1) + 1
+    plain, centred = (head_logits(*raw, head=head, norm=norm) for norm in ("none", "center"))
+    assert torch.equal(plain, centred) != HEADS[head].weighs_nodes
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_class_in_a_dim_channel_is_seen_by_standardised_nodes(head):
+    """Two classes differ in a channel whose deviation is a thousandth of the others'."""
+    scales = torch.tensor([1.0, 1.0, 1.0, 1e-3]).view(4, 1)
+    sign = torch.tensor([1.0, -1.0]).repeat(20).view(40, 1)  # of image i, as its class is i % 2
+    images = nodes(40, 4, 5).float()
+    images[:, 3] = sign * (3 + 0.1 * images[:, 3])
+    images, labels = images * scales + 1, torch.arange(40) % 2
+    statistics = NodeStatistics.of(images[20:])
+
+    def accuracy(norm):
+        logits = head_logits(
+            images[:2], images[2:20], head=head, norm=norm, statistics=statistics, **exact_solver(head)
+        )
+        return float((logits.argmax(1) == labels[2:20]).double().mean())
+
+    assert accuracy("standard") == 1.0 > 0.8 > max(accuracy("none"), accuracy("base"))
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 2.0])
+def test_weights_are_raised_to_a_power_before_they_are_scaled(power):
+    proto, query = nodes(3, 8, 4), nodes(5, 8, 6, seed=1)
+    weights = cross_reference_weights(query, proto)[4, 2] ** power
+    found = match_with(proto, query, HeadSettings(solver="simplex", weight_power=power))
+    torch.testing.assert_close(found.supply[4, 2], 6 * weights / weights.sum())
+    q, p = query[4].numpy(), proto[2].numpy()
+    chamfer = head_logits(proto, query, head="chamfer", weight_power=power)[4, 2]
+    raised = loop_chamfer(p, q, 12.5, weight=lambda node, other: (max(0.0, node @ other) + 1e-3) ** power)
+    assert float(chamfer) == pytest.approx(raised)
+
+
+def test_uniform_weights_are_those_of_power_0():
+    proto, query = nodes(3, 8, 4), nodes(5, 8, 6, seed=1)
+    uniform = match_with(proto, query, HeadSettings(solver="simplex", weights="uniform", weight_power=3.0))
+    assert torch.equal(uniform.supply, torch.ones(5, 3, 6, dtype=torch.float64))
+    torch.testing.assert_close(uniform.demand, torch.full((5, 3, 4), 1.5, dtype=torch.float64))
+    for head in ("deepemd", "chamfer"):
+        found = head_logits(proto, query, head=head, weights="uniform", **exact_solver(head))
+        flat = head_logits(proto, query, head=head, weight_power=0.0, **exact_solver(head))
+        torch.testing.assert_close(found, flat)
+
+
+def test_powers_of_long_nodes_are_finite():
+    proto, query = 1e3 * nodes(3, 8, 4).float(), 1e3 * nodes(5, 8, 6, seed=1).float()
+    for head in ("deepemd", "chamfer"):
+        assert head_logits(proto, query, head=head, weight_power=10.0).isfinite().all()
+
+
+# --- slices ---
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_queries_in_slices_have_the_logits_that_they_have_together(head, monkeypatch):
+    proto, query = nodes(2, 3, 8, 4), nodes(2, 7, 8, 6, seed=1)
+    settings = exact(head)
+    whole, sizes, row = head_logits(proto, query, settings), [], HEADS[head]
+
+    def logits(proto, query, settings):
+        sizes.append(tuple(query.shape[:-2]))
+        return row.logits(proto, query, settings)
+
+    monkeypatch.setitem(HEADS, head, replace(row, logits=logits))
+    a_query = 30 * 2 * 3 * 4 * 6
+    cases = {7 * a_query: [(2, 7)], 7 * a_query - 1: [(2, 6), (2, 1)], 2 * a_query: [(2, 2)] * 3 + [(2, 1)]}
+    cases |= {a_query - 1: 2 * [(1,)] * 7, 1: 2 * [(1,)] * 7}  # an episode at a time, and no less than a query
+    for room, expected in cases.items():
+        sizes.clear()
+        monkeypatch.setattr("Models.heads.SLICE_BYTES", room)
+        torch.testing.assert_close(head_logits(proto, query, settings), whole, atol=1e-6, rtol=0)
+        assert sizes == expected
 
 
 def test_fused_predictions_are_probabilities():
@@ -277,6 +410,9 @@ def test_options_in_a_name_override_those_beside_it():
         ({"head": "cosine", "temprature": 1.0}, "head cosine has no option 'temprature'"),
         ({"metric": "dot"}, "unknown metric 'dot'; choose one of cosine"),
         ({"norm": "whiten"}, "unknown norm 'whiten'; choose one of center, none"),
+        ({"weights": "length"}, "unknown weights 'length'; choose one of cross, uniform"),
+        ({"weight_power": -1.0}, "weight_power must be 0 or more and finite; got -1.0"),
+        ({"weight_power": float("inf")}, "weight_power must be 0 or more and finite"),
         ({"temperature": 0.0}, "temperature must be above 0 and finite; got 0.0"),
         ({"temperature": float("nan")}, "temperature must be above 0 and finite; got nan"),
     ],
@@ -351,6 +487,15 @@ def flags(noise, tmp_path, monkeypatch) -> list[str]:
     return ["-dataset", "folder", "-data_dir", str(noise), "-model_dir", "none", *SMALL]
 
 
+@pytest.fixture
+def with_train(flags, noise, tmp_path) -> list[str]:
+    """The same with a training split."""
+    shutil.copytree(noise / "test", tmp_path / "data" / "test")
+    for number in range(3):
+        write_images(tmp_path / "data" / "train" / f"base{number}", 5, seed=50 + number)
+    return [str(tmp_path / "data") if flag == str(noise) else flag for flag in flags]
+
+
 @pytest.mark.parametrize("head", [*HEADS, "knn:k=2"])
 def test_eval_by_every_head(flags, capsys, head):
     eval_script.main([*flags, "-shot", "2", "-test_episode", "1", "-head", head, "-json", "-"])
@@ -367,51 +512,121 @@ def table():
     return module
 
 
-def test_table_of_heads(table, flags, tmp_path, capsys):
-    command = [*flags, "-shots", "1,2", "-episodes", "5,3", "-heads", "proto,deepemd,knn", "-sfc_lr", "1"]
-    table.main([*command, "-json", "heads.json"])
+def test_table_of_heads(table, with_train, tmp_path, capsys):
+    command = [*with_train, "-shots", "1,2", "-episodes", "5,3", "-heads", "proto,deepemd,knn,cosine", "-sfc_lr", "1"]
+    command += ["-norms", "center,none,standard"]
+    table.main([*command, "-json", "heads.json", "-csv", "heads.csv"])
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "heads.json").read_text())
-    rows = {(row["shot"], row["head"], row["kshot"]): row for row in found["rows"]}
-    heads = ("proto", "deepemd", "knn")
-    kinds = [(1, head, None) for head in heads] + [(2, head, kshot) for head in heads for kshot in ("sfc", "mean")]
-    assert list(rows) == kinds
+    rows = {(row["shot"], row["head"], row["norm"], row["kshot"]): row for row in found["rows"]}
+    kinds = [
+        ("proto", "none"),
+        ("proto", "standard"),
+        ("deepemd", "center"),
+        ("deepemd", "none"),
+        ("deepemd", "standard"),
+    ]
+    kinds += [(head, norm) for head in ("knn", "cosine") for norm in ("none", "standard")]
+    assert list(rows) == [(1, *kind, None) for kind in kinds] + [
+        (2, *kind, kshot) for kind in kinds for kshot in ("sfc", "mean")
+    ]
 
     # The accuracies of eval.py, on the same episodes.
-    for shot, head, kshot in ((1, "proto", None), (2, "knn", "sfc"), (2, "deepemd", "mean")):
-        row = rows[shot, head, kshot]
-        same = ["-shot", str(shot), "-head", head, "-kshot", kshot or "sfc", "-sfc_lr", "1"]
-        eval_script.main([*flags, *same, "-test_episode", "5" if shot == 1 else "3", "-json", "-"])
+    chosen = [(1, "proto", "none", None), (2, "knn", "standard", "sfc"), (2, "deepemd", "center", "mean")]
+    for shot, head, norm, kshot in chosen:
+        row = rows[shot, head, norm, kshot]
+        same = ["-shot", str(shot), "-head", head, "-norm", norm, "-kshot", kshot or "sfc", "-sfc_lr", "1"]
+        eval_script.main([*with_train, *same, "-test_episode", "5" if shot == 1 else "3", "-json", "-"])
         own = json.loads(capsys.readouterr().out)
         assert row["accuracies"] == pytest.approx(own["accuracies"])
         assert (row["accuracy"], row["interval"]) == pytest.approx((own["accuracy"], own["interval"]))
-    for (shot, _, _), row in rows.items():
-        reference = rows[shot, "deepemd", "sfc" if shot > 1 else None]
-        pairs = np.array(row["accuracies"]) - np.array(reference["accuracies"])
-        assert row["difference"] == pytest.approx(pairs.mean())
-        assert row["difference_interval"] == pytest.approx(1.96 * pairs.std() / len(pairs) ** 0.5)
-        assert row["seconds"] > 0
+    for (shot, *_), row in rows.items():
+        for key, head in (("difference", "deepemd"), ("cosine_difference", "cosine")):
+            reference = rows[shot, head, "standard", "sfc" if shot > 1 else None]
+            pairs = np.array(row["accuracies"]) - np.array(reference["accuracies"])
+            assert row[key] == pytest.approx(pairs.mean())
+            assert row[f"{key}_interval"] == pytest.approx(1.96 * pairs.std() / len(pairs) ** 0.5)
+            assert row["seconds"] > 0
     assert any(row["difference"] for row in rows.values())
 
     lines = [line for line in printed.splitlines() if line.startswith("| 1") or line.startswith("| 2")]
-    row = rows[2, "knn", "mean"]
+    row = rows[2, "cosine", "standard", "mean"]
     assert lines[-1].startswith(
-        f"| 2 | knn | mean | 3 | {row['accuracy']:.2f} +- {row['interval']:.2f} "
+        f"| 2 | cosine | standard | mean | 3 | {row['accuracy']:.2f} +- {row['interval']:.2f} "
+        f"| {row['cosine_difference']:+.2f} +- {row['cosine_difference_interval']:.2f} "
         f"| {row['difference']:+.2f} +- {row['difference_interval']:.2f} | "
     )
+    assert "| vs cosine, standard | vs deepemd, standard |" in printed
+    with open(tmp_path / "heads.csv", newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert [(int(row["shot"]), row["head"], row["norm"], row["kshot"] or None) for row in listed] == list(rows)
+    assert float(listed[-1]["cosine_difference"]) == row["cosine_difference"]
     # Another run finds the same, whatever else it compares.
-    table.main([*command, "-shots", "2", "-episodes", "3", "-heads", "deepemd", "-json", "-"])
+    only = ["-heads", "deepemd", "-norms", "standard"]
+    table.main([*command, "-shots", "2", "-episodes", "3", *only, "-json", "-"])
     again = json.loads(capsys.readouterr().out)["rows"]
-    assert [{**row, "seconds": 0} for row in again] == [
-        {**rows[2, "deepemd", kshot], "seconds": 0} for kshot in ("sfc", "mean")
-    ]
+    for row in again:
+        before = rows[2, "deepemd", "standard", row["kshot"]]
+        assert row | {"seconds": 0} == {key: value for key, value in before.items() if "cosine" not in key} | {
+            "seconds": 0
+        }
+
+
+def test_a_table_without_training_images_leaves_rows_out(table, flags, capsys, tmp_path):
+    command = [*flags, "-shots", "1", "-episodes", "2", "-heads", "cosine,deepemd"]
+    table.main(command)
+    done = capsys.readouterr()
+    assert (
+        "rows of -norm base and standard are left out: -norm standard needs statistics of training images" in done.err
+    )
+    assert "| vs cosine, none | vs deepemd, none |" in done.out
+    assert re.findall(r"\n\| 1 \| (\w+) \| (\w+)", done.out) == [("cosine", "none"), ("deepemd", "none")]
+    with pytest.raises(InputError, match="needs statistics of training images"):
+        table.main([*command, "-norms", "standard"])
+    NodeStatistics(torch.zeros(640), torch.ones(640)).write(tmp_path / "mine.npz")
+    table.main([*command, "-norms", "none,standard", "-statistics", "mine.npz"])
+    assert capsys.readouterr().out.count("| standard |  |") == 2
+    with pytest.raises(InputError, match=r"-statistics other\.npz: there is no such file or folder"):
+        table.main([*command, "-statistics", "other.npz"])
+
+
+@pytest.mark.parametrize(
+    ("change", "marked"),
+    [
+        ({}, False),
+        ({"backbone": "timm:vit_small", "backbone_weights": "hub"}, True),
+        ({"backbone": "timm:vit_small", "backbone_weights": None}, True),
+        ({"backbone": "timm:vit_small", "backbone_weights": "none"}, False),
+        ({"backbone": "timm:vit_small", "backbone_weights": "hub", "dataset": "glyphs"}, False),
+        ({"features": "dino.npz"}, True),
+    ],
+)
+def test_a_backbone_that_may_know_the_test_classes_is_marked(table, change, marked):
+    args = table.build_parser().parse_args(["-dataset", "fc100"])
+    vars(args).update(change)
+    text = table.heading(args, torch.device("cpu"))
+    assert (r"accuracy \* |" in text, r"\* The encoder may have been trained on images of the test" in text) == (
+        marked,
+    ) * 2
+
+
+def test_each_norm_has_a_learning_rate_of_its_own(table, with_train, monkeypatch):
+    built = []
+    real = table.build_model
+    monkeypatch.setattr(table, "build_model", lambda args, **more: built.append(args) or real(args, **more))
+    command = [*with_train, "-shots", "2", "-episodes", "1", "-heads", "cosine", "-kshots", "sfc"]
+    table.main(command)
+    assert {args.norm: args.sfc_lr for args in built[1:]} == {"none": 100.0, "base": 0.1, "standard": 0.1}
+    built.clear()
+    table.main([*command, "-sfc_lr", "7"])
+    assert {args.sfc_lr for args in built[1:]} == {7.0}
 
 
 def test_images_are_encoded_once_for_all_heads(table, flags, capsys, monkeypatch):
     encoded = []
     real = DeepEMD.encode
     monkeypatch.setattr(DeepEMD, "encode", lambda self, images: encoded.append(len(images)) or real(self, images))
-    table.main([*flags, "-shots", "1", "-episodes", "4"])
+    table.main([*flags, "-shots", "1", "-episodes", "4", "-norms", "none"])
     assert sum(encoded) <= 24  # the split
     assert capsys.readouterr().out.count("\n| 1 |") == len(HEADS)
 
@@ -420,8 +635,8 @@ def test_a_row_that_diverges_leaves_the_others(table, flags, capsys):
     command = [*flags, "-shots", "2", "-episodes", "2", "-sfc_lr", "1e6"]
     table.main([*command, "-heads", "proto,cosine", "-sfc_update_step", "3"])
     done = capsys.readouterr()
-    assert "| 2 | proto | sfc | 2 | diverged | | |\n| 2 | proto | mean | 2 | " in done.out
-    assert "proto, sfc: the prototypes diverged with" in done.err
+    assert "| 2 | proto | none | sfc | 2 | diverged | | | |\n| 2 | proto | none | mean | 2 | " in done.out
+    assert "proto, none, sfc: the prototypes diverged with" in done.err
     with pytest.raises(FitError):
         table.main([*command, "-heads", "proto", "-kshots", "sfc", "-sfc_update_step", "3"])
 
@@ -430,6 +645,7 @@ def test_a_row_that_diverges_leaves_the_others(table, flags, capsys):
     ("change", "message"),
     [
         (["-head", "knn"], "-head is a flag of eval.py. Set -heads"),
+        (["-norm", "none"], "-norm is a flag of eval.py. Set -norms"),
         (["-shot", "5"], "-shot is a flag of eval.py. Set -shots"),
         (["-episodes", "5,5,5"], "one for each of the 2 -shots"),
         (["-model_dir", "nowhere.pth"], "no checkpoint at nowhere.pth"),
@@ -445,6 +661,7 @@ def test_flags_that_the_table_cannot_use_are_refused(table, flags, change, messa
     [
         (["-heads", "proto,dot"], f"unknown head 'dot'; choose one of {', '.join(HEADS)}"),
         (["-heads", "knn:k=0,proto"], "k must be a whole number of 1 or more"),
+        (["-norms", "none,whiten"], "unknown norm 'whiten'; choose one of center, none, base, standard"),
         (["-kshots", "median"], "unknown kshot 'median'; choose one of sfc, mean"),
     ],
 )

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from Models.heads import head_logits
 from Models.matching import emd_logits
-from Models.sfc import _orders, fit_prototypes
+from Models.sfc import UNIT_LR, _orders, fit_prototypes, mean_prototypes
+from Models.statistics import NodeStatistics
+from utils import InputError
 
 WAY, SHOT = 3, 2
 SETTINGS = {"way": WAY, "shot": SHOT, "lr": 1.0, "steps": 3, "batch_size": 4}
@@ -135,3 +138,84 @@ def test_classes_with_different_numbers_of_images():
     for wrong in (torch.tensor([0, 1, 1, 0, 0, 0]), torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2, 3, 2, 2])):
         with pytest.raises(ValueError, match="labels must be 6 numbers from 0 to 2"):
             fit_prototypes(support, way=3, labels=wrong, **settings)
+
+
+# --- in the spaces of the norms base and standard ---
+
+SCALES = torch.tensor([0.05, 1.0, 30.0, 1.0] * 4).view(16, 1)
+OFFSET = torch.linspace(-3, 3, 16).view(16, 1)
+
+
+def of_scales(*leading: int, seed: int = 0) -> torch.Tensor:
+    """Support images whose channels have deviations from 0.05 to 30."""
+    return (support(*leading, seed=seed) + OFFSET) * SCALES
+
+
+def statistics() -> NodeStatistics:
+    return NodeStatistics.of(of_scales(30, seed=5).flatten(0, 1))
+
+
+@pytest.mark.parametrize("head", ["deepemd", "chamfer", "proto"])
+@pytest.mark.parametrize("norm", ["base", "standard"])
+def test_two_steps_by_hand_where_training_nodes_have_length_1(norm, head):
+    known = statistics()
+    mean, deviation = known.mean.view(16, 1), known.deviation.view(16, 1)
+    unit = deviation * 4 if norm == "standard" else deviation.square().sum().sqrt()
+    given = {"head": head, "norm": norm, "statistics": known}
+    given |= {"solver": "simplex"} if head == "deepemd" else {}
+    episode, labels, lr, decay = of_scales(), torch.arange(WAY).repeat(SHOT), 0.01, 0.1
+    raw, momentum = episode.unflatten(0, (SHOT, WAY)).mean(0), None
+    for _ in range(2):
+        moved = ((raw - mean) / unit).requires_grad_()
+        F.cross_entropy(head_logits(moved * unit + mean, episode, **given), labels).backward()
+        gradient = moved.grad + decay * moved.detach()
+        momentum = gradient if momentum is None else 0.9 * momentum + 0.1 * gradient
+        raw = (moved.detach() - lr * momentum) * unit + mean
+    settings = {**SETTINGS, "lr": lr, "steps": 2, "batch_size": WAY * SHOT, "weight_decay": decay}
+    found = fit_prototypes(episode, **settings, **given)
+    torch.testing.assert_close((found - mean) / unit, (raw - mean) / unit, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["base", "standard"])
+def test_no_step_in_the_space_of_a_norm_gives_the_class_means(norm):
+    nodes = of_scales()
+    found = fit_prototypes(nodes, **{**SETTINGS, "steps": 0}, head="cosine", norm=norm, statistics=statistics())
+    torch.testing.assert_close(
+        (found[1] - (nodes[1] + nodes[1 + WAY]) / 2) / SCALES, torch.zeros(16, 4), atol=1e-4, rtol=0
+    )
+    with pytest.raises(InputError, match=f"^-norm {norm} needs the mean and deviation"):
+        fit_prototypes(nodes, **SETTINGS, head="cosine", norm=norm)
+
+
+def test_the_scale_of_a_channel_does_not_matter_to_the_standardised_fit():
+    nodes, known = support(), NodeStatistics.of(support(30, seed=5).flatten(0, 1))
+    scaled = NodeStatistics((known.mean + OFFSET[:, 0]) * SCALES[:, 0], known.deviation * SCALES[:, 0])
+    given = {**SETTINGS, "lr": 0.1, "batch_size": WAY * SHOT, "head": "cosine", "norm": "standard"}
+    plain = fit_prototypes(nodes, **given, statistics=known)
+    found = fit_prototypes((nodes + OFFSET) * SCALES, **given, statistics=scaled)
+    torch.testing.assert_close(found / SCALES - OFFSET, plain, atol=1e-3, rtol=1e-3)
+    assert (plain - mean_prototypes(nodes, way=WAY, shot=SHOT)).abs().max() > 1e-3
+
+
+def test_the_fit_does_no_harm_where_channels_have_different_scales(monkeypatch):
+    """Classes differ in the dim channels; SGD on the raw nodes, by the learning rate of eval.py, ruins them."""
+    way, shot, queries = 5, 5, 40
+    draw = torch.Generator().manual_seed(3)
+    signs = torch.randn(way, 16, 1, generator=draw)
+    signs[:, SCALES.flatten() > 0.05] = 0
+    labels = torch.arange(way).repeat(shot + queries)
+    images = (torch.randn(len(labels), 16, 4, generator=draw) + 1.4 * signs[labels] + OFFSET) * SCALES
+    known = NodeStatistics.of(images[-50:])
+    episode, query, truth = images[: way * shot], images[way * shot : -50], labels[way * shot : -50]
+
+    def accuracy(steps, lr=UNIT_LR):
+        given = {"norm": "standard", "statistics": known, "solver": "simplex"}
+        order = {"generator": torch.Generator().manual_seed(0)}
+        fit = {"way": way, "shot": shot, "lr": lr, "steps": steps, "batch_size": 4}
+        proto = fit_prototypes(episode, **fit, **order, **given)
+        return float((head_logits(proto, query, **given).argmax(1) == truth).double().mean())
+
+    means = accuracy(0)
+    assert accuracy(20) > means - 0.03 > 0.7
+    monkeypatch.setattr(NodeStatistics, "unit_frame", lambda self, norm, nodes: (0.0, 1.0))
+    assert accuracy(20, lr=100.0) < means - 0.1

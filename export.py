@@ -17,6 +17,7 @@ import uuid
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +26,11 @@ from torch import Tensor, nn
 
 from dataloader import arguments as data
 from dataloader.views import View
-from engine.arguments import add_run_arguments
+from engine.arguments import add_run_arguments, loader_processes
 from engine.evaluation import encode_images
 from engine.run import RECORD, environment
 from engine.start import start
+from engine.statistics import prepare_statistics
 from engine.weights_flags import TRAINED_FLAGS, adopt_trained_flags, as_words
 from Models import DeepEMD
 from Models.arguments import OF_DEEPEMD, add_model_arguments, add_weights_arguments, open_model
@@ -57,7 +59,7 @@ FILES = (
     PACKAGE_CONFIG,
 )  # of a package, in the order in which they are put there
 # What a package tells of an evaluation: the flags that decide its result, and name no file of its author.
-OF_HEAD = tuple(name for name in OF_DEEPEMD if name not in ("amp", "checkpoint_activations", "feature_pyramid"))
+OF_HEAD = tuple(name for name in OF_DEEPEMD if name not in ("map_size", "feature_pyramid"))
 OF_EVALUATION = (*TRAINED_FLAGS, *OF_HEAD, "set", "way", "shot", "query", "seed", "test_episode", "fixed_patches")
 PROBE = {"way": 5, "shot": 1, "query": 4}  # the episode that a package is checked on
 LARGEST_ERROR = 1e-3  # of what onnxruntime computes, relative to the largest node
@@ -317,7 +319,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_weights(model: DeepEMD, path: Path, *, half: bool) -> None:
-    """Write the encoder, and the statistics of the base classes if the model has them."""
+    """Write the encoder, and the statistics of training nodes if the model has them."""
     from safetensors.torch import save as to_bytes
 
     tensors = {}
@@ -326,8 +328,7 @@ def write_weights(model: DeepEMD, path: Path, *, half: bool) -> None:
         tensors[key] = value.half() if half and value.is_floating_point() else value.clone()
         if not tensors[key].isfinite().all():
             raise InputError(f"-half: {key} has numbers that float16 does not. Leave -half out")
-    statistics = getattr(model.settings, "statistics", None)
-    if statistics is not None:
+    if (statistics := model.settings.statistics) is not None:
         tensors |= {
             f"{STATISTICS}{name}": getattr(statistics, name).cpu().contiguous() for name in ("mean", "deviation")
         }
@@ -393,6 +394,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     adopt_trained_flags(parser, args, argv)
     _, device, device_ids = start(args, one_process=True)
     model, weights = open_model(args, device=device, device_ids=device_ids[:1], **data.pixel_statistics(args))
+    source = {"open_train": partial(data.open_base_images, args), "num_workers": loader_processes(args)}
+    prepare_statistics(args, model, weights, device=device, **source)
     # A package that was half precision stays it: its weights have no more digits.
     args.half |= is_package(Path(weights)) and read_config(Path(weights))["weights"].get("dtype") == "float16"
     model = model.eval()

@@ -227,7 +227,7 @@ def open_model(
     """The model of :func:`build_model` with the weights of ``-model_dir``, and what those are: a path, "none", or a name.
 
     A backbone that comes with weights of its own has them if there is no ``-model_dir``. A package brings the ``mean`` and
-    ``std`` of its pixels, and the statistics of its base classes. InputError for weights that cannot be loaded, and errors as
+    ``std`` of its pixels, and its statistics of training nodes. InputError for weights that cannot be loaded, and errors as
     for :func:`build_model`.
     """
     if takes_nodes(args):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from Models.package import STATISTICS, is_package, read_safetensors, weights_file
+from Models.statistics import NodeStatistics
 from utils import InputError, first_few, load_plain, printable
 
 # What published checkpoints put before the keys of an encoder.
@@ -17,17 +18,16 @@ _CLASSIFIER, _COUNTER = re.compile(r"^(fc|classifier)\."), re.compile(r"\.num_ba
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") -> dict[str, Tensor]:
+def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") -> None:
     """Load an encoder, or the ``encoder`` of a model, from a package or any of the published checkpoint formats.
+
+    A model also takes the statistics of training nodes that a package may have.
 
     Args:
         path: as for :func:`Models.package.locate`: a file ``{"params": state_dict}`` with keys of the encoder as they are
             (pre-trained), or behind ``encoder.`` or ``module.encoder.`` (meta-trained); the same keys in a safetensors file;
             the folder of a run, or of a package.
         hint: what to do if there is no such file.
-
-    Returns:
-        ``mean`` and ``deviation`` ``(C,)`` of the nodes of the base classes, if a package has them.
 
     Raises:
         InputError: no such file, another format or architecture, or weights that no training leaves (not of floating-point
@@ -38,7 +38,7 @@ def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") 
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}. {hint}".strip())
     wanted, given = encoder.state_dict(), _read_params(path)
-    statistics = _take_statistics(path, given, getattr(encoder, "out_channels", None))
+    statistics = _take_statistics(path, given)
     missing = [key for key in wanted if key not in given and not _COUNTER.search(key)]
     unknown = [_shown(key) for key in given if key not in wanted]
     misshapen = [key for key in wanted if key in given and given[key].shape != wanted[key].shape]
@@ -54,23 +54,22 @@ def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") 
         if is_negative or not value.isfinite().all():
             fault = "negative" if is_negative else "NaN or infinite"
             raise InputError(f"{path} is not the result of a training: {key} has {fault} entries")
+    if statistics and model is not encoder:
+        model.use_statistics(statistics)
     encoder.load_state_dict(given, strict=False)
-    return statistics
 
 
-def _take_statistics(path: Path, given: dict[str, Tensor], channels: int | None) -> dict[str, Tensor]:
-    """Move the statistics of the base classes out of what was read, checked."""
-    taken = {key: given.pop(key) for key in list(given) if key.startswith(STATISTICS)}
-    found = {key.removeprefix(STATISTICS): value.detach().float() for key, value in taken.items()}
-    if found and found.keys() != {"mean", "deviation"}:
+def _take_statistics(path: Path, given: dict[str, Tensor]) -> NodeStatistics | None:
+    """Move the statistics of training nodes, if there are any, out of what was read."""
+    taken = {key.removeprefix(STATISTICS): given.pop(key) for key in list(given) if key.startswith(STATISTICS)}
+    if not taken:
+        return None
+    try:
+        return NodeStatistics(**{name: value.float() for name, value in taken.items()})
+    except (TypeError, ValueError) as error:
         raise InputError(
-            f"{path} has {first_few(sorted(taken))}; statistics are {STATISTICS}mean and {STATISTICS}deviation"
-        )
-    for name, value in found.items():
-        if value.shape != (channels,) or not value.isfinite().all() or name == "deviation" and (value <= 0).any():
-            needed = f"({channels},) finite numbers" + " above 0" * (name == "deviation")
-            raise InputError(f"{path} is damaged: its {STATISTICS}{name} must be {needed}")
-    return found
+            f"{path} is damaged: its {STATISTICS[:-1]} cannot be used ({printable(str(error))[:200]})"
+        ) from error
 
 
 def _read_params(path: Path) -> dict[str, Tensor]:

@@ -40,9 +40,10 @@ def prepare_statistics(
 ) -> None:
     """Give a :class:`Models.DeepEMD` the statistics that its ``-norm`` needs; without a need, do nothing.
 
-    They are those of the file ``-statistics``; else those in ``base_statistics.npz`` beside the weights, unless images are named
-    by a folder ``-statistics``; else those of :data:`PER_CLASS` images of each training class, or of the images in that folder,
-    drawn at random but always the same, which ``checkpoint/statistics/`` keeps by weights, view and images.
+    They are those of the file ``-statistics``; else those that the model has from a package, or those in ``base_statistics.npz``
+    beside the weights, unless images are named by a folder ``-statistics``; else those of :data:`PER_CLASS` images of each
+    training class, or of the images in that folder, drawn at random but always the same, which ``checkpoint/statistics/`` keeps
+    by weights, view and images.
 
     Args:
         weights: what the encoder was loaded from; "none" for random weights.
@@ -62,6 +63,9 @@ def prepare_statistics(
     beside = (Path(weights) if Path(weights).is_dir() else Path(weights).parent) / STATISTICS_FILE
     if args.statistics and not named.exists():
         raise InputError(f"-statistics {named}: there is no such file or folder")
+    if model.settings.statistics is not None and not args.statistics and not fresh:
+        status(f"statistics of -norm {args.norm}: those of the package")
+        return
     file = named if named.is_file() else None
     if file is None and not args.statistics and str(weights) != "none" and beside.is_file():
         file = beside

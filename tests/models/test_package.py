@@ -14,6 +14,8 @@ from huggingface_hub import constants
 from safetensors.torch import save, save_file
 from torch import nn
 
+from Models import DeepEMD
+from Models.conv4 import Conv4
 from Models.package import locate, weights_file
 from Models.weights import load_encoder_weights
 from utils import InputError
@@ -58,7 +60,7 @@ def state(model) -> dict[str, torch.Tensor]:
 def test_a_package_loads(tmp_path, model, state, dtype, name):
     state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     write_package(tmp_path, state)
-    assert load_encoder_weights(model, tmp_path / name) == {}
+    load_encoder_weights(model, tmp_path / name)
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key].to(value.dtype))
         assert value.dtype in (torch.float32, torch.int64)
@@ -72,12 +74,17 @@ def test_a_safetensors_file_alone_is_a_checkpoint(tmp_path, model, state):
         assert torch.equal(model.norm.bias, state[BIAS] + 1)
 
 
-def test_statistics_of_the_base_classes_are_returned(tmp_path, model, state):
-    found = {"mean": torch.arange(4.0), "deviation": torch.ones(4)}
-    keys = {f"base_statistics.{name}": value for name, value in found.items()}
-    loaded = load_encoder_weights(model, write_package(tmp_path, {**state, **keys}))
-    assert loaded.keys() == found.keys()
-    assert all(torch.equal(loaded[name], found[name]) for name in found)
+def test_a_model_takes_the_statistics_of_a_package(tmp_path):
+    model, statistics = DeepEMD(encoder=Conv4(), norm="standard"), torch.arange(1.0, 65)
+    keys = {"base_statistics.mean": -statistics, "base_statistics.deviation": statistics}
+    write_package(tmp_path, {**model.encoder.state_dict(), **keys})
+    load_encoder_weights(model, tmp_path)
+    assert torch.equal(model.settings.statistics.mean, -statistics)
+    assert torch.equal(model.settings.statistics.deviation, statistics)
+    load_encoder_weights(model.encoder, tmp_path)  # which has no use for them
+    write_package(tmp_path, {**model.encoder.state_dict(), **{key: value[1:] for key, value in keys.items()}})
+    with pytest.raises(InputError, match="the statistics are of 63 channels"):
+        load_encoder_weights(model, tmp_path)
 
 
 def refusal(model: nn.Module, source: Path | str) -> str:
@@ -106,14 +113,14 @@ def filled(state, key, value):
         (lambda s: {**s, BIAS: torch.ones(4, dtype=torch.int32)}, "norm.bias is a torch.int32 tensor"),
         (lambda s: filled(s, BIAS, float("nan")), "norm.bias has NaN or infinite"),
         (lambda s: filled(s, VARIANCE, -1), "norm.running_var has negative"),
-        (lambda s: {**s, "base_statistics.mean": torch.ones(4)}, "base_statistics.mean and base_statistics.deviation"),
-        (lambda s: {**s, "base_statistics.x": torch.ones(4)}, "has base_statistics.x"),
+        (lambda s: {**s, "base_statistics.mean": torch.ones(4)}, "base_statistics cannot be used"),
+        (lambda s: {**s, "base_statistics.x": torch.ones(4)}, "base_statistics cannot be used"),
         *(
             (
                 lambda s, bad=bad: {**s, "base_statistics.mean": torch.ones(4), "base_statistics.deviation": bad},
-                "deviation must",
+                "be used",
             )
-            for bad in (torch.ones(3), torch.zeros(4), torch.full((4,), float("inf")))
+            for bad in (torch.ones(3), torch.zeros(4), torch.full((4,), float("inf")), torch.ones(4, 1))
         ),
     ],
 )

@@ -1,6 +1,5 @@
 """export.py, and what a package does in the scripts."""
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -12,19 +11,18 @@ import torch
 import yaml
 from helpers import run, succeed, write_images
 from safetensors.torch import load_file
-from torch import nn
 
 import export
 import train_meta
 from Models import DeepEMD
-from Models.backbones import BACKBONES
-from Models.encoder import Encoder
+from Models.conv4 import Conv4
 from Models.weights import load_encoder_weights
 from utils import InputError, file_hash
 
 EVAL = ["-gpu", "cpu", "-query", 2, "-way", 2, "-num_workers", 0, "-test_episode", 4]
 TRAINED = {
     "dataset": "folder",
+    "backbone": "conv4",
     "deepemd": "fcn",
     "image_size": 32,
     "feature_pyramid": [1],
@@ -32,29 +30,6 @@ TRAINED = {
     "solver": "ipm",
     "lr": 0.1,
 }
-
-
-class Tiny(Encoder):
-    """An encoder whose packages are written quickly."""
-
-    out_channels, stride = 8, 8
-
-    def __init__(self, **settings) -> None:
-        super().__init__(**settings)
-        self.conv, self.norm = nn.Conv2d(3, 8, kernel_size=8, stride=8), nn.BatchNorm2d(8)
-
-    def maps(self, images: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.conv(images)).relu()
-
-    def folded(self) -> Encoder:
-        return copy.deepcopy(self).eval()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_encoder():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BACKBONES, "resnet12", Tiny)
-        yield
 
 
 def read(path: Path) -> dict:
@@ -66,7 +41,7 @@ def exported(tmp_path_factory, folder) -> Path:
     """A folder with a run, the results of its evaluation, and the package of both."""
     cwd = tmp_path_factory.mktemp("exported")
     torch.manual_seed(1)
-    encoder = Tiny()
+    encoder = Conv4()
     (cwd / "run").mkdir()
     torch.save(
         {"params": {f"encoder.{key}": value for key, value in encoder.state_dict().items()}}, cwd / "run/max_acc.pth"
@@ -89,7 +64,7 @@ def exported(tmp_path_factory, folder) -> Path:
 def test_a_package_says_what_it_is(exported):
     package, config = exported / "package", read(exported / "package/config.json")
     assert {path.name for path in package.iterdir()} == {"model.safetensors", "config.json", "README.md", "match.png"}
-    assert (config["format"], config["backbone"], config["image_size"], config["license"]) == (1, "resnet12", 32, "mit")
+    assert (config["format"], config["backbone"], config["image_size"], config["license"]) == (1, "conv4", 32, "mit")
     assert {
         **config["flags"],
         "image_size": 32,
@@ -110,7 +85,7 @@ def test_a_package_says_what_it_is(exported):
     text = (package / "config.json").read_text() + (package / "README.md").read_text()
     assert str(exported) not in text
     assert "data_dir" not in text
-    assert load_file(package / "model.safetensors").keys() == Tiny().state_dict().keys()
+    assert load_file(package / "model.safetensors").keys() == Conv4().state_dict().keys()
 
 
 def test_the_card_is_one_of_the_hub(exported):
@@ -132,7 +107,7 @@ def test_a_package_evaluates_as_its_run(exported, folder):
         done = run("eval.py", "-model_dir", "package", *flags, cwd=exported)
         found, before = json.loads(done.out), read(exported / f"{shot}.json")
         assert [found[name] for name in ("loss", "accuracies")] == [before[name] for name in ("loss", "accuracies")]
-        assert "flags of the package (package/config.json): -dataset folder -image_size 32 " in done.err
+        assert "flags of the package (package/config.json): -dataset folder " in done.err
         assert found["weights"]["sha256"] == read(exported / "package/config.json")["weights"]["sha256"]
 
 
@@ -159,6 +134,21 @@ def test_a_given_flag_wins_and_is_named(exported, folder):
     assert "warning: -temperature 3.0 differs from the package (package/config.json): -temperature 5.0" in done.err
 
 
+def test_a_package_brings_its_statistics(exported, folder, tmp_path):
+    """Those of -norm standard, so that no training images are needed where it is used."""
+    given = ["-gpu", "cpu", "-norm", "standard", "-num_workers", 0]
+    succeed("export.py", "-model_dir", "run", "-out", tmp_path / "package", "-data_dir", folder, *given, cwd=exported)
+    tensors = load_file(tmp_path / "package/model.safetensors")
+    assert tensors["base_statistics.mean"].shape == tensors["base_statistics.deviation"].shape == (64,)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/test").symlink_to(folder / "test")
+    flags = [*EVAL, "-json", "-"]
+    before = json.loads(succeed("eval.py", "-model_dir", "run", "-data_dir", folder, *given, *flags, cwd=exported))
+    found = json.loads(succeed("eval.py", "-model_dir", "package", "-data_dir", "data", *flags, cwd=tmp_path))
+    assert found["flags"]["norm"] == "standard"
+    assert found["loss"] == before["loss"] != read(exported / "1.json")["loss"]
+
+
 def test_half_precision_is_measured(exported, folder, tmp_path):
     flags = ["-data_dir", tmp_path, "-gpu", "cpu", "-half", "-results", "1.json"]
     out = succeed("export.py", "-model_dir", "run", "-out", "half", *flags, cwd=exported)
@@ -179,7 +169,7 @@ def test_half_precision_is_measured(exported, folder, tmp_path):
     assert read(exported / "again/config.json")["weights"]["logit_change"] == change
 
 
-@pytest.mark.parametrize("view", [[], ["-deepemd", "grid", "-patch_list", "1,2"]])
+@pytest.mark.parametrize("view", [[], ["-deepemd", "grid", "-patch_list", "1,2", "-backbone", "conv4"]])
 def test_the_graph_computes_the_nodes(exported, tmp_path, view):
     """Without the data set, on random images; for any number of images."""
     flags = ["-data_dir", tmp_path, "-onnx", *view]
@@ -188,7 +178,7 @@ def test_the_graph_computes_the_nodes(exported, tmp_path, view):
     assert done.status == 0, done.err
     assert "checked on random images, and no picture" in done.err
     assert not (tmp_path / "out/match.png").exists()
-    model = DeepEMD(feature_pyramid=None if view else (1,))
+    model = DeepEMD(encoder=Conv4(), feature_pyramid=None if view else (1,))
     load_encoder_weights(model, tmp_path / "out")
     shape = (3, 5, 3, 32, 32) if view else (3, 3, 32, 32)
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
@@ -278,7 +268,19 @@ def test_a_broken_package_is_one_line(exported, tmp_path, folder, damage):
     else:
         change = {"format": 99} if damage == "format" else {"flags": {"image_size": "rm -rf"}}
         (package / "config.json").write_text(json.dumps({**config, **change}))
-    done = run("eval.py", "-model_dir", package, "-data_dir", folder, "-dataset", "folder", *EVAL, cwd=tmp_path)
+    done = run(
+        "eval.py",
+        "-model_dir",
+        package,
+        "-data_dir",
+        folder,
+        "-dataset",
+        "folder",
+        "-backbone",
+        "conv4",
+        *EVAL,
+        cwd=tmp_path,
+    )
     assert done.status == 1
     assert done.err.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.err

@@ -10,20 +10,27 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from dataloader import ImageDataset
 from dataloader import arguments as data
+from dataloader.features import FeatureSet, fits_half, write_features
 from engine import arguments
+from engine.evaluation import encode_dataset
 from engine.results import final_test
 from engine.run import result_flags
 from engine.start import start
-from engine.statistics import prepare_statistics
+from engine.statistics import drawn_images, prepare_statistics
 from engine.stopping import stop_request
 from engine.weights_flags import adopt_trained_flags, as_words
+from Models import DeepEMD
 from Models.arguments import add_model_arguments, add_weights_arguments, open_model
-from utils import append_line, check_writable, make_parser, run_script, write_output
+from utils import InputError, append_line, check_writable, make_parser, run_script, status, write_output
 
 
 def build_parser() -> ArgumentParser:
@@ -34,6 +41,10 @@ def build_parser() -> ArgumentParser:
     resume = "continue an interrupted evaluation with the same flags, if there is one"
     group.add_argument("-resume", action="store_true", help=resume)
     arguments.add_json_argument(group)
+    group = parser.add_argument_group("nodes in a file")
+    data.add_features_argument(group)
+    written = "write the nodes of the whole split to FILE, for -features, and evaluate them"
+    group.add_argument("-features_out", metavar="FILE", help=written)
     data.add_data_arguments(parser)
     data.add_episode_arguments(parser)
     add_weights_arguments(parser)
@@ -50,34 +61,75 @@ def unusual_flags(parser: ArgumentParser, args: Namespace) -> dict[str, Any]:
     return {name: value for name, value in result_flags(args).items() if value != defaults[name] and name not in named}
 
 
+def encode_split(
+    args: Namespace, model: DeepEMD, dataset: ImageDataset, seeds: Tensor | None, **shared: Any
+) -> FeatureSet:
+    """The nodes of every image of a split, and of some of the training classes, written to ``-features_out``.
+
+    ``seeds`` are those of the views of the images, where they are random; ``shared`` is for
+    :func:`engine.evaluation.encode_dataset`.
+    """
+
+    def encode(images: ImageDataset, items: Sequence[tuple[int, int]], title: str) -> Tensor:
+        items = [item if images.view.is_random else item[0] for item in items]
+        workers = arguments.loader_processes(args)
+        return encode_dataset(model, images, items, fits_half=fits_half, num_workers=workers, title=title, **shared)
+
+    seeds = [0] * len(dataset) if seeds is None else seeds.tolist()
+    nodes = encode(dataset, list(enumerate(seeds)), f"encoding {args.set}")
+    features = FeatureSet(nodes, dataset.labels, dataset.class_names, dataset.relative_paths())
+    try:
+        train = data.open_dataset(args, "train", train=False)
+    except InputError as error:
+        status(f"no train_nodes in {args.features_out}: {error}")
+    else:
+        items = drawn_images(train)
+        nodes = encode(train, items, "encoding train")
+        features = replace(features, train_nodes=nodes, train_labels=[train.labels[k] for k, _ in items])
+    if shared["ranks"].is_first:
+        write_features(args.features_out, features)
+        status(f"features: {args.features_out}, {features.nodes.dtype}".replace("torch.", ""))
+    return features
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.features and args.features_out:
+        parser.error("-features are nodes already: leave out -features_out, which writes those of an encoder")
 
     ranks, device, device_ids = start(args)
     adopt_trained_flags(parser, args, argv)
     folder = Path("checkpoint", "eval", args.extra_dir)
     if ranks.is_first:  # a file that cannot be written is an error now, not after the evaluation
         append_line(folder / "results.txt")
-        for path in (folder / "results.json", args.json):
+        for path in (folder / "results.json", args.json, args.features_out):
             if path not in (None, "-"):
                 check_writable(Path(path))
 
     model, weights = open_model(args, device=device, device_ids=device_ids, **data.pixel_statistics(args))
     dataset = data.open_dataset(args, args.set, train=False)
+    if args.features_out and dataset.view.is_random and not args.fixed_patches:
+        status("-features_out: the patches of an image are drawn once, as with -fixed_patches")
+        args.fixed_patches = True
     episodes = data.draw_episodes(args, dataset, args.test_episode, seed=args.seed, name=args.set)
     source = {"open_train": partial(data.open_base_images, args), "num_workers": arguments.loader_processes(args)}
+    source["train_nodes"] = getattr(dataset, "train_nodes", None)
     prepare_statistics(args, model, weights, device=device, ranks=ranks, **source)
 
     command = arguments.resume_command("eval.py", argv, args) if ranks.is_first and args.json != "-" else None
     with stop_request(command) as stop:
-        evaluator = arguments.make_evaluator(args, dataset, device=device, ranks=ranks, stop=stop)
         settings = {"weights": weights, "data": dataset.fingerprint(), "resume": args.resume, "title": args.set}
+        shared = {"device": device, "ranks": ranks, "stop": stop}
+        if args.features_out:
+            dataset = encode_split(args, model, dataset, episodes.fixed_seeds, **shared)
+        evaluator = arguments.make_evaluator(args, dataset, **shared)
         tested, content = final_test(evaluator, model, episodes, args, folder, keep=True, **settings)
     if not ranks.is_first:
         return
     settings = as_words(unusual_flags(parser, args))
-    line = f"{args.dataset} {args.set}, {args.deepemd}, {tested}" + (f", with {settings}" if settings else "")
+    what = f"{args.dataset} {args.set}, {args.deepemd}" if not args.features else f"{args.features}"
+    line = f"{what}, {tested}" + (f", with {settings}" if settings else "")
     append_line(folder / "results.txt", f"{line}, {weights}")
     if args.json not in (None, "-"):
         write_output(Path(args.json), json.dumps(content, indent=1).encode())

@@ -25,13 +25,15 @@ from engine.start import start
 from engine.statistics import keep_for_run
 from engine.stopping import Stopped, stop_request
 from engine.training import fit
-from Models.arguments import add_model_arguments, build_model, solver_choice
+from Models.arguments import add_model_arguments, build_model, solver_choice, starting_weights
+from Models.backbones import backbone_class
 from Models.emd import ProblemError, SolverError
+from Models.package import is_package, weights_file
 from Models.weights import load_encoder_weights
 from pictures.matches import check_head, draw_fixed
 from utils import BEST_WEIGHTS, InputError, make_parser, named_generator, number_at_least, number_between, run_script
 
-SCRIPT = "train_meta.py"
+SCRIPT, PRETRAINED = "train_meta.py", "deepemd_pretrain_model/"
 # Flags that eval.py does not have, and -set, which means the validation split here.
 OWN_FLAGS = (
     *("val_frequency", "val_episode", "val_solver", "random_val_task", "set"),
@@ -53,8 +55,10 @@ def build_parser() -> ArgumentParser:
     shown = {"metavar": "NAME[:OPTION=VALUE,...]", "help": "solver of validation and final test, as -solver"}
     group.add_argument("-val_solver", type=solver_choice, default="opencv", **shown)
     layout = '<dataset>/resnet12/max_acc.pth in it; "none" starts from random weights'
-    encoder = f"encoder to start from: a checkpoint, a run folder of train_pretrain.py, or a folder with {layout}"
-    group.add_argument("-pretrain_dir", default="deepemd_pretrain_model/", help=encoder)
+    encoder = f"encoder to start from: what -model_dir of eval.py takes, or a folder with {layout} "
+    encoder += f"(default: {PRETRAINED}; timm: the model with its own weights)"
+    group.add_argument("-pretrain_dir", help=encoder)
+    parser.completions.append(complete)
     data.add_data_arguments(parser)
     data.add_episode_arguments(parser)
     add_model_arguments(parser)
@@ -63,17 +67,22 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def complete(args: Namespace) -> None:
+    if args.pretrain_dir is None and not backbone_class(args.backbone)[0].comes_with_weights:
+        args.pretrain_dir = PRETRAINED
+
+
 def run_folder(args: Namespace) -> Path:
     task = f"{args.shot}shot-{args.way}way{arguments.encoder_suffix(args)}"
     return Path("checkpoint", args.dataset, args.deepemd, task, args.extra_dir)
 
 
 def pretrained_weights(args: Namespace) -> Path:
-    """``-pretrain_dir`` may be a checkpoint, a run folder, or a folder laid out as the published encoders are."""
-    path = Path(args.pretrain_dir)
-    if path.is_file() or (path / BEST_WEIGHTS).is_file():
+    """``-pretrain_dir`` may be what ``-model_dir`` is, or a folder laid out as the published encoders are."""
+    path = weights_file(args.pretrain_dir)
+    if path.is_file() or is_package(path):
         return path
-    return path / args.dataset / getattr(args, "backbone", "resnet12") / BEST_WEIGHTS
+    return Path(args.pretrain_dir, args.dataset, args.backbone, BEST_WEIGHTS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -96,9 +105,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset[0, 0]  # what is wrong with all images is reported before the first step
 
     pixels = data.pixel_statistics(args)
-    model = build_model(args, device_ids=device_ids, val_solver=args.val_solver, **pixels).to(device)
-    started_from = None
-    if args.pretrain_dir != "none" and not resumes:
+    weights = "none" if resumes else starting_weights(args, args.pretrain_dir)
+    given = {"device_ids": device_ids, "val_solver": args.val_solver, "weights": weights}
+    model = build_model(args, **given, **pixels).to(device)
+    started_from = None if resumes else fingerprint(model.encoder.weights)
+    if args.pretrain_dir not in (None, "none") and not resumes:
         hint = "Set -pretrain_dir, run train_pretrain.py, or download the published weights: bash download_pretrain_model.sh"
         load_encoder_weights(model, pretrained_weights(args), hint=hint)
         started_from = fingerprint(pretrained_weights(args))
@@ -109,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         utils.status(f"the run in {folder} is finished: nothing to do")
         return
 
-    start_weights = pretrained_weights(args) if started_from else "none"
+    start_weights = "none" if args.pretrain_dir in (None, "none") else pretrained_weights(args)
     source = {"open_train": partial(data.open_base_images, args), "num_workers": arguments.loader_processes(args)}
     keep_for_run(args, model, start_weights, folder, resumes=resumes, device=device, ranks=ranks, **source)
 

@@ -56,7 +56,7 @@ def run_folder(args: Namespace) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
-    args, folder, _ = arguments.parse_run(SCRIPT, parser, argv, run_folder)
+    args, folder, resumes = arguments.parse_run(SCRIPT, parser, argv, run_folder)
     ranks, device, device_ids = start(args)
     if args.bs < ranks.size:
         raise InputError(f"-bs {args.bs} is less than an image for each of the {ranks.size} processes")
@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for dataset in (train_set, val_set):
         dataset[0, 0]  # what is wrong with all images is reported before the first step
 
-    model = build_model(args, device_ids=device_ids, **data.pixel_statistics(args)).to(device)
+    weights = "none" if resumes else None  # those of the run's state replace them
+    model = build_model(args, device_ids=device_ids, weights=weights, **data.pixel_statistics(args)).to(device)
     classifier = Classifier(model.encoder, len(train_set.class_names)).to(device)
     if args.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(classifier)  # in place, so the model's encoder is converted too

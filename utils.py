@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import hashlib
 import io
@@ -45,15 +46,134 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        # Called with the parsed flags, in this order: they fill in defaults that depend on other flags, and check those that do.
+        self.completions: list[Callable[[argparse.Namespace], None]] = []
+        text = "take flags that are not given from a JSON file: a run.json, a package's config.json, or {flag: value}"
+        # Not in the namespace: the flags that it stands for are.
+        self.add_argument("-config", action=_Config, metavar="FILE", default=argparse.SUPPRESS, help=text)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        parsed = super().parse_args(args, namespace)
+        self._complete(parsed)
+        return parsed
+
+    def _complete(self, parsed: argparse.Namespace) -> None:
+        try:
+            for completion in self.completions:
+                completion(parsed)
+        except (argparse.ArgumentTypeError, InputError) as error:
+            self.error(str(error))
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                action.choices[getattr(parsed, action.dest)]._complete(parsed)
+
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} -h)\n")
 
     def _get_option_tuples(self, option_string: str) -> list:
         return []  # allow_abbrev=False covers flags with two dashes only: -k would still be read as -kshot
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_known_args(self.expand(args), namespace)
+
+    def expand(self, argv: Sequence[str] | None) -> list[str]:
+        """A command line with the flags of its ``-config`` files in front of the given ones, which override them."""
+        words, files = list(sys.argv[1:] if argv is None else argv), []
+        for place in reversed(range(len(words))):
+            if words[place] == "-config" and place + 1 < len(words):
+                files.insert(0, words.pop(place + 1))
+                del words[place]
+            elif words[place].startswith("-config="):
+                files.insert(0, words.pop(place).removeprefix("-config="))
+        parser, start = self, 0
+        for commands in (action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)):
+            start = next((k + 1 for k, word in enumerate(words) if files and word in commands), 0)
+            parser = commands[words[start - 1]] if start else self
+        return [*words[:start], *(word for file in files for word in parser._words_of(file)), *words[start:]]
+
+    def _words_of(self, file: str) -> list[str]:
+        """The flags of a ``-config`` file as words of a command line."""
+
+        def check(content: Any) -> tuple[dict[str, Any], bool, Any]:
+            is_record = isinstance(content.get("flags"), dict)  # of a run, an evaluation or a package
+            return dict((content["flags"] if is_record else content).items()), is_record, content.get("script")
+
+        try:
+            flags, is_record, script = read_json(Path(file), "flags", check)
+        except InputError as error:
+            self.error(f"-config: {error}")
+        known = {action.dest: action for action in self._actions if action.option_strings}
+        known = {name: action for name, action in known.items() if action.default is not argparse.SUPPRESS}
+        unknown = [name for name in flags if name.lstrip("-") not in known]
+        if unknown and not is_record:
+            name = unknown[0].lstrip("-")
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            self.error(f"-config {file}: there is no flag -{printable(name)}; the nearest is -{near}")
+        if is_record:
+            is_other = unknown or (script or self.prog.split()[0]) != self.prog.split()[0]
+            left_out = {*unknown, "resume", *(SCRIPT_FLAGS if is_other else ())}
+            flags = {name: value for name, value in flags.items() if name not in left_out}
+        words: list[str] = []
+        for name, value in flags.items():
+            action = known[name.lstrip("-")]
+            try:
+                if value is not None and value is not False and value != []:  # 0 is a value
+                    flag_value(action, value)
+                    words += _as_words(action, value)
+            except ValueError as error:
+                self.error(f"-config {file}: {printable(str(error))}")
+        return words
+
+
+class _Config(argparse.Action):
+    def __call__(self, *_: Any) -> None:
+        """Nothing: :meth:`_Parser.expand` has replaced it."""
+
+
+# Flags that mean something else in another script, or whose default is each script's own.
+SCRIPT_FLAGS = ("set", "sfc_lr", "max_epoch", "bs", "lr", "step_size", "gamma", "save_every", "extra_dir")
+
+
+def flag_value(action: argparse.Action, value: Any) -> Any:
+    """A value from a JSON file as the flag's action would have it; ValueError, which names the flag, if it is refused."""
+    if value is None and action.default is None or action.nargs in (0, "?") and isinstance(value, bool):
+        return value
+    try:
+        if action.nargs == 0 or isinstance(value, dict | bool | None):
+            raise ValueError(f"{value!r} is no value of it")
+        return _value_of(action, _text(value)) if action.nargs != "+" else [_value_of(action, word) for word in value]
+    except Exception as error:  # a type of argparse has an exception of its own
+        raise ValueError(f"-{action.dest}: {error}") from error
+
+
+def _as_words(action: argparse.Action, value: Any) -> list[str]:
+    if value is True:
+        return [f"-{action.dest}"]
+    text = _text(value)
+    if action.nargs == "+" and isinstance(value, list):
+        return [f"-{action.dest}", *map(str, value)]
+    return [f"-{action.dest}={text}"] if text.startswith("-") else [f"-{action.dest}", text]
+
+
+def _value_of(action: argparse.Action, text: str) -> Any:
+    value = action.type(text) if action.type else text
+    if action.choices is not None and value not in action.choices:
+        raise ValueError(f"{text!r} is unknown; choose from {', '.join(map(str, action.choices))}")
+    return value
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that shows every default and reports bad flags in one line."""
+    """A parser that shows every default, reports bad flags in one line, and takes flags from the file of ``-config``.
+
+    Its ``completions`` are called with the flags that were parsed, those of a command included. They fill in the defaults that
+    depend on other flags, which are None until then, and raise InputError or ArgumentTypeError for flags that do not fit.
+    """
     return _Parser(description=description, allow_abbrev=False, formatter_class=_Formatter)
 
 

@@ -22,8 +22,8 @@ from dataloader.arguments import (
     open_base_images,
     open_dataset,
     pixel_statistics,
-    view_of,
 )
+from deepemd import Model
 from engine.arguments import (
     add_evaluation_arguments,
     add_run_arguments,
@@ -37,7 +37,7 @@ from engine.weights_flags import adopt_trained_flags
 from Models import DeepEMD, arguments
 from Models.arguments import add_model_arguments, add_weights_arguments
 from pictures import canvas, plots, sheet
-from pictures.matches import QUERIES, check_head, choose_queries, match_episode, view_file, view_items
+from pictures.matches import QUERIES, check_head, choose_queries, match_episode, view_items
 from utils import InputError, make_parser, named_generator, number_at_least, run_script
 
 
@@ -140,15 +140,11 @@ def draw_episode(args: Namespace) -> None:
 def draw_pair(args: Namespace) -> None:
     first, second = map(Path, args.images)
     path = output(args, f"pair-{first.stem[:30]}-{second.stem[:30]}")
-    view = view_of(args, train=False)
-    seeds = [named_generator(args.seed, "pair", number).initial_seed() for number in range(2)]
-    viewed = [view_file(image, view, seed, advice="") for image, seed in zip(args.images, seeds, strict=True)]
-    model, device = open_model(args)
-    episode = match_episode(model, view, viewed[::-1], way=1, shot=1, device=device)
-    title = f"left: {first.name}, right: {second.name}"
-    print(canvas.save(episode.draw(0, names=[""], title=title, flows=args.flows, truth=None), path))
-    logit = float(episode.matching.logits[0, 0])
-    print(f"logit {logit:.4f}, cost of the match {1 - logit / args.temperature:.4f}")
+    check_head(args.head)
+    _, device, device_ids = start(args, one_process=True)
+    match = Model.open(args, device, device_ids)[0].match(first, second)
+    print(canvas.save(match.draw(title=f"left: {first.name}, right: {second.name}", flows=args.flows), path))
+    print(f"logit {match.logit:.4f}, cost of the match {match.cost:.4f}")
 
 
 def draw_curves(args: Namespace) -> None:

@@ -7,34 +7,29 @@ from typing import Any
 
 import torch
 
+from Models.backbones import BACKBONES, backbone_class, make_encoder, plan_backbone
 from Models.deepemd import DeepEMD
 from Models.emd import SOLVERS, EmdError, emd, set_threads
 from Models.emd.forms import FORMS
 from Models.emd.simplex import GRADIENTS
-from Models.encoder import AMP
+from Models.encoder import AMP, Encoder, NoEncoder, Plan
 from Models.heads import HEADS, HeadSettings
 from Models.matching import METRICS, NORMS, WEIGHTS
+from Models.package import is_package, locate, read_config, weights_file
 from Models.sfc import KSHOT
 from Models.weights import load_encoder_weights
 from utils import STATISTICS_FILE, InputError, available_cores, number_between, status, whole_numbers
 
 # The flags that are arguments of DeepEMD by the same name.
 OF_DEEPEMD = (
-    *(
-        "feature_pyramid",
-        "head",
-        "temperature",
-        "metric",
-        "norm",
-        "weights",
-        "weight_power",
-        "solver",
-        "form",
-        "l2_strength",
-        "emd_gradient",
-    ),
-    *("kshot", "sfc_lr", "sfc_wd", "sfc_update_step", "sfc_bs", "amp", "checkpoint_activations"),
+    *("map_size", "feature_pyramid", "head", "temperature", "metric", "norm", "weights", "weight_power"),
+    *("solver", "form", "l2_strength", "emd_gradient"),
+    *("kshot", "sfc_lr", "sfc_wd", "sfc_update_step", "sfc_bs"),
 )
+# More nodes than these make an image's match take a second, and an episode's a gigabyte.
+MOST_NODES = 400
+# In spaces where the deviations of all channels are alike, the rate for raw features overshoots.
+SCALED_SFC_LR = 0.1
 
 
 def _choice(what: str, text: str) -> str:
@@ -86,45 +81,101 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
 
     group = parser.add_argument_group("prototypes, for -shot above 1")
     group.add_argument("-kshot", choices=KSHOT, default="sfc", help=_words(KSHOT))
-    group.add_argument("-sfc_lr", type=rate, default=sfc_lr, help="sfc: learning rate")
+    rates = f"sfc: learning rate (default: {sfc_lr}; with -norm base and standard {SCALED_SFC_LR})"
+    group.add_argument("-sfc_lr", type=rate, help=rates)
     group.add_argument("-sfc_wd", type=decay, default=0.0, help="sfc: weight decay")
     group.add_argument("-sfc_update_step", type=count, default=100, help="sfc: passes over the support images")
     group.add_argument("-sfc_bs", type=count, default=4, help="sfc: support images per step")
 
     group = parser.add_argument_group("encoder")
+    shown = {"metavar": "NAME[:MODEL]", "default": "resnet12"}
+    group.add_argument("-backbone", type=_backbone, help=_words(_summaries()), **shown)
+    layer = "timm: whose map is used, as in -2 for the last but one (default: the last)"
+    group.add_argument("-backbone_layer", type=number_between(-1000, 1000, int), metavar="LAYER", help=layer)
+    weights = "timm: a file (.pth, .safetensors), hub for the published weights, none for random ones "
+    weights += "(default: hub, unless the weights come from a checkpoint of this project)"
+    group.add_argument("-backbone_weights", metavar="FILE|hub|none", help=weights)
+    cells = "fcn only: pool the map to so many cells along an edge; 0 keeps it (default: 0; timm: 5, or the map's edge)"
+    group.add_argument("-map_size", type=number_between(0, 1024, int), help=cells)
     group.add_argument("-amp", choices=AMP, default="off", help="number format of the convolutions")
     group.add_argument("-compile", action="store_true", help="run the encoder through torch.compile; one device only")
     less = "in training, compute the encoder's activations twice instead of keeping them: less memory, more time"
     group.add_argument("-checkpoint_activations", action="store_true", help=less)
+    # Before the defaults of other packages, which do not know the backbone.
+    parser.completions.insert(0, partial(_complete, sfc_lr=sfc_lr))
 
 
 def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     """The flag that :func:`open_model` reads beside those of :func:`add_model_arguments`."""
-    text = 'checkpoint, or its folder, or "none" for random weights '
-    text += "(default: deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth)"
-    parser.add_argument_group("weights").add_argument("-model_dir", help=text)
+    text = "weights: a checkpoint, the folder of a run or of a package (export.py), hf://owner/name[@revision], "
+    text += 'https://...#sha256=..., or "none" for random ones (default: deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth)'
+    action = parser.add_argument_group("weights").add_argument("-model_dir", metavar="SOURCE", help=text)
+    action.locate = locate  # for engine.weights_flags, which finds the flags beside them
+
+
+def _backbone(text: str) -> str:
+    """An argparse type: a row of BACKBONES."""
+    try:
+        backbone_class(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    size = getattr(args, "image_size", None)
+    given = {"layer": args.backbone_layer, "weights": args.backbone_weights}
+    return plan_backbone(args.backbone, image_size=size, **given)
+
+
+def _complete(args: argparse.Namespace, *, sfc_lr: float) -> None:
+    """Fill in the defaults that depend on the backbone and the norm; InputError for sizes that do not fit each other."""
+    if args.sfc_lr is None:
+        args.sfc_lr = SCALED_SFC_LR if args.norm in ("base", "standard") else sfc_lr
+    if getattr(args, "features", None):  # nodes, which no backbone has to make
+        return
+    plan, pooled, is_given = _plan(args), args.map_size, args.map_size is not None
+    for name in ("image_size", "map_size", "interpolation"):
+        if name in args and getattr(args, name) is None:
+            setattr(args, name, getattr(plan, name))
+    if getattr(args, "deepemd", "fcn") != "fcn":
+        if pooled:
+            raise InputError(f"-map_size requires -deepemd fcn; with -deepemd {args.deepemd}, the nodes are patches")
+        args.map_size = pooled if is_given else 0
+        return
+    where = f"the feature map, which is {plan.edge} x {plan.edge} for -image_size {plan.image_size}"
+    if args.map_size > plan.edge:
+        raise InputError(f"-map_size {args.map_size} is larger than {where}")
+    _check_nodes((args.map_size or plan.edge) ** 2)
+
+
+def _check_nodes(nodes: int, advice: str = "") -> None:
+    if nodes > MOST_NODES:
+        advice = f"Pool the map with -map_size, as in -map_size 5{advice}"
+        raise InputError(f"{nodes} nodes of an image are too many to match; at most {MOST_NODES} are allowed. {advice}")
 
 
 def build_model(
-    args: argparse.Namespace, *, device_ids: Sequence[int] = (), val_solver: str | None = None, **statistics: Any
+    args: argparse.Namespace,
+    *,
+    device_ids: Sequence[int] = (),
+    val_solver: str | None = None,
+    weights: str | None = None,
+    encoder: Encoder | None = None,
+    **statistics: Any,
 ) -> DeepEMD:
     """The model that the flags of :func:`add_model_arguments` describe; also sets the threads of the solvers.
 
     ``device_ids``, and ``mean`` and ``std`` of the pixels, are for :class:`Models.deepemd.DeepEMD`. ``val_solver`` is a second
-    solver of the script. InputError for flags that exclude each other, EmdError for a solver that cannot be used here.
+    solver of the script. ``weights`` override ``-backbone_weights``. An ``encoder`` overrides all flags of the encoder, and with
+    ``-features`` there is none. InputError for flags that exclude each other, EmdError for a solver that cannot be used here.
     """
-    if args.feature_pyramid and args.deepemd != "fcn":
-        raise InputError(f"-feature_pyramid requires -deepemd fcn; with -deepemd {args.deepemd}, the nodes are patches")
-    if args.compile and args.checkpoint_activations:
-        raise InputError("-compile and -checkpoint_activations exclude each other")
-    if args.compile and len(device_ids) > 1:
-        raise InputError(f"-compile works on one GPU. Name one with -gpu instead of {args.gpu}, or leave -compile out")
     settings = {name: getattr(args, name) for name in OF_DEEPEMD}
-    model = DeepEMD(**settings, **statistics, compiled=args.compile, device_ids=device_ids)
-    edge, size = args.image_size // model.encoder.stride, max(model.feature_pyramid, default=0)
-    if size > edge:
-        maps = f"the feature map, which is {edge} x {edge} for -image_size {args.image_size}"
-        raise InputError(f"-feature_pyramid {size} is larger than {maps}")
+    if takes_nodes(args):
+        settings |= {"map_size": 0, "feature_pyramid": None, "encoder": NoEncoder()}
+    else:
+        settings |= {"encoder": _encoder(args, device_ids, encoder, weights, statistics), "compiled": args.compile}
+    model = DeepEMD(**settings, device_ids=device_ids)
     if model.settings.uses_solver:
         for solver in {args.solver, val_solver or args.solver}:
             check_solver(model.settings.with_solver(solver, model.solver_options))
@@ -132,20 +183,82 @@ def build_model(
     return model
 
 
+def takes_nodes(args: argparse.Namespace) -> bool:
+    """Whether the script is given nodes, by ``-features``, instead of images."""
+    return bool(getattr(args, "features", None))
+
+
+def _encoder(
+    args: argparse.Namespace,
+    device_ids: Sequence[int],
+    encoder: Encoder | None,
+    weights: str | None,
+    statistics: dict[str, Any],
+) -> Encoder:
+    """An ``encoder``, or if it is None the one that the flags describe, after a check of them."""
+    if args.feature_pyramid and args.deepemd != "fcn":
+        raise InputError(f"-feature_pyramid requires -deepemd fcn; with -deepemd {args.deepemd}, the nodes are patches")
+    if args.compile and args.checkpoint_activations:
+        raise InputError("-compile and -checkpoint_activations exclude each other")
+    if args.compile and len(device_ids) > 1:
+        raise InputError(f"-compile works on one GPU. Name one with -gpu instead of {args.gpu}, or leave -compile out")
+    plan = _plan(args)
+    edge, size = plan.edge, max(args.feature_pyramid or (), default=0)
+    if size > edge:
+        maps = f"the feature map, which is {edge} x {edge} for -image_size {args.image_size}"
+        raise InputError(f"-feature_pyramid {size} is larger than {maps}")
+    if args.feature_pyramid:
+        pooled = sum(size**2 for size in args.feature_pyramid)
+        _check_nodes((args.map_size or plan.edge) ** 2 + pooled, ", and shorten -feature_pyramid")
+    if encoder is None:
+        settings = {"layer": args.backbone_layer, "weights": weights or args.backbone_weights, **statistics}
+        settings |= {"amp": args.amp, "checkpoint_activations": args.checkpoint_activations}
+        encoder = make_encoder(args.backbone, image_size=plan.image_size, **settings)
+        if encoder.comes_with_weights and args.deepemd != "fcn":
+            status(f"-deepemd {args.deepemd}: every patch of an image is a whole pass of {encoder.name}")
+    return encoder
+
+
 def open_model(
     args: argparse.Namespace, *, device: torch.device, device_ids: Sequence[int], **statistics: Any
 ) -> tuple[DeepEMD, str]:
-    """The model of :func:`build_model` with the weights of ``-model_dir``, and what those are: a path, or "none".
+    """The model of :func:`build_model` with the weights of ``-model_dir``, and what those are: a path, "none", or a name.
 
-    InputError for weights that cannot be loaded, and errors as for :func:`build_model`.
+    A backbone that comes with weights of its own has them if there is no ``-model_dir``. A package brings the ``mean`` and
+    ``std`` of its pixels, and the statistics of its base classes. InputError for weights that cannot be loaded, and errors as
+    for :func:`build_model`.
     """
-    model = build_model(args, device_ids=device_ids, **statistics).to(device)
-    weights = args.model_dir or f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
-    status(f"weights: {weights}")
-    if weights != "none":
-        hint = "Set -model_dir, or download the published weights: bash download_trained_model.sh"
-        load_encoder_weights(model, weights, hint=hint)
-    return model, weights
+    if takes_nodes(args):
+        return build_model(args, device_ids=device_ids).to(device), "none"
+    source = args.model_dir
+    if source is None and not backbone_class(args.backbone)[0].comes_with_weights:
+        source = f"deepemd_trained_model/{args.dataset}/{args.deepemd}/max_acc.pth"
+    weights = weights_file(source) if source not in (None, "none") else None
+    if weights and is_package(weights):
+        config = read_config(weights)
+        statistics = {"mean": config["mean"], "std": config["std"]}
+    given = starting_weights(args, source)
+    model = build_model(args, device_ids=device_ids, weights=given, **statistics).to(device)
+    shown = source if weights else model.encoder.weights
+    status(f"weights: {shown}" + (f" ({weights})" if "://" in shown else ""))
+    if not weights:
+        return model, shown
+    hint = "Set -model_dir, or download the published weights: bash download_trained_model.sh"
+    load_encoder_weights(model, weights, hint=hint)
+    return model, str(weights)
+
+
+def starting_weights(args: argparse.Namespace, trained: str | None) -> str | None:
+    """What the encoder is built with, for ``build_model``, before the checkpoint ``trained`` is loaded, if there is one.
+
+    InputError if the flags name two sources of weights.
+    """
+    if trained in (None, "none"):
+        return args.backbone_weights or trained
+    if args.backbone_weights not in (None, "none"):
+        what = f"-backbone_weights {args.backbone_weights} and the checkpoint {trained}"
+        raise InputError(f"{what} are two sources of weights: leave one out")
+    return "none"
 
 
 def check_solver(settings: HeadSettings) -> None:
@@ -158,6 +271,10 @@ def check_solver(settings: HeadSettings) -> None:
     except Exception as error:  # an installed library that does not work fails in its own ways
         fault = f"{type(error).__name__}: {error}"
         raise InputError(f"-solver {settings.solver} does not work here ({fault})") from error
+
+
+def _summaries() -> dict[str, str]:
+    return {name: backbone.summary for name, backbone in BACKBONES.items()}
 
 
 def _words(choices: dict[str, str]) -> str:

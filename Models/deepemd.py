@@ -16,7 +16,7 @@ from torch.nn.parallel import data_parallel
 from Models.backbones import BACKBONES
 from Models.choices import check_choice
 from Models.emd import SOLVERS, settle
-from Models.encoder import Encoder
+from Models.encoder import Encoder, NoEncoder
 from Models.heads import HeadSettings, head_logits, match_with
 from Models.matching import Matching
 from Models.sfc import KSHOT, Draws, FitSettings, fit_prototypes, mean_prototypes
@@ -28,13 +28,14 @@ class DeepEMD(nn.Module):
     """An encoder whose feature maps are compared by optimal transport.
 
     Args:
+        map_size: edge of the map that the feature map of a whole image is pooled to, 0 to keep it.
         feature_pyramid: sizes of further maps that the feature map is pooled to, as in ``(2, 1)``; whole images only.
         head, temperature, metric, norm, weights, weight_power, solver: see :class:`Models.heads.HeadSettings`.
         form, l2_strength, emd_gradient: given to every solver that has such an option (``emd_gradient`` is its ``gradient``),
             unless ``solver`` sets the option itself.
         kshot: a key of :data:`Models.sfc.KSHOT`: where prototypes come from, for ``shot > 1``.
         sfc_lr, sfc_wd, sfc_update_step, sfc_bs: learning rate, weight decay, passes and batch size of the fit by ``sfc``.
-        encoder: a ResNet-12 if None.
+        encoder: a ResNet-12 if None; :class:`Models.encoder.NoEncoder` for a model that is given nodes.
         compiled: run the encoder through ``torch.compile``; on one device, without ``checkpoint_activations``.
         device_ids: with more than one CUDA device, the encoder is spread over them by torch's DataParallel, and so is the
             head if its solver works on the device. The module itself is on the first.
@@ -47,6 +48,7 @@ class DeepEMD(nn.Module):
     def __init__(
         self,
         *,
+        map_size: int = 0,
         feature_pyramid: Sequence[int] | None = None,
         head: str = "deepemd",
         temperature: float = 12.5,
@@ -63,7 +65,7 @@ class DeepEMD(nn.Module):
         sfc_wd: float = 0.0,
         sfc_update_step: int = 100,
         sfc_bs: int = 4,
-        encoder: Encoder | None = None,
+        encoder: Encoder | NoEncoder | None = None,
         compiled: bool = False,
         device_ids: Sequence[int] = (),
         **encoder_settings: Any,
@@ -73,7 +75,7 @@ class DeepEMD(nn.Module):
             raise ValueError(f"{', '.join(encoder_settings)}: set this where the encoder is made, which is given")
         check_choice("kshot", kshot, KSHOT)
         self.encoder = BACKBONES["resnet12"](**encoder_settings) if encoder is None else encoder
-        self.feature_pyramid, self.kshot = tuple(feature_pyramid or ()), kshot
+        self.map_size, self.feature_pyramid, self.kshot = map_size, tuple(feature_pyramid or ()), kshot
         self.compiled, self.device_ids = compiled, list(device_ids)
         if compiled:
             self.encoder.compile()  # in place: no other module, no other key names
@@ -107,14 +109,18 @@ class DeepEMD(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Images to nodes (section 3.1): ``(B, 3, H, W)`` or ``(B, P, 3, H, W)`` to ``(B, C, N)``.
 
-        A whole image becomes the cells of its feature map, row by row, behind those of its feature pyramid. Patches are
-        encoded on their own and averaged to one node each, so N = P. ValueError as for :meth:`forward`.
+        A whole image becomes the cells of its feature map, pooled to ``map_size``, row by row, behind those of its feature
+        pyramid. Patches are encoded on their own and averaged to one node each, so N = P. ValueError as for :meth:`forward`, and
+        for a map smaller than ``map_size``.
         """
         if images.dim() == 5:
             maps = self._run_encoder(images.flatten(0, 1))  # (B*P, C, h, w)
             return maps.mean((-2, -1)).unflatten(0, images.shape[:2]).transpose(1, 2)  # (B, C, P)
         maps = self._run_encoder(images)  # (B, C, h, w)
+        if self.map_size > min(maps.shape[2:]):
+            raise ValueError(f"map_size {self.map_size} is larger than the feature map, {tuple(maps.shape[2:])}")
         levels = [_pool(maps, size) for size in self.feature_pyramid]
+        maps = _pool(maps, self.map_size) if self.map_size else maps
         return torch.cat([level.flatten(2) for level in (*levels, maps)], dim=2)
 
     def match(
@@ -161,9 +167,10 @@ class DeepEMD(nn.Module):
         """
         if statistics is not None:
             statistics = statistics.to(next(self.encoder.parameters()).device)
-            if (channels := len(statistics.mean)) != self.encoder.out_channels:
-                needed = f"the nodes of this encoder have {self.encoder.out_channels}"
-                raise InputError(f"the statistics are of {channels} channels; {needed}. Compute them with this encoder")
+            channels, needed = len(statistics.mean), getattr(self.encoder, "out_channels", None)  # of nodes from a file
+            if needed not in (None, channels):
+                nodes = f"the nodes of this encoder have {needed}"
+                raise InputError(f"the statistics are of {channels} channels; {nodes}. Compute them with this encoder")
         self.settings = replace(self.settings, statistics=statistics)
 
     @property

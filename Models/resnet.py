@@ -1,8 +1,6 @@
 """The encoder: ResNet-12 of the TADAM/FEAT family (DeepEMD paper, section 5.1, "Network")."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.checkpoint import checkpoint
 
-from Models.encoder import Encoder
+from Models.encoder import Encoder, checkpointed
 
 LEAK = 0.1
 WIDTHS = (64, 160, 320, 640)
@@ -43,32 +40,13 @@ class ResidualBlock(nn.Module):
         return F.max_pool2d(F.leaky_relu(out, LEAK, inplace=True), kernel_size=2)
 
 
-@contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Batch norm normalises by the batch, but its running statistics stay as they are."""
-    norms = [module for module in block.modules() if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
-
-
-def _checkpointed(layer: nn.Module, images: Tensor) -> Tensor:
-    # The second pass must not count the batch again.
-    return checkpoint(layer, images, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(layer)))
-
-
 class ResNet12(Encoder):
     """Images ``(B, 3, H, W)`` to a feature map ``(B, 640, H // 16, W // 16)``; 84 pixels give 5 x 5.
 
     12,424,320 parameters. Settings as for :class:`Models.encoder.Encoder`.
     """
 
+    summary = "the published network"
     out_channels = WIDTHS[-1]
     stride = 16  # every block halves
 
@@ -86,7 +64,7 @@ class ResNet12(Encoder):
     def maps(self, images: Tensor) -> Tensor:
         keeps_less = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for layer in self.children():
-            images = _checkpointed(layer, images) if keeps_less else layer(images)
+            images = checkpointed(layer, images) if keeps_less else layer(images)
         return images
 
     def folded(self) -> "ResNet12":

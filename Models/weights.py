@@ -1,4 +1,4 @@
-"""Checkpoints: the published formats, read without executing anything in them."""
+"""Checkpoints and packages: read without executing anything in them."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils import BEST_WEIGHTS, InputError, first_few, load_plain, printable
+from Models.package import STATISTICS, is_package, read_safetensors, weights_file
+from utils import InputError, first_few, load_plain, printable
 
 # What published checkpoints put before the keys of an encoder.
 _PREFIX = re.compile(r"^(module\.)?(encoder\.(module\.)?)?")
@@ -16,31 +17,37 @@ _CLASSIFIER, _COUNTER = re.compile(r"^(fc|classifier)\."), re.compile(r"\.num_ba
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") -> None:
-    """Load an encoder, or the ``encoder`` of a model, from any of the published checkpoint formats.
+def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") -> dict[str, Tensor]:
+    """Load an encoder, or the ``encoder`` of a model, from a package or any of the published checkpoint formats.
 
     Args:
-        path: a file ``{"params": state_dict}``: keys of the encoder as they are (pre-trained), or behind ``encoder.`` or
-            ``module.encoder.`` (meta-trained). A folder stands for the ``max_acc.pth`` in it.
+        path: as for :func:`Models.package.locate`: a file ``{"params": state_dict}`` with keys of the encoder as they are
+            (pre-trained), or behind ``encoder.`` or ``module.encoder.`` (meta-trained); the same keys in a safetensors file;
+            the folder of a run, or of a package.
         hint: what to do if there is no such file.
+
+    Returns:
+        ``mean`` and ``deviation`` ``(C,)`` of the nodes of the base classes, if a package has them.
 
     Raises:
         InputError: no such file, another format or architecture, or weights that no training leaves (not of floating-point
             numbers, not finite, negative variances). The model is then unchanged.
     """
     encoder = getattr(model, "encoder", model)
-    path = Path(path, BEST_WEIGHTS) if Path(path).is_dir() else Path(path)
+    path = weights_file(path)
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}. {hint}".strip())
     wanted, given = encoder.state_dict(), _read_params(path)
+    statistics = _take_statistics(path, given, getattr(encoder, "out_channels", None))
     missing = [key for key in wanted if key not in given and not _COUNTER.search(key)]
     unknown = [_shown(key) for key in given if key not in wanted]
     misshapen = [key for key in wanted if key in given and given[key].shape != wanted[key].shape]
     if missing or unknown or misshapen:
+        name = getattr(encoder, "name", type(encoder).__name__)
         faults = [f"it lacks {first_few(missing)}"] if missing else []
         faults += [f"it has unknown {first_few(unknown)}"] if unknown else []
         faults += [f"{key} is {tuple(given[key].shape)}, not {tuple(wanted[key].shape)}" for key in misshapen[:1]]
-        raise InputError(f"{path} does not hold the weights of {type(encoder).__name__}: {'; '.join(faults)}")
+        raise InputError(f"{path} does not hold the weights of {name}: {'; '.join(faults)}")
     for key, value in given.items():
         given[key] = value = value.detach().to(wanted[key].dtype)  # in which a large number may be infinite
         is_negative = key.endswith("running_var") and (value < 0).any()
@@ -48,19 +55,35 @@ def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") 
             fault = "negative" if is_negative else "NaN or infinite"
             raise InputError(f"{path} is not the result of a training: {key} has {fault} entries")
     encoder.load_state_dict(given, strict=False)
+    return statistics
+
+
+def _take_statistics(path: Path, given: dict[str, Tensor], channels: int | None) -> dict[str, Tensor]:
+    """Move the statistics of the base classes out of what was read, checked."""
+    taken = {key: given.pop(key) for key in list(given) if key.startswith(STATISTICS)}
+    found = {key.removeprefix(STATISTICS): value.detach().float() for key, value in taken.items()}
+    if found and found.keys() != {"mean", "deviation"}:
+        raise InputError(
+            f"{path} has {first_few(sorted(taken))}; statistics are {STATISTICS}mean and {STATISTICS}deviation"
+        )
+    for name, value in found.items():
+        if value.shape != (channels,) or not value.isfinite().all() or name == "deviation" and (value <= 0).any():
+            needed = f"({channels},) finite numbers" + " above 0" * (name == "deviation")
+            raise InputError(f"{path} is damaged: its {STATISTICS}{name} must be {needed}")
+    return found
 
 
 def _read_params(path: Path) -> dict[str, Tensor]:
-    """The tensors in a checkpoint, by the names that they have in an encoder."""
-    content = load_plain(path, "checkpoint")
+    """The tensors in a file of weights, by the names that they have in an encoder."""
+    content = {"params": read_safetensors(path)} if is_safetensors(path) else load_plain(path, "checkpoint")
     if not isinstance(content, dict) or not isinstance(content.get("params"), dict):
         raise InputError(f'{path} must contain {{"params": state_dict}}; it contains {_describe(content)}')
     params: dict[str, Tensor] = {}
     for name, value in content["params"].items():
-        key = _PREFIX.sub("", str(name))
+        key = name if is_package(path) else _PREFIX.sub("", str(name))
         is_counter = bool(_COUNTER.search(key))
         is_good = _is_dense(value) and (value.dtype == torch.int64 if is_counter else value.dtype in _FLOATS)
-        if _CLASSIFIER.match(key) or is_counter and not is_good:
+        if _CLASSIFIER.match(key) and not is_package(path) or is_counter and not is_good:
             continue
         if key in params:
             raise InputError(f"{path} has two entries for {_shown(key)}, behind different prefixes")
@@ -69,6 +92,12 @@ def _read_params(path: Path) -> dict[str, Tensor]:
             raise InputError(f"the weights in {path} must be dense floating-point tensors; {what}")
         params[key] = value
     return params
+
+
+def is_safetensors(path: Path) -> bool:
+    """By its name or, as of a file from a server, its content."""
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
 
 
 def _is_dense(value: Any) -> bool:

@@ -20,13 +20,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from measuring import features, problems
+
 from engine.start import choose_device
 from Models import DeepEMD, sfc
-from Models.emd import EmdError, emd, scale_to_mass
-from Models.matching import cosine_similarity_map, cross_reference_weights
+from Models.emd import EmdError, emd
 from utils import make_parser, run_script, write_atomically
 
-WAY, QUERY, CHANNELS = 5, 15, 640
+WAY, QUERY = 5, 15
 Rows = Iterator[dict[str, Any]]
 
 
@@ -43,20 +44,12 @@ def seconds(work: Callable[[], object], device: torch.device, calls: int) -> flo
     return (time.perf_counter() - start) / calls
 
 
-def features(*shape: int) -> torch.Tensor:
-    """Nodes ``(..., C, N)`` as an encoder makes them: non-negative, with a part that all of them share."""
-    return (torch.randn(*shape) + torch.randn(shape[-2], 1).abs()).relu()
-
-
 def measure_solver(args: Namespace, device: torch.device) -> Rows:
     """Problems a second by nodes and batch, on the device and on the CPU."""
     cpu = torch.device("cpu")
     for nodes in (9, 25, 64):
         for batch in (20,) if args.quick else (100, 3000, 30_000 // (1 + nodes // 32)):
-            left, right = features(batch, 1, CHANNELS, nodes), features(batch, 1, CHANNELS, nodes)
-            cost = 1 - cosine_similarity_map(left, right)[:, 0, 0]
-            weights = cross_reference_weights(left, right)[:, 0, 0], cross_reference_weights(right, left)[:, 0, 0]
-            given = [cost, *(scale_to_mass(weight, nodes) for weight in weights)]
+            given = problems(nodes, batch)
             for solver, place in (("simplex", device), ("simplex", cpu), ("opencv", cpu)):
                 if place == cpu and batch > 3000:
                     continue
@@ -111,7 +104,7 @@ def measure_fit(args: Namespace, device: torch.device) -> Rows:
     """Milliseconds of a step of the prototype fit, 5-way 5-shot with 25 nodes: as a graph, step by step, and by opencv."""
     steps, graphed = 2 if args.quick else 20, sfc.GraphedStep
     for episodes in (1, 8):
-        support = features(episodes, 5 * WAY, CHANNELS, 25).to(device)
+        support = features(episodes * 5 * WAY, 25).unflatten(0, (episodes, 5 * WAY)).to(device)
         for how, solver in (("graph", "simplex"), ("step by step", "simplex"), ("step by step", "opencv")):
             sfc.GraphedStep = graphed if how == "graph" else lambda step: step
             settings = {"way": WAY, "shot": 5, "lr": 100.0, "steps": steps, "batch_size": 4, "solver": solver}

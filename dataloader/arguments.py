@@ -2,13 +2,15 @@
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
+from typing import Any
 
 from dataloader.catalog import CATALOG
 from dataloader.dataset import ImageDataset
 from dataloader.episodes import EpisodeSampler, SeededEpisodes
+from dataloader.features import FeatureSet, read_features
 from dataloader.readers import image_files
-from dataloader.views import CROP_TO, VIEWS, View, make_view
-from utils import InputError, number_between, whole_numbers
+from dataloader.views import CROP_TO, INTERPOLATIONS, VIEWS, View, make_view
+from utils import InputError, number_between, printable, status, whole_numbers
 
 # Four halvings lie between an image and its feature map. The upper bounds guard against slips of the keyboard.
 SMALLEST_IMAGE, LARGEST_IMAGE = 16, 1024
@@ -31,9 +33,12 @@ def add_data_arguments(parser: ArgumentParser, *, has_splits: bool = True) -> No
         data.add_argument("-num_workers", type=number_between(0, 256, int), help=text)
 
     views.add_argument("-deepemd", choices=VIEWS, default="fcn", help="what becomes a node")
-    text = f"pixels along an edge of what the encoder sees, {SMALLEST_IMAGE} to {LARGEST_IMAGE}; less for quick runs"
+    text = f"pixels along an edge of what the encoder sees, {SMALLEST_IMAGE} to {LARGEST_IMAGE}; less for quick runs "
+    text += f"(default: {CROP_TO}; timm: what the model was made for, at most 224)"
     edge = number_between(SMALLEST_IMAGE, LARGEST_IMAGE, int)
-    views.add_argument("-image_size", type=edge, default=CROP_TO, help=text)
+    views.add_argument("-image_size", type=edge, help=text)
+    text = "how images are resized (default: bilinear; timm: as the model was trained)"
+    views.add_argument("-interpolation", choices=INTERPOLATIONS, help=text)
     patches = number_between(1, MOST_PATCHES, int)
     views.add_argument("-num_patch", type=patches, default=9, help="sampling: patches per image")
     if has_splits:
@@ -43,6 +48,13 @@ def add_data_arguments(parser: ArgumentParser, *, has_splits: bool = True) -> No
     views.add_argument("-patch_list", type=_grid_levels, default="2,3", metavar="CELLS", help=text)
     text = "grid: how much larger than its share of the image a patch is, in evaluation"
     views.add_argument("-patch_ratio", type=number_between(1, LARGEST_RATIO, float), default=2.0, help=text)
+    parser.completions.append(_complete)
+
+
+def _complete(args: Namespace) -> None:
+    """Fill in the defaults that the model's flags, if there are any, have left open."""
+    args.image_size = args.image_size or CROP_TO
+    args.interpolation = args.interpolation or "bilinear"
 
 
 def _grid_levels(text: str) -> tuple[int, ...]:
@@ -62,8 +74,16 @@ def add_episode_arguments(parser: ArgumentParser) -> None:
     group.add_argument("-query", type=count, default=15, help="queries per class")
 
 
-def open_dataset(args: Namespace, split: str, *, train: bool, deepemd: str | None = None) -> ImageDataset:
-    """One split as the flags say; ``deepemd`` overrides the flag of that name."""
+def add_features_argument(group: Any) -> None:
+    """The flag that makes :func:`open_dataset` read nodes instead of images."""
+    what = "nodes of an .npz file, from -features_out or another program, instead of images and an encoder"
+    group.add_argument("-features", metavar="FILE", help=f"{what}; flags of either are ignored")
+
+
+def open_dataset(args: Namespace, split: str, *, train: bool, deepemd: str | None = None) -> ImageDataset | FeatureSet:
+    """One split as the flags say, or the file of ``-features``; ``deepemd`` overrides the flag of that name."""
+    if getattr(args, "features", None):
+        return _open_features(args.features)
     view = view_of(args, train=train, deepemd=deepemd)
     return ImageDataset(args.dataset, split, data_dir=args.data_dir, view=view, verify=args.verify_images)
 
@@ -71,6 +91,9 @@ def open_dataset(args: Namespace, split: str, *, train: bool, deepemd: str | Non
 def open_base_images(args: Namespace) -> ImageDataset:
     """The images that statistics of training nodes are taken from, as evaluation sees them: those in the folder
     ``-statistics``, at any depth, else the training split. InputError if there are none."""
+    if getattr(args, "features", None):
+        given = f"-norm {args.norm} needs statistics of training nodes: {printable(args.features)}"
+        raise InputError(f"{given} must have train_nodes, or -statistics name a file of statistics")
     if args.statistics:
         if not Path(args.statistics).is_dir():
             raise InputError(f"-statistics {args.statistics}: this must be a folder of images, and there is none")
@@ -87,9 +110,19 @@ def open_base_images(args: Namespace) -> ImageDataset:
         raise InputError(f"-norm {args.norm} needs statistics of training images: {error}. {sources}") from None
 
 
+def _open_features(path: str) -> FeatureSet:
+    features = read_features(path)
+    images, channels, nodes = features.nodes.shape
+    found = f"{images} images of {len(features.class_names)} classes, {nodes} nodes of {channels} channels"
+    status(f"features: {printable(path)} ({found})")
+    return features
+
+
 def view_of(args: Namespace, *, train: bool, deepemd: str | None = None) -> View:
     """The view that the flags ask for; ``deepemd`` overrides the flag of that name."""
-    settings = {name: getattr(args, name) for name in ("image_size", "patch_list", "patch_ratio", "num_patch")}
+    settings = {
+        name: getattr(args, name) for name in ("image_size", "interpolation", "patch_list", "patch_ratio", "num_patch")
+    }
     return make_view(deepemd or args.deepemd, train=train, **settings)
 
 
@@ -99,7 +132,7 @@ def pixel_statistics(args: Namespace) -> dict[str, tuple[float, float, float] | 
 
 
 def draw_episodes(
-    args: Namespace, dataset: ImageDataset, episodes: int, *, seed: int, name: str, train: bool = False
+    args: Namespace, dataset: ImageDataset | FeatureSet, episodes: int, *, seed: int, name: str, train: bool = False
 ) -> SeededEpisodes:
     """Episodes of the task that the flags describe; ``name`` keeps the draws of several uses apart.
 
@@ -110,13 +143,14 @@ def draw_episodes(
     """
     per_class, patches = args.shot + args.query, dataset.view.patches
     size = args.way * per_class * patches * 3 * args.image_size**2 / 2**30
-    if size > LARGEST_EPISODE:
+    if size > LARGEST_EPISODE and isinstance(dataset, ImageDataset):
         episode = f"an episode of {args.way} classes with {per_class} images of {patches} patches"
         text = f"{episode} needs {size:.0f} GiB for its pixels; at most {LARGEST_EPISODE} GiB are allowed"
         raise InputError(f"{text}. Lower -way, -query, -image_size or the number of patches")
     try:
         sampler = EpisodeSampler(dataset.labels, episodes, args.way, per_class)
     except InputError as error:
-        raise InputError(f"{args.dataset}, {name} episodes: {error}") from None
+        where = f"{args.dataset}, {name}" if isinstance(dataset, ImageDataset) else f"-features {args.features},"
+        raise InputError(f"{where} episodes: {error}") from None
     fixed_views = len(dataset) if args.fixed_patches and not train else None
     return SeededEpisodes(sampler, seed=seed, name=name, fixed_views=fixed_views)

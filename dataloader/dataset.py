@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 from dataloader import checks
 from dataloader.catalog import CATALOG
 from dataloader.images import read_image
-from dataloader.readers import read_split
+from dataloader.readers import find_root, read_split
 from dataloader.views import View
 from utils import InputError, available_cores, printable, warn
 
@@ -46,6 +47,9 @@ class ImageDataset(Dataset):
         self.view, self.upright = view, not spec.is_published
         advice = f"Set -data_dir to the folder that holds the data, or get it: {spec.obtain}"
         self.paths, self.labels, self.class_names = read_split(spec, data_dir, split, advice=advice)
+        root = find_root(spec, Path(data_dir))
+        bases = [spec.split_folders.get(split, split)] if spec.layout == "folders" else spec.image_folders[::-1]
+        self._bases = [os.path.join(root, base, "") if base != "." else os.path.join(root, "") for base in bases]
         if verify:
             self._leave_out_unreadable()
         counts = Counter(self.class_names[label] for label in self.labels)
@@ -76,6 +80,10 @@ class ImageDataset(Dataset):
         except InputError as error:
             raise InputError(f"{printable(self.paths[index])}: {error}") from None
         return self.view.render(image, boxes), self.labels[index]
+
+    def relative_paths(self) -> list[str]:
+        """The files of the images, relative to the folder of the split; of a split with a table, to that of the images."""
+        return [next(path[len(base) :] for base in self._bases if path.startswith(base)) for path in self.paths]
 
     def fingerprint(self) -> dict[str, Any]:
         """Counts, and a hash over the names and sizes of the images: the same for the same data, in any folder."""

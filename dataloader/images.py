@@ -63,6 +63,34 @@ def _warn_of_huge(path: str, pixels: int) -> None:
     warn(f"{printable(path)} has {pixels / 1e6:.0f} million pixels, and every use decodes all of them. Shrink it")
 
 
+def picture_of(image: Image.Image | np.ndarray) -> Image.Image:
+    """An image in memory as :func:`read_image` would give it: a PIL image, or an array ``(H, W)`` or ``(H, W, 1..4)`` of uint8.
+
+    InputError for anything else.
+    """
+    if isinstance(image, np.ndarray):
+        if (
+            image.dtype != np.uint8
+            or image.ndim not in (2, 3)
+            or not image.size
+            or image.ndim == 3
+            and image.shape[2] > 4
+        ):
+            found = f"this one is {image.dtype} with the shape {image.shape}"
+            raise InputError(f"an array must be an image of uint8, (H, W) or (H, W, 3); {found}")
+        image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+    if not isinstance(image, Image.Image):
+        raise InputError(f"expected a path, a PIL image or an array; got a {type(image).__name__}")
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise InputError(f"the image has the mode {image.mode}, of more than 8 bits. {_CONVERT}")
+    orientation = _orientation(image)
+    pixels, _ = _on_white(image)
+    if orientation in _TURNED:
+        pixels.getexif()[_ORIENTATION] = orientation
+        pixels = ImageOps.exif_transpose(pixels)
+    return pixels
+
+
 def reason(error: Exception) -> str:
     """What Pillow, or the system, has against a file, without the name of the file."""
     text = getattr(error, "strerror", None) or re.sub(r" (in )?('[^']*'|<_io\..*>)$", "", str(error))

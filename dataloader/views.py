@@ -20,6 +20,10 @@ from utils import InputError
 
 # The evaluation view of whole images resizes to 92 and cuts the middle 84.
 RESIZE_TO, CROP_TO = 92, 84
+# How images are resized.
+INTERPOLATIONS = {
+    name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
+}
 
 
 class Box(NamedTuple):
@@ -38,6 +42,7 @@ class View(ABC):
 
     train: bool
     image_size: int = CROP_TO
+    interpolation: str = "bilinear"  # a key of INTERPOLATIONS
     patch_list: Sequence[int] = (2, 3)
     patch_ratio: float = 2.0
     num_patch: int = 9
@@ -60,8 +65,16 @@ class View(ABC):
         """The pixels in the boxes of an RGB image, uint8: ``(3, S, S)`` or ``(P, 3, S, S)``."""
         pixels = np.empty((len(boxes), 3, self.image_size, self.image_size), dtype=np.uint8)
         for patch, box in zip(pixels, boxes, strict=True):
-            patch[:] = _cut(image, box, self.image_size)
+            patch[:] = self._cut(image, box, self.image_size)
         return torch.from_numpy(pixels)
+
+    def _cut(self, image: Image.Image, box: Box, size: int) -> np.ndarray:
+        if image.mode != "RGB":
+            raise ValueError(f'a view needs an RGB image; this one has the mode {image.mode}. Use image.convert("RGB")')
+        # Cropped first, then resized: `resize(box=...)` would blend in pixels from outside the box.
+        patch = image.crop(box[:4]).resize((size, size), INTERPOLATIONS[self.interpolation])
+        pixels = np.asarray(patch).transpose(2, 0, 1)  # (size, size, 3) -> (3, size, size)
+        return pixels[:, :, ::-1] if box.flip else pixels
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Both steps: an RGB image to 8-bit pixels."""
@@ -95,7 +108,7 @@ class FcnView(View):
         resized = round(self.image_size * RESIZE_TO / CROP_TO)
         margin = round((resized - self.image_size) / 2)
         middle = slice(margin, margin + self.image_size)
-        return torch.from_numpy(_cut(image, boxes[0], resized)[:, middle, middle].copy())
+        return torch.from_numpy(self._cut(image, boxes[0], resized)[:, middle, middle].copy())
 
 
 class GridView(View):
@@ -151,15 +164,6 @@ def _draw_crop(size: tuple[int, int]) -> Box:
 
 def _draw_flip() -> bool:
     return torch.rand(1).item() < 0.5
-
-
-def _cut(image: Image.Image, box: Box, size: int) -> np.ndarray:
-    if image.mode != "RGB":
-        raise ValueError(f'a view needs an RGB image; this one has the mode {image.mode}. Use image.convert("RGB")')
-    # Cropped first, then resized: `resize(box=...)` would blend in pixels from outside the box.
-    patch = image.crop(box[:4]).resize((size, size), Image.Resampling.BILINEAR)
-    pixels = np.asarray(patch).transpose(2, 0, 1)  # (size, size, 3) -> (3, size, size)
-    return pixels[:, :, ::-1] if box.flip else pixels
 
 
 # What each variant of DeepEMD sees: the class, and the settings that are its own.

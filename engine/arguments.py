@@ -1,6 +1,7 @@
 """The flags that scripts share beside those of the data and the model, and the commands that they print."""
 
 import contextlib
+import hashlib
 import io
 import json
 import re
@@ -19,7 +20,7 @@ from engine.training import FitSettings
 from utils import InputError, available_cores, number_at_least, number_between
 
 # Flags that belong to one stage of training and mean nothing to the next.
-STAGE_FLAGS = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_every")
+STAGE_FLAGS = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_every", "backbone_weights")
 
 
 def add_training_arguments(
@@ -52,7 +53,8 @@ def parse_run(
     With ``-resume FOLDER``, flags that are not given are those of the run in there; else ``folder_of`` gives the folder that
     the flags name. InputError if there is nothing to resume, or flags that decide the result differ from those of the run.
     """
-    args = parser.parse_args(argv)
+    words = parser.expand(argv)
+    args = parser.parse_args(words)
     folder = Path(args.resume) if args.resume else folder_of(args)
     if args.resume is None or not (folder / LAST_STATE).is_file():
         if args.resume:
@@ -67,7 +69,7 @@ def parse_run(
         message = io.StringIO()
         try:
             with contextlib.redirect_stderr(message):
-                args = parser.parse_args([*_words(parser, known), *(sys.argv[1:] if argv is None else argv)])
+                args = parser.parse_args([*_words(parser, known), *words])
         except SystemExit:
             found = f"has flags that cannot be used ({message.getvalue().strip()})"
             raise InputError(f"{folder / RECORD} {found}") from None
@@ -153,7 +155,16 @@ def folder_number(value: float, digits: int) -> str:
 def encoder_suffix(args: Namespace) -> str:
     """What the encoder adds to the name of a run folder: nothing for the published one."""
     name = getattr(args, "backbone", "resnet12")
-    return "" if name == "resnet12" else "-" + re.sub(r"[^\w.-]+", "-", name)
+    if name == "resnet12":
+        return ""
+    # A path has characters that a folder's name cannot have; without them, two paths may read alike.
+    backbone, _, model = name.partition(":")
+    plain = re.sub(r"[^\w.-]+", "-", model)
+    return "-".join(["", backbone, *filter(None, [plain])]) + (f"-{_digest(name)}" if plain != model else "")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def resume_command(script: str, argv: Sequence[str] | None, args: Namespace) -> str:
@@ -181,8 +192,16 @@ def next_command(
 def _words(parser: ArgumentParser, flags: dict[str, Any]) -> list[str]:
     """Flags as words of a command line, without those at their default, in the order of the parser."""
     defaults = vars(parser.parse_args([]))
+    dependent = [name for name, value in defaults.items() if value is not None and parser.get_default(name) is None]
+    others = {name: value for name, value in flags.items() if name in defaults and name not in dependent}
+    if dependent and others:  # defaults that depend on other flags are those beside these flags
+        defaults |= vars(parser.parse_args(_as_words({**defaults, **others}, defaults)))
+    return _as_words({**defaults, **flags}, defaults)
+
+
+def _as_words(flags: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
     words = []
-    for name, value in {**defaults, **flags}.items():
+    for name, value in flags.items():
         text = _joined(value)
         if text == _joined(defaults.get(name)):
             continue

@@ -14,17 +14,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from engine.loading import stream
+from utils import status, warn
 
 # An image as a data set is asked for it: its index, or its index and the seed of its random view.
 Item = int | tuple[int, int]
 
 # The share of free memory that nodes may take, and that decoded images may take.
 CACHE_SHARE = 1 / 4
+# Nodes that would take more bytes than this are kept in float16, unless their values do not fit.
+LARGE_TABLE = 2**30
+LARGEST_HALF = 65504.0
 
 
 class Batch(NamedTuple):
     items: list[Item]  # to encode together
-    row: int  # of the first one in the table of nodes; the others follow
+    rows: list[int]  # of the table of nodes, for each
     missing: list[Item]  # those whose pixels have to be loaded
 
 
@@ -44,42 +48,61 @@ class Queue:
 
 @dataclass(eq=False)
 class NodeTable:
-    """The nodes of images: a row each, on the device, or in pinned host memory where that has more room."""
+    """The nodes of images: a row each, on the device, or in pinned host memory where that has more room.
+
+    A full table gives the rows of the oldest images to new ones.
+    """
 
     device: torch.device
     most: int  # images worth keeping; 0 keeps none beyond its group
     share: float = CACHE_SHARE  # the part of free memory that it may take
     capacity: float = math.inf  # known with the first nodes
     place: dict[Item, int] = field(default_factory=dict)
+    owner: dict[int, Item] = field(default_factory=dict)  # of a row: the image in it, once all before are done
+    next_row: int = 0
     nodes: Tensor | None = None  # (capacity, C, N)
 
-    def reserve_rows(self, wanted: list[Item]) -> tuple[int, list[Item]]:
-        """Give a row to each image that has none, emptying a full table; return the first of those rows, and the images."""
-        if not self.most:
-            return 0, wanted
-        new = [item for item in dict.fromkeys(wanted) if item not in self.place]
-        if len(self.place) + len(new) > self.capacity:
-            self.place.clear()
-            new = list(dict.fromkeys(wanted))
-        first = len(self.place)
-        self.place.update(zip(new, itertools.count(first), strict=False))
-        return first, new
+    def reserve_rows(self, wanted: list[Item]) -> dict[Item, int]:
+        """Give a row to each image that has none, but no row of another that is wanted; return the new ones."""
+        needed = dict.fromkeys(wanted)
+        new = [item for item in needed if item not in self.place]
+        for item in new:
+            row = self._pass_row()
+            while self.owner.get(row) in needed:
+                row = self._pass_row()
+            self.place.pop(self.owner.get(row), None)
+            self.owner[row], self.place[item] = item, row
+        return {item: self.place[item] for item in new}
 
-    def put(self, row: int, nodes: Tensor, *, least: int) -> None:
-        """Write ``(B, C, N)`` from that row on. The first call makes the table, of ``least`` rows at least."""
+    def _pass_row(self) -> int:
+        row = self.next_row if self.next_row < self.capacity else 0
+        self.next_row = row + 1
+        return row
+
+    def put(self, rows: list[int], nodes: Tensor, *, least: int) -> None:
+        """Write ``(B, C, N)`` to those rows. The first call makes the table, of ``least`` rows at least."""
         if self.nodes is None:
-            size = nodes[0].numel() * nodes.element_size()
-            here, host = (int(self.share * free_memory(place)) // size for place in (self.device, torch.device("cpu")))
-            on_host = self.device.type == "cuda" and here < min(host, max(least, self.most))
-            self.capacity = max(least, min(self.most, host if on_host else here))
-            place = {"pin_memory": True} if on_host else {"device": self.device}
-            self.nodes = torch.empty(self.capacity, *nodes.shape[1:], dtype=nodes.dtype, **place)
-        self.nodes[row : row + len(nodes)] = nodes
+            self._make(nodes, least)
+        if self.nodes.dtype == torch.float16 and (largest := float(nodes.abs().max())) > LARGEST_HALF:
+            warn(f"nodes reach {largest:.0f}, which float16 cannot hold: they are kept in float32 from here on")
+            self.nodes = self.nodes.float()
+        self.nodes[torch.tensor(rows)] = nodes.to(self.nodes)
+
+    def _make(self, nodes: Tensor, least: int) -> None:
+        size, dtype = nodes[0].numel() * nodes.element_size(), nodes.dtype
+        if self.most * size > LARGE_TABLE and float(nodes.abs().max()) <= LARGEST_HALF:
+            status(f"nodes are kept in float16; in full they would take {self.most * size / 2**30:.1f} GiB")
+            size, dtype = size * 2 // nodes.element_size(), torch.float16
+        here, host = (int(self.share * free_memory(place)) // size for place in (self.device, torch.device("cpu")))
+        on_host = self.device.type == "cuda" and here < min(host, max(least, self.most))
+        self.capacity = max(least, min(self.most, host if on_host else here))
+        place = {"pin_memory": True} if on_host else {"device": self.device}
+        self.nodes = torch.empty(self.capacity, *nodes.shape[1:], dtype=dtype, **place)
 
     def get(self, rows: Tensor) -> Tensor:
         """Rows ``(E, images)`` to nodes ``(E, images, C, N)`` on the device."""
-        nodes = self.nodes[rows.flatten().to(self.nodes.device)]
-        return nodes.to(self.device, non_blocking=True).unflatten(0, rows.shape)
+        nodes = self.nodes[rows.flatten().to(self.nodes.device)].to(self.device, non_blocking=True)
+        return (nodes.float() if nodes.dtype == torch.float16 else nodes).unflatten(0, rows.shape)
 
 
 class PixelCache(dict[Item, Tensor]):
@@ -119,11 +142,11 @@ def plan_groups(groups: Iterable[list[list[Item]]], table: NodeTable, pixels: Pi
     """What each group of episodes has to have encoded, in batches of ``size``, and the table's rows of its nodes."""
     for group in groups:
         wanted = [item for episode in group for item in episode]
-        first, new = table.reserve_rows(wanted)
+        new = list(table.reserve_rows(wanted).items()) if table.most else list(zip(wanted, itertools.count()))
         batches = []
         for start in range(0, len(new), size):
-            part = new[start : start + size]
-            batches.append(Batch(part, first + start, [item for item in part if item not in pixels]))
+            items, places = map(list, zip(*new[start : start + size], strict=True))
+            batches.append(Batch(items, places, [item for item in items if item not in pixels]))
         rows = [table.place[item] for item in wanted] if table.most else range(len(wanted))
         yield Group(batches, torch.tensor(rows).view(len(group), -1))
 

@@ -1,10 +1,11 @@
 """Evaluation: encode each image once, match episodes in batches."""
 
+import itertools
 import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from engine import cache
 from engine.cache import Item, NodeTable, PixelCache, Queue, load_ahead, plan_groups
 from engine.distributed import Ranks
-from engine.loading import make_loader, progress_bar
+from engine.loading import make_loader, progress_bar, stream
 from engine.stopping import Stopped, StopRequest
 from utils import InputError, mean_confidence_interval, named_generator, read_json, warn, write_atomically
 
@@ -167,7 +168,8 @@ class Evaluator:
     as long as they fit in memory, and decoded images for later calls, unless views are random.
     """
 
-    # Gives (pixels, label) for an engine.cache.Item. Its view has is_random, and patches: their number in an image.
+    # Gives (pixels, label) for an engine.cache.Item; its view has is_random, and patches: their number in an image. One that
+    # has nodes (B, C, N) is not asked for pixels, and the model encodes nothing.
     dataset: Dataset
     _: KW_ONLY
     way: int
@@ -228,7 +230,15 @@ class Evaluator:
 
     def _nodes_of_groups(self, model: Model, episodes: Episodes, start: int) -> Iterator[Tensor]:
         """The nodes ``(E, images, C, N)`` of this rank's groups, from episode ``start`` on, encoded when they are asked for."""
-        view, size, total = self.dataset.view, self.episode_batch, len(episodes)
+        size, total = self.episode_batch, len(episodes)
+        firsts = range(start + self.ranks.rank * size, total, self.ranks.size * size)
+        if (nodes := getattr(self.dataset, "nodes", None)) is not None:
+            for first in firsts:
+                group = [episodes[k] for k in range(first, min(first + size, total))]
+                chosen = nodes[torch.tensor([[index for index, _ in items] for items in group])]
+                yield chosen.to(self.device).float()
+            return
+        view = self.dataset.view
         repeats = not view.is_random or episodes.fixed_seeds is not None
         most = len(self.dataset) if repeats and self.feature_cache == "auto" else 0
         table = NodeTable(self.device, most=most, share=self.share)
@@ -236,14 +246,13 @@ class Evaluator:
         def items(k: int) -> list[Item]:
             return [item if view.is_random else item[0] for item in episodes[k]]
 
-        firsts = range(start + self.ranks.rank * size, total, self.ranks.size * size)
         groups = ([items(k) for k in range(first, min(first + size, total))] for first in firsts)
         plan = plan_groups(groups, table, self.pixels, _encode_batch(model, self.device, view.patches))
         for group, loaded in load_ahead(plan, self.loader, self.queue, most=max(2, EPISODES_AHEAD // size)):
             for batch in group.batches:
                 fresh = next(loaded)[0] if batch.missing else None
                 pixels = self.pixels.assemble(batch, fresh, keep=repeats)
-                table.put(batch.row, encode_images(model, pixels, device=self.device), least=group.rows.numel())
+                table.put(batch.rows, encode_images(model, pixels, device=self.device), least=group.rows.numel())
             yield table.get(group.rows)
 
     def _score(self, model: Model, nodes: Tensor, epoch: int, first: int, solver: str | None) -> list[Score]:
@@ -280,6 +289,46 @@ def encode_images(model: Model, images: Tensor, *, device: torch.device) -> Tens
     if not bool(nodes.isfinite().all()):
         raise DivergenceError("the encoder's features are not finite: its weights have diverged")
     return nodes
+
+
+def encode_dataset(
+    model: Model,
+    dataset: Dataset,
+    items: Sequence[Item],
+    *,
+    device: torch.device,
+    ranks: Ranks,
+    stop: StopRequest,
+    fits_half: Callable[[float], bool],
+    num_workers: int = 0,
+    title: str = "",
+) -> Tensor:
+    """The nodes ``(B, C, N)`` of items of a data set, on the CPU, which the ranks share the work for.
+
+    They are in float16 if their largest absolute value ``fits_half``, and in float32 otherwise. Raises DivergenceError if they
+    are not finite, and Stopped.
+    """
+    model, size = model.folded(), _encode_batch(model, device, dataset.view.patches)
+    batches = [items[first : first + size] for first in range(0, len(items), size)]
+    loader = make_loader(dataset, batches[ranks.rank :: ranks.size], num_workers=num_workers, device=device)
+    for dtype in (torch.float16, torch.float32):
+        own: list[Tensor] = []
+        largest = 0.0
+        with progress_bar(title, total=len(batches), disable=not ranks.is_first) as bar:
+            for images, _ in stream(loader):
+                nodes = encode_images(model, images, device=device)
+                largest = max(largest, float(nodes.abs().max()))
+                own.append(nodes.to(dtype).cpu())
+                bar.update(ranks.size)
+                if stop.signal_number:
+                    break
+        numbers, bounds, parts = zip(*ranks.gather((stop.signal_number, largest, own)), strict=True)
+        if signal_number := max(numbers):
+            raise Stopped(signal_number)
+        if dtype == torch.float32 or fits_half(max(bounds)):
+            break
+    # Rank r has batches r, r + size, ..
+    return torch.cat([part for row in itertools.zip_longest(*parts) for part in row if part is not None])
 
 
 def _encode_batch(model: Model, device: torch.device, patches: int) -> int:

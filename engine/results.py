@@ -38,16 +38,17 @@ def final_test(
     """
     ranks, loaded = evaluator.ranks, fingerprint(weights)
     flags = {**result_flags(args), "model_dir": None}
+    encoder = model.encoder.identity() if hasattr(model, "encoder") else None
+    known = {"flags": flags, "weights": loaded and loaded["sha256"], "encoder": encoder, "data": data}
     statistics = {"statistics": model.statistics_hash} if model.statistics_hash else {}
-    identity = {"flags": flags, "weights": loaded and loaded["sha256"], "data": data, **statistics}
-    identity = json.dumps(identity, sort_keys=True)
+    identity = json.dumps({**known, **statistics}, sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     shape = {"episodes": len(episodes), "queries": args.way * args.query}
     recorder = Recorder(folder / f"partial-{digest}.json", resume=resume, ranks=ranks, **shape)
     evaluation = evaluator(model, episodes, solver=solver, title=title, recorder=recorder)
     task = f"{args.way}-way {args.shot}-shot, {len(episodes)} episodes"
     content = {**evaluation._asdict(), "flags": vars(args), "versions": environment()}
-    content |= {"seconds": recorder.seconds, "weights": loaded, "data": data, **statistics}
+    content |= {"seconds": recorder.seconds, "weights": loaded, "encoder": encoder, "data": data, **statistics}
     if ranks.is_first:
         for name in (f"results-{digest}.json",) * keep + ("results.json",):
             write_json(folder / name, content)

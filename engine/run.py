@@ -28,7 +28,8 @@ RECORD = "run.json"
 NON_RESULT_FLAGS = (
     *("num_workers", "gpu", "data_dir", "save_every", "save_all", "solver_threads"),
     *("feature_cache", "episode_batch", "checkpoint_activations"),  # the same but for float rounding
-    *("resume", "extra_dir", "json", "log_images"),  # where it is written, and what beside it
+    *("resume", "extra_dir", "json", "csv", "log_images"),  # where it is written, and what beside it
+    *("features", "features_out", "episodes_in", "episodes_out"),  # whose content is a part of the data
 )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from engine.distributed import Ranks
@@ -36,6 +36,7 @@ def prepare_statistics(
     num_workers: int,
     ranks: Ranks | None = None,
     fresh: bool = False,
+    train_nodes: Tensor | None = None,
 ) -> None:
     """Give a :class:`Models.DeepEMD` the statistics that its ``-norm`` needs; without a need, do nothing.
 
@@ -49,6 +50,7 @@ def prepare_statistics(
         num_workers: processes that load images.
         ranks: the processes of the run, of which the first computes for all.
         fresh: compute them whatever file there is: the encoder is in training.
+        train_nodes: ``(B, C, N)``, of a file ``-features`` if it has them: taken in place of images.
 
     InputError if there is nothing to take them from, or a file does not fit.
     """
@@ -66,6 +68,9 @@ def prepare_statistics(
     if file and not fresh:
         model.read_statistics(file)
         status(f"statistics of -norm {args.norm}: {file}")
+        return
+    if train_nodes is not None and not args.statistics:
+        model.fit_statistics(nodes.float() for nodes in train_nodes.split(LOADED_AT_ONCE))
         return
     computed = partial(_compute, model, device=device, num_workers=num_workers)
     if ranks.is_first:
@@ -90,7 +95,7 @@ def _find(args: Any, model: Any, dataset: Dataset, computed: Callable[[Dataset],
         computed(dataset)
         return
     content = {name: getattr(args, name, None) for name in NODE_FLAGS} | {"drawn": [PER_CLASS, OF_FOLDER]}
-    content |= {"weights": state_hash(model.encoder), "pixels": [model.encoder.mean, model.encoder.std]}
+    content |= {"encoder": model.encoder.identity(), "pixels": [model.encoder.mean, model.encoder.std]}
     content |= {"images": dataset.fingerprint()}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     path = Path("checkpoint", "statistics", f"{digest[:16]}.npz")
@@ -107,11 +112,11 @@ def _find(args: Any, model: Any, dataset: Dataset, computed: Callable[[Dataset],
     except InputError as error:
         warn(f"the statistics of -norm {args.norm} are not kept: {error}")
     else:
-        status(f"statistics of -norm {args.norm}: {path}, of {len(_drawn(dataset))} images")
+        status(f"statistics of -norm {args.norm}: {path}, of {len(drawn_images(dataset))} images")
 
 
-def _drawn(dataset: Dataset) -> list[tuple[int, int]]:
-    """Images to compute from, as pairs (index, seed of the view): the same ones whatever was drawn before."""
+def drawn_images(dataset: Dataset) -> list[tuple[int, int]]:
+    """The images of a training split to compute from, as pairs (index, seed of the view): always the same ones."""
     most = PER_CLASS if len(dataset.class_names) > 1 else OF_FOLDER
     labels = torch.tensor(dataset.labels)
     items = []
@@ -124,7 +129,7 @@ def _drawn(dataset: Dataset) -> list[tuple[int, int]]:
 
 
 def _compute(model: Any, dataset: Dataset, *, device: torch.device, num_workers: int) -> None:
-    items = _drawn(dataset)
+    items = drawn_images(dataset)
     batches = [items[start : start + LOADED_AT_ONCE] for start in range(0, len(items), LOADED_AT_ONCE)]
     loader = make_loader(dataset, batches, num_workers=min(num_workers, len(batches)), device=device)
     encoder = model.folded()
@@ -136,12 +141,3 @@ def _compute(model: Any, dataset: Dataset, *, device: torch.device, num_workers:
                 bar.update(len(images))
 
     model.fit_statistics(nodes())
-
-
-def state_hash(network: nn.Module) -> str:
-    """The SHA-256 of weights and buffers, by name, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -1,55 +1,80 @@
-"""The flags that a checkpoint was trained with, from the ``run.json`` of its run."""
+"""The flags that weights were trained with, from the ``run.json`` of their run or the ``config.json`` of their package."""
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import InputError, read_json, status, warn
+from utils import InputError, flag_value, read_json, status, warn
 
 # Flags that weights should be used with as they were trained. Those of one view mean nothing to another.
-VIEW_FLAGS = ("patch_list", "patch_ratio", "num_patch", "feature_pyramid")
+VIEW_FLAGS = ("patch_list", "patch_ratio", "num_patch", "feature_pyramid", "map_size")
 TRAINED_FLAGS = (
-    *("dataset", "backbone", "deepemd", "image_size", *VIEW_FLAGS),
+    *("dataset", "backbone", "backbone_layer", "deepemd", "image_size", "interpolation", *VIEW_FLAGS),
     *("head", "temperature", "metric", "norm", "weights", "weight_power", "kshot"),
 )
 
 
 def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, ignore: Sequence[str] = ()) -> None:
-    """Replace the defaults of :data:`TRAINED_FLAGS` by those in ``run.json`` beside the weights of ``-model_dir``.
+    """Replace the defaults of :data:`TRAINED_FLAGS` by those of the weights of ``-model_dir``.
 
-    ``args``, parsed by ``parser`` from ``argv``, is changed in place, but for the flags to ``ignore``. A line lists the flags
-    taken from there, and a warning those given that differ. Without such a file, as beside the published weights, nothing
-    changes; a damaged one is ignored with a warning.
+    ``args``, parsed by ``parser`` from ``argv``, is changed in place, but for the flags to ``ignore``; defaults that depend on
+    other flags follow them. A line lists the flags taken from there, and a warning those given that differ. Without a record,
+    as beside the published weights, nothing changes; a damaged ``run.json`` is ignored with a warning. InputError for a
+    damaged ``config.json``, and for a source that cannot be had.
     """
-    weights = Path(args.model_dir or "none")
-    path = (weights if weights.is_dir() else weights.parent) / "run.json"
-    if args.model_dir in (None, "none") or not os.path.lexists(path):
+    if args.model_dir in (None, "none"):
         return
     actions = {action.dest: action for action in _actions(parser, args)}
+    place = getattr(actions["model_dir"], "locate", Path)(args.model_dir)
+    folder = place if place.is_dir() else place.parent
+    path, package = folder / "run.json", folder / "config.json"
+    is_package = place in (folder, folder / "model.safetensors") and os.path.lexists(package)
+    if is_package and (place != folder or not (folder / "max_acc.pth").is_file()):
+        path, owner = package, "package"
+    elif os.path.lexists(path):
+        owner = "run that trained the weights"
+    else:
+        return
     names = [name for name in TRAINED_FLAGS if name in actions and name not in ignore]
 
-    def parse(run: Any) -> dict[str, Any]:
-        return {name: _parse(actions[name], value) for name, value in run["flags"].items() if name in names}
+    def parse(record: Any) -> dict[str, Any]:
+        return {name: flag_value(actions[name], value) for name, value in record["flags"].items() if name in names}
 
     try:
-        trained = read_json(path, "the flags of a run", parse)
+        trained = read_json(path, f"the flags of a {owner.partition(' ')[0]}", parse)
     except InputError as error:
+        if path == package:
+            raise
         warn(f"{error}. It is ignored: flags that are not given keep their defaults")
         return
-    words = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-    given = {name for name in trained if words & set(actions[name].option_strings)}
+    words = parser.expand(argv)
+    flags = {word.partition("=")[0] for word in words}
+    given = {name for name in trained if flags & set(actions[name].option_strings)}
     if "deepemd" in given and args.deepemd != trained["deepemd"]:
         trained = {name: value for name, value in trained.items() if name not in VIEW_FLAGS}
     changed = {name: value for name, value in trained.items() if value != getattr(args, name)}
     adopted = {name: value for name, value in changed.items() if name not in given}
+    where = f"({args.model_dir if '://' in args.model_dir else path})"
     if adopted:
-        status(f"flags of the run that trained the weights ({path}): {as_words(adopted)}")
-        vars(args).update(adopted)
+        status(f"flags of the {owner} {where}: {as_words(adopted)}")
+        _complete(parser, args, words, {actions[name]: value for name, value in adopted.items()})
     if differing := {name: value for name, value in changed.items() if name in given}:
         here = as_words({name: getattr(args, name) for name in differing})
-        warn(f"{here} differs from the run that trained the weights ({path}): {as_words(differing)}")
+        warn(f"{here} differs from the {owner} {where}: {as_words(differing)}")
+
+
+def _complete(parser: Any, args: Any, words: list[str], defaults: dict[Any, Any]) -> None:
+    """Change ``args`` as if these were the ``defaults`` of actions, so that what depends on them follows."""
+    before, kept = vars(parser.parse_args(words)), {action: action.default for action in defaults}
+    try:
+        for action, value in defaults.items():
+            action.default = value
+        after = vars(parser.parse_args(words))
+    finally:
+        for action, value in kept.items():
+            action.default = value
+    vars(args).update({name: value for name, value in after.items() if name not in before or value != before[name]})
 
 
 def as_words(flags: dict[str, Any]) -> str:
@@ -68,17 +93,3 @@ def _actions(parser: Any, args: Any) -> Iterator[Any]:
         command = action.choices.get(getattr(args, action.dest, None)) if isinstance(action.choices, dict) else None
         if hasattr(command, "_actions"):
             yield from _actions(command, args)
-
-
-def _parse(action: Any, value: Any) -> Any:
-    """A value of ``run.json`` as the parser would have it; ValueError if it would not accept it."""
-    if value is None and action.default is None:
-        return None
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    try:
-        value = action.type(text) if action.type else text
-    except Exception as error:  # a type of argparse has an exception of its own
-        raise ValueError(f"-{action.dest}: {error}") from error
-    if action.choices is not None and value not in action.choices:
-        raise ValueError(f"-{action.dest} {value} is unknown")
-    return value

@@ -1,5 +1,6 @@
 """Data that several test files build on: generated here, so that the tests need no download."""
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -28,3 +29,21 @@ def folder(tmp_path_factory) -> Path:
         for number in range(6):
             write_images(data_dir / split / f"class{number}", 7, seed=10 * split_number + number)
     return data_dir
+
+
+@pytest.fixture(scope="session")
+def own_images(folder, tmp_path_factory) -> Path:
+    """Three classes with 1, 2 and 3 examples, queries in a folder of folders, and one that cannot be read."""
+    root = tmp_path_factory.mktemp("mine")
+    for number, name in enumerate(("ant", "bee", "cat"), 1):
+        source = sorted((folder / "test" / f"class{number}").iterdir())
+        for k, path in enumerate(source[:number]):
+            (root / "support" / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, root / "support" / name / f"{k}.png")
+        (root / "query" / name).mkdir(parents=True)
+        for k, path in enumerate(source[4:6]):
+            shutil.copy(path, root / "query" / name / f"{k}.png")
+    (root / "query" / "broken.png").write_bytes(b"no image")
+    (root / "query" / ".hidden.png").write_bytes(b"no image")
+    shutil.copytree(root / "query" / "ant", root / "query" / ".thumbnails")
+    return root

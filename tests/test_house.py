@@ -52,6 +52,7 @@ OPTIONAL_LIBRARIES = {
         "matplotlib",
         "torchvision",
     ),
+    *("onnx", "onnxruntime"),
     *("fcntl", "torch"),  # not on every system; a part of it that only torchrun needs
 }
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 100
@@ -131,7 +132,7 @@ def test_only_scripts_and_arguments_use_argparse():
         names = {name.split(".")[0] for node in ast.walk(tree) for name in imported(module, node)}
         if "argparse" in names:
             # engine.start(args) stands at the top of every script, and takes what they parsed.
-            may = SCRIPTS | COMMANDS | BENCHMARKS | {"utils", "engine.start"}
+            may = SCRIPTS | LIBRARY | COMMANDS | BENCHMARKS | {"utils", "engine.start"}
             assert module in may or FILES[module].name == "arguments.py", module
 
 
@@ -165,7 +166,10 @@ PUBLISHED = {
 
 def defaults_of(script: str) -> dict[str, str]:
     parser = importlib.import_module(script).build_parser()
-    return {action.option_strings[0]: str(action.default) for action in parser._actions if action.option_strings}
+    parsed = vars(parser.parse_args([]))
+    flags = [action for action in parser._actions if action.option_strings and action.dest in parsed]
+    # Those that depend on other flags are None before they are parsed.
+    return {flag.option_strings[0]: str(parsed[flag.dest] if flag.default is None else flag.default) for flag in flags}
 
 
 @pytest.mark.parametrize("script", ["train_pretrain", "train_meta", "eval"])

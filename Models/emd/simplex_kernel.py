@@ -1,8 +1,9 @@
 """The compiled part of :mod:`Models.emd.simplex`: a network simplex for one dense transportation problem after another.
 
 A basis is a spanning tree of the bipartite graph of rows (nodes 0 .. n-1) and columns (nodes n .. n+m-1). For every node
-but the root the tree holds its parent, the flow on the edge to it, its depth, and the list of its children; ``potential``
-holds the duals u (rows) and v (columns), with u_i + v_j = cost_ij on every edge of the tree.
+but the root the tree holds its parent, and the flow and the cost of the edge to it. ``dual`` holds the duals u (rows) and v
+(columns), with u_i + v_j = cost_ij on every edge of the tree. ``order`` lists the nodes in preorder, so that the ``size`` nodes
+from the ``position`` of a node on are its subtree: a pivot moves one block of that list, without branches to predict.
 
 Masses are integers. A degenerate basis could make the method cycle. To rule it out, masses are perturbed (Orden): they are
 multiplied by ``unit = 2 (n m + 1)``, then m is added to each row, 1 to each column, and the rest to the last column. A part of
@@ -18,7 +19,8 @@ cells is cheaper. Where that is far below the largest cost (forbidden cells), co
 import math
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 
 SOLVED, TOO_MANY_PIVOTS, TOO_WIDE = 0, 1, 2
 # Reduced costs down to minus this, relative to the largest cost, count as rounding.
@@ -37,27 +39,44 @@ def _can_cache() -> bool:
 
 CACHE = _can_cache()
 FLAGS = {"cache": CACHE, "nogil": True, "error_model": "numpy"}
-# Allows the compiler to reorder, and so to vectorise, a minimum. Infinities occur, NaN does not.
-VECTORISE = {"nnan", "nsz", "reassoc"}
 
 
-@njit(fastmath=VECTORISE, inline="always", **FLAGS)
-def _smallest_difference(cost, i, less, offset, count):
-    """min_j (cost[i, j] - less[offset + j]). Takes whole arrays: slicing costs more than the loop."""
+@intrinsic
+def _lower(typing_context, x, y):
+    """The lower of two numbers, none of which is NaN. Loops over it become vector instructions; over ``min`` they do not."""
+
+    def generate(context, builder, signature, arguments):
+        may_reorder = "nnan", "nsz"
+        return builder.select(builder.fcmp_ordered("<", *arguments, flags=may_reorder), *arguments, flags=may_reorder)
+
+    return types.float64(types.float64, types.float64), generate
+
+
+@njit(inline="always", **FLAGS)
+def _smallest(values, sign=1.0):
+    """The smallest of ``sign`` times the values."""
     best = math.inf
-    for j in range(count):
-        value = cost[i, j] - less[offset + j]
-        best = value if value < best else best
+    for k in range(len(values)):
+        best = _lower(sign * values[k], best)
     return best
 
 
 @njit(inline="always", **FLAGS)
-def _find_difference(cost, i, less, offset, count, value):
-    """The first j with cost[i, j] - less[offset + j] <= value."""
-    for j in range(count):
-        if cost[i, j] - less[offset + j] <= value:
+def _smallest_difference(cost, i, less):
+    """min_j (cost[i, j] - less[j]). Takes the whole matrix: slicing costs more than the loop."""
+    best = math.inf
+    for j in range(len(less)):
+        best = _lower(cost[i, j] - less[j], best)
+    return best
+
+
+@njit(inline="always", **FLAGS)
+def _find_difference(cost, i, less, value):
+    """The first j with cost[i, j] - less[j] <= value."""
+    for j in range(len(less)):
+        if cost[i, j] - less[j] <= value:
             return j
-    return count - 1
+    return len(less) - 1
 
 
 @njit(**FLAGS)
@@ -72,11 +91,12 @@ def _integer_masses(weight, total, mass):
 
 
 @njit(**FLAGS)
-def _initial_tree(cost, n, m, mass, column_mean, row_mean, row_best, row_choice, order, parent, flow):
+def _initial_tree(cost, n, m, mass, column_mean, row_mean, row_best, row_choice, closed, parent, flow):
     """The initial basis: repeatedly send as much as possible over the open cell that is cheapest for its row and column.
 
     A cell is judged by its cost minus the means of its row and of its column, weighted by the masses, which halves the
-    pivots. The node that is exhausted is closed and becomes a child of the other. Returns the root, which stays open.
+    pivots. The node that is exhausted is closed and becomes a child of the other. Lists these in ``closed``; returns the
+    root, which stays open.
     """
     total = mass[:n].sum()
     column_mean[:] = 0.0
@@ -87,132 +107,137 @@ def _initial_tree(cost, n, m, mass, column_mean, row_mean, row_best, row_choice,
             column_mean[j] += cost[i, j] * share
         row_mean[i] = row_sum / total
     for i in range(n):
-        best = _smallest_difference(cost, i, column_mean, 0, m)
-        row_choice[i] = _find_difference(cost, i, column_mean, 0, m, best)
+        best = _smallest_difference(cost, i, column_mean)
+        row_choice[i] = _find_difference(cost, i, column_mean, best)
         row_best[i] = best - row_mean[i]
     root = n
     for step in range(n + m - 1):
-        i = np.argmin(row_best)
+        lowest, i = _smallest(row_best), 0
+        while row_best[i] > lowest:
+            i += 1
         j = row_choice[i]
         if mass[i] < mass[n + j] or step == n + m - 2:
-            parent[i], flow[i], order[step] = n + j, mass[i], i
+            parent[i], flow[i], closed[step] = n + j, mass[i], i
             mass[n + j] -= mass[i]
             row_best[i] = math.inf
             root = n + j
         else:
-            parent[n + j], flow[n + j], order[step] = i, mass[n + j], n + j
+            parent[n + j], flow[n + j], closed[step] = i, mass[n + j], n + j
             mass[i] -= mass[n + j]
             column_mean[j] = -math.inf  # closed
             for k in range(n):
                 if row_choice[k] == j and row_best[k] < math.inf:
-                    best = _smallest_difference(cost, k, column_mean, 0, m)
-                    row_choice[k] = _find_difference(cost, k, column_mean, 0, m, best)
+                    best = _smallest_difference(cost, k, column_mean)
+                    row_choice[k] = _find_difference(cost, k, column_mean, best)
                     row_best[k] = best - row_mean[k]
     parent[root] = -1
     return root
 
 
-@njit(inline="always", **FLAGS)
-def _attach(node, to, parent, first_child, next_sibling, previous_sibling):
-    parent[node] = to
-    head = first_child[to]
-    next_sibling[node] = head
-    previous_sibling[node] = -1
-    if head >= 0:
-        previous_sibling[head] = node
-    first_child[to] = node
+@njit(**FLAGS)
+def _put_in_order(root, closed, parent, order, position, size, free):
+    """List the nodes in preorder. ``closed`` has them in the sequence of the initial tree, children before their parents."""
+    size[:] = 1
+    for x in closed:
+        size[parent[x]] += size[x]
+    order[0], position[root], free[root] = root, 0, 1
+    for x in closed[::-1]:
+        place = free[parent[x]]
+        free[parent[x]] += size[x]
+        order[place], position[x], free[x] = x, place, place + 1
 
 
 @njit(inline="always", **FLAGS)
-def _detach(node, parent, first_child, next_sibling, previous_sibling):
-    before, after = previous_sibling[node], next_sibling[node]
-    if before >= 0:
-        next_sibling[before] = after
-    else:
-        first_child[parent[node]] = after
-    if after >= 0:
-        previous_sibling[after] = before
+def _set_duals(first, last, order, parent, price, dual):
+    """The duals of the nodes at these places of the order, whose parents come before them."""
+    for place in range(first, last):
+        x = order[place]
+        dual[x] = price[x] - dual[parent[x]]
 
 
 @njit(**FLAGS)
-def _update_subtree(cost, n, top, parent, depth, potential, first_child, next_sibling):
-    """Depths and potentials of ``top`` and all nodes below it, from those of its parent."""
-    x = top
-    while True:
-        to = parent[x]
-        if to < 0:
-            depth[x], potential[x] = 0, 0.0
-        else:
-            depth[x] = depth[to] + 1
-            potential[x] = (cost[x, to - n] if x < n else cost[to, x - n]) - potential[to]
-        if first_child[x] >= 0:
-            x = first_child[x]
-            continue
-        while x != top and next_sibling[x] < 0:
-            x = parent[x]
-        if x == top:
-            break
-        x = next_sibling[x]
-
-
-@njit(**FLAGS)
-def _pivot(i, j, cost, n, parent, flow, depth, potential, first_child, next_sibling, previous_sibling):
+def _pivot(i, j, cost, n, parent, flow, price, dual, order, position, size, moved):
     """Bring cell (i, j), of negative reduced cost, into the tree and remove the edge that it empties."""
     row, column = i, n + j
-    # Around the cycle, flow decreases on the edges that lead up from a row on i's side and from a column on j's side.
-    x, y = row, column
-    theta, leaving, on_row_side = np.int64(2**62), -1, True
-    while x != y:
-        if depth[x] >= depth[y]:
-            if x < n and flow[x] < theta:
-                theta, leaving, on_row_side = flow[x], x, True
-            x = parent[x]
-        else:
-            if y >= n and flow[y] < theta:
-                theta, leaving, on_row_side = flow[y], y, False
-            y = parent[y]
-    top = x
+    # Around the cycle, flow decreases on the edges that lead up from a row on i's side and from a column on j's side. The
+    # sides meet in the first node above i whose subtree has j.
+    theta, leaving, on_row_side = np.int64(2**62), row, True
+    x, place = row, position[column]
+    while not position[x] <= place < position[x] + size[x]:
+        if x < n and flow[x] < theta:
+            theta, leaving = flow[x], x
+        x = parent[x]
+    top, x = x, column
+    while x != top:
+        if x >= n and flow[x] < theta:
+            theta, leaving, on_row_side = flow[x], x, False
+        x = parent[x]
+
+    count, gone = size[leaving], position[leaving]
     x = row
     while x != top:
         flow[x] += -theta if x < n else theta
+        size[x] += -count if on_row_side else count
         x = parent[x]
-    y = column
-    while y != top:
-        flow[y] += -theta if y >= n else theta
-        y = parent[y]
+    x = column
+    while x != top:
+        flow[x] += -theta if x >= n else theta
+        size[x] += count if on_row_side else -count
+        x = parent[x]
 
-    # The subtree below the leaving edge is attached to the entering edge, which reverses its path of parents.
+    # The subtree below the leaving edge is attached to the entering edge, which reverses its path of parents. In preorder,
+    # a node of this path is followed by what was below it, less what was below the one before.
     below, above = (row, column) if on_row_side else (column, row)
-    x, to, carried = below, above, theta
+    x, to, carried, paid, filled, skip, resume = below, above, theta, cost[i, j], 0, 0, 0
     while True:
-        up, own = parent[x], flow[x]
-        _detach(x, parent, first_child, next_sibling, previous_sibling)
-        _attach(x, to, parent, first_child, next_sibling, previous_sibling)
-        flow[x] = carried
+        up, own_flow, own_price = parent[x], flow[x], price[x]
+        first, last = position[x], position[x] + size[x] + count  # count was taken off above
+        if x == below:
+            skip = resume = last
+        parent[x], flow[x], price[x], size[x] = to, carried, paid, count - filled
+        for place in range(first, skip):
+            moved[filled] = order[place]
+            filled += 1
+        for place in range(resume, last):
+            moved[filled] = order[place]
+            filled += 1
         if x == leaving:
             break
-        x, to, carried = up, x, own
-    _update_subtree(cost, n, below, parent, depth, potential, first_child, next_sibling)
+        x, to, carried, paid, skip, resume = up, x, own_flow, own_price, first, last
+
+    # The block goes right behind its new parent, and the nodes between its old and its new place make room.
+    goal = position[above] + 1
+    if goal <= gone:
+        first, last = goal, gone + count
+        for place in range(gone - 1, goal - 1, -1):
+            order[place + count] = order[place]
+    else:
+        first, last = gone, goal
+        for place in range(gone + count, goal):
+            order[place - count] = order[place]
+        goal -= count
+    for place in range(count):
+        order[goal + place] = moved[place]
+    for place in range(first, last):
+        position[order[place]] = place
+    _set_duals(goal, goal + count, order, parent, price, dual)
 
 
 @njit(**FLAGS)
-def _optimise(
-    cost, n, m, block, tolerance, limit, parent, flow, depth, potential, first_child, next_sibling, previous_sibling
-):
+def _optimise(cost, n, block, tolerance, limit, parent, flow, price, dual, order, position, size, moved):
     """Pivot until no reduced cost is below ``-tolerance``, pricing ``block`` rows at a time. Returns the number of pivots."""
-    pivots, start, unsuccessful = 0, 0, 0
+    pivots, start, unsuccessful, v = 0, 0, 0, dual[n:]
     while unsuccessful < n and pivots <= limit:
         best, best_row, best_difference = -tolerance, -1, 0.0
         for _ in range(min(block, n - unsuccessful)):
-            difference = _smallest_difference(cost, start, potential, n, m)
-            if difference - potential[start] < best:
-                best, best_row, best_difference = difference - potential[start], start, difference
+            difference = _smallest_difference(cost, start, v)
+            if difference - dual[start] < best:
+                best, best_row, best_difference = difference - dual[start], start, difference
             start = start + 1 if start + 1 < n else 0
             unsuccessful += 1
         if best_row >= 0:
-            i = best_row
-            j = _find_difference(cost, i, potential, n, m, best_difference)
-            _pivot(i, j, cost, n, parent, flow, depth, potential, first_child, next_sibling, previous_sibling)
+            j = _find_difference(cost, best_row, v, best_difference)
+            _pivot(best_row, j, cost, n, parent, flow, price, dual, order, position, size, moved)
             unsuccessful = 0
             pivots += 1
     return pivots
@@ -229,10 +254,9 @@ def solve_range(cost, supply, demand, first, last, precision, block, value, flow
     n, m = cost.shape[1], cost.shape[2]
     nodes = n + m
     mass, edge = np.empty(nodes, np.int64), np.empty(nodes, np.int64)
-    parent, depth, order = np.empty(nodes, np.int32), np.empty(nodes, np.int32), np.empty(nodes, np.int32)
-    first_child, next_sibling = np.empty(nodes, np.int32), np.empty(nodes, np.int32)
-    previous_sibling = np.empty(nodes, np.int32)
-    potential, column_mean = np.empty(nodes), np.empty(m)
+    parent, order, closed = np.empty(nodes, np.int32), np.empty(nodes, np.int32), np.empty(nodes - 1, np.int32)
+    position, size, moved = np.empty(nodes, np.int32), np.empty(nodes, np.int32), np.empty(nodes, np.int32)
+    price, dual, column_mean = np.empty(nodes), np.empty(nodes), np.empty(m)
     row_mean, row_best, row_choice = np.empty(n), np.empty(n), np.empty(n, np.int32)
 
     # As large as 64 bits allow, so that rounding to integers loses less than the rounding of the weights themselves.
@@ -243,38 +267,38 @@ def solve_range(cost, supply, demand, first, last, precision, block, value, flow
 
     for b in range(first, last):
         c = cost[b]
-        low, high = c.min(), c.max()
+        low, high = _smallest(c.ravel()), -_smallest(c.ravel(), -1.0)
         scale = _integer_masses(supply[b], total, mass[:n]) / total
         _integer_masses(demand[b], total, mass[n:])
         mass *= unit
         mass[:n] += m
         mass[n:] += 1
         mass[nodes - 1] += (n - 1) * m
-        root = _initial_tree(c, n, m, mass, column_mean, row_mean, row_best, row_choice, order, parent, edge)
-        first_child[:] = -1
-        for step in range(nodes - 2, -1, -1):
-            _attach(order[step], parent[order[step]], parent, first_child, next_sibling, previous_sibling)
+        root = _initial_tree(c, n, m, mass, column_mean, row_mean, row_best, row_choice, closed, parent, edge)
+        _put_in_order(root, closed, parent, order, position, size, moved)
 
         status[b], pivots[b] = SOLVED, 0
         while True:
-            _update_subtree(c, n, root, parent, depth, potential, first_child, next_sibling)
-            size = max(abs(low), abs(high))
+            for x in range(nodes):
+                if x != root:
+                    price[x] = c[x, parent[x] - n] if x < n else c[parent[x], x - n]
+            dual[root] = 0.0
+            _set_duals(1, nodes, order, parent, price, dual)
+            largest = max(abs(low), abs(high))
             pivots[b] += _optimise(
-                c, n, m, block, TOLERANCE * size, limit, parent, edge, depth, potential,
-                first_child, next_sibling, previous_sibling,
-            )  # fmt: skip
+                c, n, block, TOLERANCE * largest, limit, parent, edge, price, dual, order, position, size, moved
+            )
             dearest, paid = low, 0.0
             for x in range(nodes):
                 if x != root and edge[x] > dust:
-                    price = c[x, parent[x] - n] if x < n else c[parent[x], x - n]
-                    dearest, paid = max(dearest, price), max(paid, abs(price))
+                    dearest, paid = max(dearest, price[x]), max(paid, abs(price[x]))
             ceiling = low + 2 * min(n, m) * max(dearest - low, paid)
             if pivots[b] > limit or ceiling == low or 16 * (ceiling - low) > high - low:
                 break
             high, c = ceiling, np.minimum(c, ceiling)
         if pivots[b] > limit:
             status[b] = TOO_MANY_PIVOTS
-        elif dearest > low and paid < RESOLVED * size and np.any((c != 0) & (np.abs(c) < RESOLVED * size)):
+        elif dearest > low and paid < RESOLVED * largest and np.any((c != 0) & (np.abs(c) < RESOLVED * largest)):
             status[b] = TOO_WIDE
 
         flow[b], value[b] = 0.0, 0.0
@@ -283,4 +307,4 @@ def solve_range(cost, supply, demand, first, last, precision, block, value, flow
             if x != root and (edge[x] > dust or cost[b, i, j] <= ceiling):
                 flow[b, i, j] = ((edge[x] + n * m) // unit) * scale
                 value[b] += flow[b, i, j] * cost[b, i, j]
-        u[b], v[b] = potential[:n], potential[n:]
+        u[b], v[b] = dual[:n], dual[n:]

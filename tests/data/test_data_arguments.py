@@ -25,6 +25,7 @@ def test_defaults_of_the_flags():
         "patch_list": (2, 3),
         "patch_ratio": 2.0,
         "image_size": 84,
+        "interpolation": "bilinear",
         "num_workers": None,
         "verify_images": False,
         "way": 5,
@@ -38,7 +39,7 @@ def test_help_says_each_default_once(capsys):
         parse("-h")
     text = " ".join(capsys.readouterr().out.split())
     assert "(default: 2,3)" in text
-    assert text.count("(default: ") == 11  # all but the two switches
+    assert text.count("(default: ") == 12  # all but the two switches
     assert "(default: miniimagenet)" in text
 
 

@@ -223,15 +223,29 @@ def test_random_views_are_loaded_for_every_use():
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
-def test_a_full_cache_is_emptied(monkeypatch, num_workers):
+def test_a_full_cache_gives_up_its_oldest_images(monkeypatch, num_workers):
     """Its size is known with the first nodes: the workers load no later group before."""
     monkeypatch.setattr(cache, "CACHE_SHARE", 1.0)
     monkeypatch.setattr(cache, "free_memory", lambda device: 20 * 2 * 4)  # room for the nodes of 20 images
-    episodes = Episodes([episode(*range(k, k + 6)) for k in range(0, 60, 2)] * 2)
-    model = FixedLogits()
+    # Groups of two episodes walk over 40 images, 8 at a time, of which 4 are those of the group before; then back.
+    walk = [*range(0, 34, 2), *range(34, -1, -2)]
+    episodes, model = Episodes([episode(*range(k, k + 6)) for k in walk]), FixedLogits()
     result = Evaluator(Samples(), num_workers=num_workers, episode_batch=2, **SHAPE)(model, episodes)
-    assert result.accuracies == [25.0 * min(k, 4) for k in range(0, 60, 2)] * 2
-    assert 66 < sum(model.encoded) < len(episodes) * 6 / 2
+    assert result.accuracies == [25.0 * min(k, 4) for k in walk]
+    # On the way back, the 20 newest images are still there: 20 to 39; then 0 to 19 are encoded once more.
+    assert sum(model.encoded) == 40 + 20
+
+
+def test_no_image_of_a_group_loses_its_row():
+    """However the images of a group lie in a table that holds no more than them."""
+    table, contents = NodeTable(CPU, most=100, capacity=6), {}
+    random = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        wanted = torch.randint(20, (6,), generator=random).tolist()
+        contents |= {row: item for item, row in table.reserve_rows(wanted).items()}
+        assert [contents[table.place[item]] for item in wanted] == wanted
+        assert set(table.place.values()) <= set(range(6))
+        assert len(set(table.place.values())) == len(table.place)
 
 
 def test_decoded_images_are_kept_over_calls():
@@ -300,9 +314,41 @@ def test_nodes_go_where_there_is_room(monkeypatch):
         room = {"cuda": 4 * 8 * on_device, "cpu": 4 * 8 * on_host}  # of which a quarter may be taken
         monkeypatch.setattr(cache, "free_memory", lambda device, room=room: room[device.type])
         table = NodeTable(torch.device("cuda"), most=500)
-        table.put(0, real(3, 2, 1), least=10)
+        table.put([0, 1, 2], real(3, 2, 1), least=10)
         assert made.pop() == expected
         assert table.capacity == expected[0]
+
+
+def test_large_tables_are_in_float16(monkeypatch, capsys):
+    images = torch.randn(64, 640, 4, generator=torch.Generator().manual_seed(0)).relu()  # as encoders leave them
+    full = NodeTable(CPU, most=64)
+    full.put([*range(64)], images, least=10)
+    assert full.nodes.dtype == torch.float32
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(cache, "LARGE_TABLE", images.nbytes - 1)
+    half = NodeTable(CPU, most=64)
+    half.put([*range(32)], images[:32], least=10)
+    half.put([*range(32, 64)], images[32:], least=10)
+    assert capsys.readouterr().err == "nodes are kept in float16; in full they would take 0.0 GiB\n"
+    assert half.nodes.dtype == torch.float16
+    kept = half.get(torch.arange(64).view(2, 32))
+    assert kept.dtype == torch.float32
+    model = DeepEMD(solver="simplex")
+    logits = [model.match(nodes[:5], nodes[5:], way=5, shot=1) for nodes in (images, kept.flatten(0, 1))]
+    assert 0 < (logits[0] - logits[1]).abs().max() < 1e-3
+
+
+def test_nodes_beyond_float16_are_kept_in_full(monkeypatch, capsys):
+    monkeypatch.setattr(cache, "LARGE_TABLE", 0)
+    small, large = torch.full((2, 3, 1), 65504.0), torch.full((2, 3, 1), 65505.0)
+    table = NodeTable(CPU, most=4)
+    table.put([0, 1], large, least=4)
+    assert (table.nodes.dtype, capsys.readouterr().err) == (torch.float32, "")
+    table = NodeTable(CPU, most=4)
+    table.put([0, 1], small, least=4)
+    table.put([3, 2], large, least=4)
+    assert table.get(torch.tensor([[0, 1, 2, 3]]))[0, :, 0, 0].tolist() == [65504, 65504, 65505, 65505]
+    assert "warning: nodes reach 65505, which float16 cannot hold" in capsys.readouterr().err
 
 
 def test_processes_of_a_machine_share_its_memory(monkeypatch):
@@ -342,7 +388,7 @@ def test_pixels_are_kept_while_there_is_room():
     pixels = PixelCache(room=2 * 8)
     for first in (0, 2):
         items = [first, first + 1]
-        pixels.assemble(cache.Batch(items, 0, items), torch.zeros(2, 2), keep=True)
+        pixels.assemble(cache.Batch(items, [0, 1], items), torch.zeros(2, 2), keep=True)
     assert list(pixels) == [0, 1]
 
 

@@ -134,7 +134,6 @@ def test_records_of_earlier_versions_lack_flags(folder, capsys):
         for wrong in (
             {"image_size": 10**9},
             {"image_size": "large"},
-            {"image_size": None},
             {"image_size": True},
             {"image_size": {}},
             {"head": "unknown"},

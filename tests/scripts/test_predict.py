@@ -14,6 +14,7 @@ import torch
 from helpers import ODD_NAMES, ROOT
 from PIL import Image
 
+import deepemd
 import predict
 from dataloader import make_view
 from engine.start import set_seed
@@ -25,39 +26,21 @@ from utils import InputError
 TINY = ["-model_dir", "none", "-gpu", "cpu", "-image_size", "32", "-solver", "simplex", "-sfc_update_step", "3"]
 
 
-@pytest.fixture(scope="module")
-def images(folder, tmp_path_factory) -> Path:
-    """Three classes with 1, 2 and 3 examples, queries in a folder of folders, and one that cannot be read."""
-    root = tmp_path_factory.mktemp("mine")
-    for number, name in enumerate(("ant", "bee", "cat"), 1):
-        source = sorted((folder / "test" / f"class{number}").iterdir())
-        for k, path in enumerate(source[:number]):
-            (root / "support" / name).mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, root / "support" / name / f"{k}.png")
-        (root / "query" / name).mkdir(parents=True)
-        for k, path in enumerate(source[4:6]):
-            shutil.copy(path, root / "query" / name / f"{k}.png")
-    (root / "query" / "broken.png").write_bytes(b"no image")
-    (root / "query" / ".hidden.png").write_bytes(b"no image")
-    shutil.copytree(root / "query" / "ant", root / "query" / ".thumbnails")
-    return root
-
-
 def listed(capsys, *arguments: str | Path) -> tuple[list[dict], str]:
     main([*map(str, arguments), *TINY, "-json", "-"])
     printed = capsys.readouterr()
     return json.loads(printed.out), printed.err
 
 
-def test_list_and_table_agree(images, capsys):
-    found, said = listed(capsys, "-support", images / "support", "-query", images / "query")
+def test_list_and_table_agree(own_images, capsys):
+    found, said = listed(capsys, "-support", own_images / "support", "-query", own_images / "query")
     assert [item["file"] for item in found] == [
-        str(images / "query" / name / f"{k}.png") for name in ("ant", "bee", "cat") for k in (0, 1)
+        str(own_images / "query" / name / f"{k}.png") for name in ("ant", "bee", "cat") for k in (0, 1)
     ]
     assert all(set(item) == {"file", "class", "probability", "cost", "runner_up"} for item in found)
     assert all(item["class"] != item["runner_up"] and 1 / 3 < item["probability"] <= 1 for item in found)
-    assert f"warning: left out: expected an image in {images / 'query' / 'broken.png'}" in said
-    main(["-support", str(images / "support"), "-query", str(images / "query"), *TINY, "-top", "2"])
+    assert f"warning: left out: expected an image in {own_images / 'query' / 'broken.png'}" in said
+    main(["-support", str(own_images / "support"), "-query", str(own_images / "query"), *TINY, "-top", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["class", "probability", "cost", "runner-up", "file"]
     assert [line.split() for line in lines[1::2]] == [
@@ -68,10 +51,10 @@ def test_list_and_table_agree(images, capsys):
 
 
 @pytest.mark.parametrize("kshot", ["sfc", "mean"])
-def test_answers_are_those_of_the_head(images, capsys, kshot):
+def test_answers_are_those_of_the_head(own_images, capsys, kshot):
     """Against the steps done one by one, with as many examples as a class has."""
     found, _ = listed(
-        capsys, "-support", images / "support", "-query", images / "query" / "bee" / "1.png", "-kshot", kshot
+        capsys, "-support", own_images / "support", "-query", own_images / "query" / "bee" / "1.png", "-kshot", kshot
     )
     set_seed(1)
     model = DeepEMD(solver="simplex", kshot=kshot, sfc_lr=100.0, sfc_update_step=3).folded()
@@ -81,8 +64,8 @@ def test_answers_are_those_of_the_head(images, capsys, kshot):
         return model.encode(torch.stack([view(Image.open(path).convert("RGB")) for path in paths]))
 
     with torch.no_grad():
-        support = encode(*sorted((images / "support").rglob("*.png")))
-        query = encode(images / "query" / "bee" / "1.png")
+        support = encode(*sorted((own_images / "support").rglob("*.png")))
+        query = encode(own_images / "query" / "bee" / "1.png")
         if kshot == "mean":
             proto = torch.stack([support[:1].mean(0), support[1:3].mean(0), support[3:].mean(0)])
         else:
@@ -103,13 +86,13 @@ def module_generator() -> torch.Generator:
     return named_generator(1, "sfc", "predict")
 
 
-def test_prototypes_are_kept_and_refused(images, tmp_path, capsys):
+def test_prototypes_are_kept_and_refused(own_images, tmp_path, capsys):
     kept, support = tmp_path / "kept.pth", tmp_path / "support"
-    shutil.copytree(images / "support", support)
+    shutil.copytree(own_images / "support", support)
     main(["-support", str(support), "-save", str(kept), *TINY])
-    fresh, _ = listed(capsys, "-support", support, "-query", images / "query", "-picture", tmp_path / "fresh")
+    fresh, _ = listed(capsys, "-support", support, "-query", own_images / "query", "-picture", tmp_path / "fresh")
     shutil.rmtree(support)  # not needed any more, not even for pictures
-    again, _ = listed(capsys, "-prototypes", kept, "-query", images / "query", "-picture", tmp_path / "again")
+    again, _ = listed(capsys, "-prototypes", kept, "-query", own_images / "query", "-picture", tmp_path / "again")
     assert again == fresh
     pictures = [sorted((tmp_path / run).iterdir()) for run in ("fresh", "again")]
     assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
@@ -121,20 +104,20 @@ def test_prototypes_are_kept_and_refused(images, tmp_path, capsys):
         (["-head", "cosine"], "set -head deepemd$"),
     ):
         with pytest.raises(InputError, match=expected):
-            main(["-prototypes", str(kept), "-query", str(images / "query"), *TINY, *more])
-    main(["-support", str(images / "support"), "-save", str(kept), *TINY, "-deepemd", "grid"])
+            main(["-prototypes", str(kept), "-query", str(own_images / "query"), *TINY, *more])
+    main(["-support", str(own_images / "support"), "-save", str(kept), *TINY, "-deepemd", "grid"])
     with pytest.raises(InputError, match="set -deepemd grid -patch_list 2,3 -patch_ratio 2.0$"):
-        main(["-prototypes", str(kept), "-query", str(images / "query"), *TINY])
+        main(["-prototypes", str(kept), "-query", str(own_images / "query"), *TINY])
     kept.write_bytes(b"else")
     with pytest.raises(InputError, match="file of prototypes"):
-        main(["-prototypes", str(kept), "-query", str(images / "query"), *TINY])
+        main(["-prototypes", str(kept), "-query", str(own_images / "query"), *TINY])
 
 
 @pytest.mark.parametrize(
     "arguments", [["-deepemd", "grid"], ["-deepemd", "sampling", "-num_patch", "2"], ["-feature_pyramid", "1"]]
 )
-def test_pictures(images, tmp_path, arguments):
-    query = images / "query"
+def test_pictures(own_images, tmp_path, arguments):
+    query = own_images / "query"
     shutil.copy(query / "ant" / "0.png", tmp_path / "0.jpg")
     shutil.copy(query / "ant" / "0.png", tmp_path / "0.bmp")
     shutil.copy(query / "ant" / "0.png", tmp_path / "a$_$b.png")  # no formula
@@ -143,7 +126,7 @@ def test_pictures(images, tmp_path, arguments):
         main(
             [
                 "-support",
-                str(images / "support"),
+                str(own_images / "support"),
                 "-query",
                 *names,
                 *TINY,
@@ -157,14 +140,14 @@ def test_pictures(images, tmp_path, arguments):
         picture.load()
 
 
-def classifier_of(view: object, **settings: object) -> predict.Classifier:
+def classifier_of(view: object, **settings: object) -> deepemd.Model:
     torch.manual_seed(0)
-    return predict.Classifier(DeepEMD(solver="simplex", **settings).folded(), view, 1, torch.device("cpu"))
+    return deepemd.Model(DeepEMD(solver="simplex", **settings).folded(), view, 1, torch.device("cpu"))
 
 
-def test_photographs_are_read_upright(images, tmp_path):
+def test_photographs_are_read_upright(own_images, tmp_path):
     classifier = classifier_of(make_view("grid", train=False, image_size=32, patch_list=(1, 2)))
-    upright = Image.open(images / "query" / "ant" / "0.png").convert("RGB").crop((0, 0, 20, 14))
+    upright = Image.open(own_images / "query" / "ant" / "0.png").convert("RGB").crop((0, 0, 20, 14))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     upright.save(tmp_path / "upright.png")
@@ -174,31 +157,33 @@ def test_photographs_are_read_upright(images, tmp_path):
     assert torch.equal(one.image, other.image)
 
 
-def test_patches_are_drawn_by_name_alone(images):
+def test_patches_are_drawn_by_name_alone(own_images):
     """Whatever the other threads draw at the time."""
     classifier = classifier_of(make_view("sampling", train=False, image_size=32, num_patch=9))
-    files = [str(path) for path in sorted(images.glob("query/[a-z]*/*.png"))]
+    files = [str(path) for path in sorted(own_images.glob("query/[a-z]*/*.png"))]
     alone = [classifier.read(file).pixels for file in files]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
             assert all(map(torch.equal, alone, (viewed.pixels for viewed in pool.map(classifier.read, files))))
 
 
-def test_heads_without_a_match(images, tmp_path, capsys):
-    found, _ = listed(capsys, "-support", images / "support", "-query", images / "query" / "ant", "-head", "cosine")
+def test_heads_without_a_match(own_images, tmp_path, capsys):
+    found, _ = listed(
+        capsys, "-support", own_images / "support", "-query", own_images / "query" / "ant", "-head", "cosine"
+    )
     assert [item["cost"] for item in found] == [None, None]
     with pytest.raises(InputError, match="computes no flow"):
-        main(["-support", str(images / "support"), "-query", "x", *TINY, "-head", "knn", "-picture", str(tmp_path)])
+        main(["-support", str(own_images / "support"), "-query", "x", *TINY, "-head", "knn", "-picture", str(tmp_path)])
 
 
-def test_one_class_and_a_file_of_json(images, tmp_path):
-    shutil.copytree(images / "support" / "bee", tmp_path / "support" / "bee")
+def test_one_class_and_a_file_of_json(own_images, tmp_path):
+    shutil.copytree(own_images / "support" / "bee", tmp_path / "support" / "bee")
     main(
         [
             "-support",
             str(tmp_path / "support"),
             "-query",
-            str(images / "query" / "ant"),
+            str(own_images / "query" / "ant"),
             *TINY,
             "-json",
             str(tmp_path / "a.json"),
@@ -208,34 +193,34 @@ def test_one_class_and_a_file_of_json(images, tmp_path):
     assert [(item["class"], item["probability"], item["runner_up"]) for item in found] == 2 * [("bee", 1.0, None)]
 
 
-def test_queries_are_read_as_they_are_needed(images, monkeypatch):
+def test_queries_are_read_as_they_are_needed(own_images, monkeypatch):
     """Memory does not grow with their number: the first answer comes before the last file is read."""
-    monkeypatch.setattr(predict, "READ_AHEAD", 4)
+    monkeypatch.setattr(deepemd, "READ_AHEAD", 4)
     classifier = classifier_of(make_view("fcn", train=False, image_size=32))
-    prototypes = classifier.fit(str(images / "support"))
+    prototypes = classifier.prototypes(str(own_images / "support"))
     opened, read_image = [], matches.read_image
     monkeypatch.setattr(matches, "read_image", lambda file, **more: opened.append(file) or read_image(file, **more))
-    files = [str(path) for path in sorted(images.glob("query/[a-z]*/*.png"))]
+    files = [str(path) for path in sorted(own_images.glob("query/[a-z]*/*.png"))]
     answers = classifier.answers(prototypes, [*files, *files[:2]])  # a file that is named twice has two answers
     assert next(answers).file == files[0]
     assert len(opened) == 4
     assert [answer.file for answer in answers] == [*files[1:], *files[:2]]
 
 
-def test_the_example_nearest_to_the_prototype_is_shown(images, tmp_path):
+def test_the_example_nearest_to_the_prototype_is_shown(own_images, tmp_path):
     """Of examples B A A A A, the mean is nearest to A."""
-    a, b = sorted((images / "query").glob("[bc]*/0.png"))
+    a, b = sorted((own_images / "query").glob("[bc]*/0.png"))
     for name, source in zip("01234", (b, a, a, a, a), strict=True):
         (tmp_path / "class").mkdir(exist_ok=True)
         shutil.copy(source, tmp_path / "class" / f"{name}.png")
     classifier = classifier_of(make_view("fcn", train=False, image_size=32), kshot="mean")
-    prototypes = classifier.fit(str(tmp_path))
+    prototypes = classifier.prototypes(str(tmp_path))
     assert prototypes.files[0] in ("1.png", "2.png", "3.png", "4.png")
     assert torch.equal(prototypes.examples[0].pixels, classifier.read(str(a)).pixels)
 
 
-def test_results_are_written_through_links_and_pipes(images, tmp_path):
-    query = [str(images / "query" / "ant")]
+def test_results_are_written_through_links_and_pipes(own_images, tmp_path):
+    query = [str(own_images / "query" / "ant")]
     real, link, pipe = (tmp_path / name for name in ("real.json", "link.json", "pipe"))
     real.write_text("old")
     real.chmod(0o600)
@@ -244,7 +229,7 @@ def test_results_are_written_through_links_and_pipes(images, tmp_path):
     content = []
     reader = threading.Thread(target=lambda: content.append(pipe.read_bytes()))
     reader.start()
-    support = ["-support", str(images / "support")]
+    support = ["-support", str(own_images / "support")]
     main([*support, "-query", *query, *TINY, "-json", str(link), "-save", str(pipe)])
     reader.join(10)
     assert link.is_symlink()
@@ -281,18 +266,18 @@ def test_damaged_prototypes_are_rejected(two_prototypes, tmp_path, change):
 
 
 @pytest.fixture(scope="module")
-def two_prototypes(images, tmp_path_factory) -> Path:
+def two_prototypes(own_images, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     for name in ("ant", "bee"):
-        shutil.copytree(images / "support" / name, folder / "support" / name)
+        shutil.copytree(own_images / "support" / name, folder / "support" / name)
     main(["-support", str(folder / "support"), "-save", str(folder / "kept.pth"), *TINY])
     return folder / "kept.pth"
 
 
-def test_a_class_and_a_file_of_any_name(images, tmp_path, capfd, recwarn):
+def test_a_class_and_a_file_of_any_name(own_images, tmp_path, capfd, recwarn):
     """One line for each in the table, and pictures without a warning."""
     names = [name for name in ODD_NAMES if name.strip()]
-    source = images / "support" / "ant" / "0.png"
+    source = own_images / "support" / "ant" / "0.png"
     for name in names:
         name = name.replace("/", "_")[:250]
         (tmp_path / "support" / name).mkdir(parents=True)
@@ -309,12 +294,12 @@ def test_a_class_and_a_file_of_any_name(images, tmp_path, capfd, recwarn):
     assert not recwarn.list
 
 
-def test_errors_are_one_line(images, tmp_path, capsys):
+def test_errors_are_one_line(own_images, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    support = ["-support", str(images / "support")]
+    support = ["-support", str(own_images / "support")]
     for arguments, expected in (
         (["-support", str(tmp_path / "none"), "-query", "x"], "there is no folder"),
-        (["-support", str(tmp_path / "empty"), "-query", "x"], "-support needs a folder of images for each class"),
+        (["-support", str(tmp_path / "empty"), "-query", "x"], "the support needs a folder of images for each class"),
         ([*support, "-query", str(tmp_path / "empty")], "none of the images of -query can be read"),
         ([*support, "-query", str(tmp_path / "none.png")], "none of the images of -query can be read"),
         (["-prototypes", str(tmp_path / "none"), "-query", "x"], "there is no such file"),
@@ -336,14 +321,14 @@ def test_errors_are_one_line(images, tmp_path, capsys):
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_library_example_of_the_documentation(images, tmp_path, monkeypatch):
+def test_library_example_of_the_documentation(own_images, tmp_path, monkeypatch):
     example = next(
         block
         for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/api.md").read_text(), re.S)
         if "prototypes(" in block
     )
-    shutil.copytree(images / "support", tmp_path / "my_support")
-    shutil.copy(images / "query" / "ant" / "0.png", tmp_path / "query.png")
+    shutil.copytree(own_images / "support", tmp_path / "my_support")
+    shutil.copy(own_images / "query" / "ant" / "0.png", tmp_path / "query.png")
     torch.save({"params": DeepEMD().encoder.state_dict()}, tmp_path / "max_acc.pth")
     monkeypatch.chdir(tmp_path)
     scope: dict = {}

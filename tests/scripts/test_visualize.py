@@ -14,6 +14,7 @@ from helpers import write_evaluation, write_images, write_run
 from matplotlib.text import Text
 from PIL import Image
 
+import deepemd
 import visualize
 from dataloader.arguments import draw_episodes, open_dataset
 from engine.run import RunFolder
@@ -32,7 +33,11 @@ class Done:
         before = Path.cwd()
         os.chdir(cwd)
         if monkeypatch:
-            for place, name, seen in ((matches, "draw_match", self.matches), (sheet, "draw_sheet", self.sheets)):
+            for place, name, seen in (
+                (matches, "draw_match", self.matches),
+                (deepemd, "draw_match", self.matches),
+                (sheet, "draw_sheet", self.sheets),
+            ):
                 monkeypatch.setattr(place, name, self.spy(getattr(place, name), seen))
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

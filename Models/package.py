@@ -1,0 +1,176 @@
+"""Where weights come from - files, runs, packages, the Hub, a server - and what a package is.
+
+A package is a folder with ``model.safetensors`` and ``config.json``. Nothing in it is executed.
+"""
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils import BEST_WEIGHTS, InputError, file_hash, printable, read_json, status
+
+FORMAT = 1  # of config.json
+PACKAGE_WEIGHTS, PACKAGE_CONFIG = "model.safetensors", "config.json"
+STATISTICS = "base_statistics."  # what the keys of the base classes' mean and deviation begin with
+_REPOSITORY = re.compile(r"hf://([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?")
+_LOCAL = re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])[:/]")
+
+
+@lru_cache
+def locate(source: str) -> Path:
+    """The file or folder that ``-model_dir`` names; what is not here is downloaded once, and kept.
+
+    ``hf://owner/name[@revision]`` is a package on the Hugging Face Hub, whose library honours ``HF_ENDPOINT``, ``HF_TOKEN``
+    and ``HF_HUB_OFFLINE``; ``https://...#sha256=...`` is a file of weights. Anything else is a path.
+
+    InputError for a name or an address that cannot be used, and whatever prevents the download.
+    """
+    if source.startswith("hf://"):
+        return _from_hub(source)
+    if re.match(r"\w+://", source):
+        return _from_server(source)
+    return Path(source)
+
+
+def weights_file(source: str | Path) -> Path:
+    """The file of the weights: a folder stands for the ``max_acc.pth`` of a run, or the ``model.safetensors`` of a package."""
+    path = locate(str(source))
+    if not path.is_dir():
+        return path
+    is_run = (path / BEST_WEIGHTS).is_file() or not {PACKAGE_WEIGHTS, PACKAGE_CONFIG} & set(os.listdir(path))
+    return path / (BEST_WEIGHTS if is_run else PACKAGE_WEIGHTS)
+
+
+def is_package(weights: Path) -> bool:
+    """Whether a file of weights is that of a package, complete or not."""
+    return weights.name == PACKAGE_WEIGHTS
+
+
+def read_config(weights: Path) -> dict[str, Any]:
+    """The ``config.json`` of the package whose weights these are; InputError if it is missing, damaged or another one."""
+
+    def check(config: Any) -> dict[str, Any]:
+        if config["format"] != FORMAT:
+            raise ValueError(f"its format is {config['format']!r}; this version reads {FORMAT}")
+        for name in ("mean", "std"):
+            values = config[name]
+            is_good = len(values) == 3 and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+            if not is_good or name == "std" and min(values) <= 0:
+                raise ValueError(f"its {name} must be three finite numbers")
+        if not re.fullmatch("[0-9a-f]{64}", config["weights"]["sha256"]):
+            raise ValueError("its weights have no SHA-256")
+        if not all(
+            isinstance(config[name], kind) for name, kind in (("flags", dict), ("backbone", str), ("results", list))
+        ):
+            raise TypeError("its entries have other types")
+        return config
+
+    path = weights.parent / PACKAGE_CONFIG
+    if not path.is_file():
+        raise InputError(
+            f"{weights.parent} is not a complete package: it has no {PACKAGE_CONFIG}. Get or export it again"
+        )
+    return read_json(path, "the description of a package", check)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; of a package, they must be those that its config.json describes.
+
+    InputError if the file is damaged, or another one.
+    """
+    try:
+        from safetensors.torch import load
+    except ImportError as error:
+        raise InputError(f"reading {path} requires safetensors: pip install safetensors") from error
+    content = path.read_bytes()
+    if is_package(path):
+        found, wanted = hashlib.sha256(content).hexdigest(), read_config(path)["weights"]["sha256"]
+        if found != wanted:
+            fault = f"{path} is damaged, or not the file of its {PACKAGE_CONFIG}: its SHA-256 is {found}, not {wanted}"
+            raise InputError(f"{fault}. Delete it, and get or export it again")
+    try:
+        return load(content)
+    except Exception as error:  # of the library, or whatever a damaged header makes of it
+        raise InputError(f"{path} is damaged, or not a safetensors file ({printable(str(error))[:150]})") from error
+
+
+# --- Downloads --------------------------------------------------------------------------------------------------------
+
+
+def _from_hub(source: str) -> Path:
+    found = _REPOSITORY.fullmatch(source)
+    if not found or ".." in source:
+        raise InputError(
+            f"{printable(source)} is not the name of a package. Write hf://owner/name, or hf://owner/name@revision"
+        )
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise InputError(f"{source} requires the Hub's library: pip install huggingface_hub") from error
+    name, revision = found.groups()
+    with _hub_errors(source):
+        config = Path(hf_hub_download(name, PACKAGE_CONFIG, revision=revision))
+    read_config(config)  # of another project, whose weights may be large
+    with _hub_errors(source):
+        # Of the same commit, which is the name of the folder, should the branch have moved on.
+        return Path(hf_hub_download(name, PACKAGE_WEIGHTS, revision=config.parent.name)).parent
+
+
+@contextmanager
+def _hub_errors(source: str) -> Iterator[None]:
+    """Turn the errors of the Hub's library into one line that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        token = "a private or gated one requires access and HF_TOKEN (hf auth login)"
+        if "GatedRepoError" in kinds or "RepositoryNotFoundError" in kinds:
+            advice = f"There is no such repository, or this is not allowed to see it: check the name; {token}"
+        elif "RevisionNotFoundError" in kinds:
+            advice = "It has no such revision: name a branch, a tag or a commit of it"
+        elif kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
+            advice = "It is not in the cache. Check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, and run the command again"
+        elif "EntryNotFoundError" in kinds:
+            advice = f"It is not a package of export.py: it lacks {PACKAGE_CONFIG} or {PACKAGE_WEIGHTS}"
+        else:
+            text = printable(" ".join(str(error).split()))[:200]
+            advice = f"{type(error).__name__}: {text}. Check the connection, HF_ENDPOINT and HF_TOKEN, and run the command again"
+        raise InputError(f"cannot get {source}. {advice}") from error
+
+
+def _from_server(source: str) -> Path:
+    address, _, fragment = source.partition("#")
+    digest = fragment.removeprefix("sha256=").lower()
+    if not (address.startswith("https://") or _LOCAL.match(address)):
+        raise InputError(
+            f"{printable(source)}: weights are downloaded over https:// or from the Hub (hf://owner/name) alone"
+        )
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        form = f"{printable(address)}#sha256=<64 digits>"
+        raise InputError(f"weights from a server need their SHA-256, as sha256sum prints it: write -model_dir '{form}'")
+    path = (
+        Path(torch.hub.get_dir()) / "checkpoints" / f"{digest}{Path(address.partition('?')[0]).suffix[:12] or '.pth'}"
+    )
+    if path.is_file() and file_hash(path) == digest:
+        return path
+    status(f"downloading {printable(address)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(address, str(path), hash_prefix=digest)
+    except RuntimeError as error:
+        raise InputError(
+            f"{printable(address)} is not the file of that SHA-256; the download was removed. {error}"
+        ) from error
+    except (OSError, ValueError) as error:
+        advice = "Check the address and the connection, and run the command again"
+        raise InputError(f"cannot download {printable(address)} ({printable(str(error))[:200]}). {advice}") from error
+    return path

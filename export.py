@@ -1,0 +1,412 @@
+"""A run or a checkpoint becomes a package: safetensors, config.json and a model card, to share and to use by name."""
+
+from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the script without a traceback
+
+import copy
+import math
+import os
+import shlex
+import shutil
+import uuid
+import warnings
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dataloader import arguments as data
+from dataloader.views import View
+from engine.arguments import add_run_arguments
+from engine.evaluation import encode_images
+from engine.run import RECORD, environment
+from engine.start import start
+from engine.weights_flags import TRAINED_FLAGS, adopt_trained_flags, as_words
+from Models import DeepEMD
+from Models.arguments import OF_DEEPEMD, add_model_arguments, add_weights_arguments, open_model
+from Models.package import FORMAT, PACKAGE_CONFIG, PACKAGE_WEIGHTS, STATISTICS, is_package, read_config
+from Models.weights import load_encoder_weights
+from pictures.canvas import save
+from pictures.matches import ViewedImage, match_episode, view_items
+from utils import (
+    InputError,
+    file_hash,
+    make_parser,
+    named_generator,
+    read_json,
+    run_script,
+    status,
+    write_atomically,
+    write_json,
+)
+
+CARD, PICTURE, GRAPH = "README.md", "match.png", "encoder.onnx"
+FILES = (
+    PACKAGE_WEIGHTS,
+    CARD,
+    PICTURE,
+    GRAPH,
+    PACKAGE_CONFIG,
+)  # of a package, in the order in which they are put there
+# What a package tells of an evaluation: the flags that decide its result, and name no file of its author.
+OF_HEAD = tuple(name for name in OF_DEEPEMD if name not in ("amp", "checkpoint_activations", "feature_pyramid"))
+OF_EVALUATION = (*TRAINED_FLAGS, *OF_HEAD, "set", "way", "shot", "query", "seed", "test_episode", "fixed_patches")
+PROBE = {"way": 5, "shot": 1, "query": 4}  # the episode that a package is checked on
+LARGEST_ERROR = 1e-3  # of what onnxruntime computes, relative to the largest node
+
+
+def build_parser() -> ArgumentParser:
+    parser = make_parser(__doc__)
+    group = parser.add_argument_group("package")
+    out = "folder of the package: a new or an empty one, or a package, which is replaced"
+    group.add_argument("-out", metavar="DIR", required=True, help=out)
+    results = "results.json of eval.py or train_meta.py for these weights: rows of the card's table"
+    group.add_argument("-results", nargs="+", default=[], metavar="FILE", help=results)
+    group.add_argument(
+        "-license", metavar="NAME", help="of the weights, as the Hub spells it: mit, apache-2.0, cc-by-nc-4.0"
+    )
+    group.add_argument("-half", action="store_true", help="store float16; the change in logits is measured")
+    onnx = f"add {GRAPH}, from 8-bit images to nodes, checked against onnxruntime"
+    group.add_argument("-onnx", action="store_true", help=onnx)
+    add_weights_arguments(parser)
+    data.add_data_arguments(parser)
+    add_model_arguments(parser, sfc_lr=100.0)
+    add_run_arguments(parser, has_folder=False)
+    return parser
+
+
+def check_out(out: Path) -> None:
+    """InputError for a folder with other files than those of a package; hidden ones, as of git, do not count."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"-out {out} is a file. Name a folder")
+    names = {path.name for path in out.glob("*") if not path.name.startswith(".")} if out.exists() else set()
+    if names and not (names <= set(FILES) and PACKAGE_CONFIG in names or names == {CARD}):
+        raise InputError(f"-out {out} has other files than a package. Name a new folder, or the one of a package")
+
+
+# --- What is known of the weights -------------------------------------------------------------------------------------
+
+
+def read_results(files: Sequence[str], hashes: set[str]) -> list[dict[str, Any]]:
+    """The rows of config.json from results.json files; InputError for one of other weights than those with these hashes."""
+
+    def row(content: Any) -> dict[str, Any]:
+        flags = dict(content["flags"])
+        if "val_solver" in flags:  # of train_meta.py, whose -set is the validation split
+            flags |= {"set": "test", "solver": flags["val_solver"]}
+        flags = {name: flags[name] for name in OF_EVALUATION if flags.get(name) not in (None, False)}
+        numbers = {name: float(content[name]) for name in ("accuracy", "interval", "loss")}
+        if not all(map(math.isfinite, numbers.values())) or not 0 <= numbers["accuracy"] <= 100:
+            raise ValueError("its accuracies are not numbers in percent")
+        task = {name: int(flags[name]) for name in ("way", "shot")}
+        row = {
+            "dataset": str(flags["dataset"]),
+            "set": str(flags["set"]),
+            **task,
+            "episodes": len(content["accuracies"]),
+        }
+        weights = (content.get("weights") or {}).get("sha256")
+        return {**row, **numbers, "flags": flags, "data": content.get("data"), "weights": weights}
+
+    rows = []
+    for file in files:
+        found = read_json(Path(file), "the results of an evaluation", row)
+        if found["weights"] not in hashes:
+            measured = f"weights of SHA-256 {found['weights'][:12]}..." if found["weights"] else "random weights"
+            raise InputError(f"-results {file}: it was measured with {measured}, not with those of -model_dir")
+        rows.append(found)
+    return rows
+
+
+def describe(args: Namespace, model: DeepEMD, weights: Path) -> dict[str, Any]:
+    """The content of config.json, but for the hash of the weights."""
+    before = read_config(weights) if is_package(weights) else {}
+    path = weights.parent / RECORD
+    run = read_json(path, "the flags of a run", dict) if path.is_file() and not before else {}
+    checkpoint = before["weights"].get("checkpoint") if before else file_hash(weights)
+    rows = read_results(args.results, {checkpoint, file_hash(weights)})
+    kept = [row for row in before.get("results", []) if row.get("flags") not in [new["flags"] for new in rows]]
+    return {
+        "format": FORMAT,
+        "backbone": getattr(args, "backbone", "resnet12"),
+        "flags": {name: getattr(args, name) for name in TRAINED_FLAGS if name in args},
+        "view": args.deepemd,
+        "image_size": args.image_size,
+        "mean": list(model.encoder.mean),
+        "std": list(model.encoder.std),
+        "head": {name: getattr(args, name) for name in OF_HEAD},
+        "data": before.get("data") or {"set": args.dataset, "fingerprint": run.get("data")},
+        "results": kept + rows,
+        "weights": {"checkpoint": checkpoint, "parameters": sum(part.numel() for part in model.encoder.parameters())},
+        "versions": before.get("versions") or run.get("versions") or environment(),
+        "license": args.license or before.get("license"),
+    }
+
+
+# --- Checks on images -------------------------------------------------------------------------------------------------
+
+
+class Probe(NamedTuple):
+    """An episode, support first, that shows what a package computes."""
+
+    pixels: Tensor  # (W + Q, 3, S, S) or (W + Q, P, 3, S, S), uint8
+    viewed: list[ViewedImage]  # what is drawn; none for random pixels
+    names: list[str]  # of the classes
+    what: str
+
+    @torch.no_grad()
+    def measure(self, model: DeepEMD, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The nodes ``(W + Q, C, N)`` and the logits ``(Q, W)``, by the solver that is at hand everywhere."""
+        nodes = encode_images(model.folded(), self.pixels, device=device)
+        way = PROBE["way"]
+        return nodes, model.match(nodes[:way], nodes[way:], way=way, shot=1)
+
+
+def make_probe(args: Namespace, view: View) -> Probe:
+    """An episode of the test split if the data set is at hand; random pixels otherwise."""
+    way, count = PROBE["way"], PROBE["way"] * (1 + PROBE["query"])
+    try:
+        dataset = data.open_dataset(args, "test", train=False)
+        shape = Namespace(**{**vars(args), **PROBE})
+        items = data.draw_episodes(shape, dataset, 1, seed=args.seed, name="test")[0]
+        viewed = view_items(dataset, items)
+    except InputError as error:
+        status(f"{args.dataset} is not at hand: checked on random images, and no picture ({error})")
+        shape = (count, *(view.patches,) * (args.deepemd != "fcn"), 3, args.image_size, args.image_size)
+        pixels = torch.randint(0, 256, shape, generator=named_generator(args.seed, "export"), dtype=torch.uint8)
+        return Probe(pixels, [], [], f"{count} random images")
+    names = [dataset.class_names[dataset.labels[index]] for index, _ in items[:way]]
+    return Probe(
+        torch.stack([one.pixels for one in viewed]), viewed, names, f"an episode of the {args.dataset} test split"
+    )
+
+
+def draw_picture(probe: Probe, model: DeepEMD, view: View, device: torch.device, path: Path, title: str) -> bool:
+    """Draw the query that is classified right with the least doubt; False where there is nothing to draw."""
+    if not probe.viewed or model.settings.head != "deepemd":
+        return False
+    episode = match_episode(model.folded(), view, probe.viewed, way=PROBE["way"], shot=1, device=device)
+    logits = episode.matching.logits
+    truth = torch.arange(len(logits)) % PROBE["way"]
+    number = int(logits.softmax(1)[range(len(logits)), truth].argmax())
+    truth = number % PROBE["way"]
+    save(episode.draw(number, names=probe.names, title=title, flows=10, truth=truth), path)
+    return True
+
+
+class _Nodes(nn.Module):
+    def __init__(self, model: DeepEMD) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.encode(images)
+
+
+def write_graph(model: DeepEMD, probe: Probe, nodes: Tensor, path: Path) -> str:
+    """Write the encoder as an ONNX graph, and compare it with ``nodes``, those of the probe; the result in words."""
+    try:
+        import onnx  # noqa: F401 - which torch needs to write the file
+        import onnxruntime
+    except ImportError as error:
+        raise InputError(f"-onnx requires two libraries: pip install onnx onnxruntime ({error})") from error
+    free = {"images": {0: "B"}, "nodes": {0: "B"}}
+    names = {"input_names": ["images"], "output_names": ["nodes"], "dynamic_axes": free}
+    network = _Nodes(model.folded()).eval().cpu()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the tracing, which sees one shape
+            torch.onnx.export(network, (probe.pixels[:2],), str(path), opset_version=17, dynamo=False, **names)
+            session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+            found = torch.from_numpy(session.run(None, {"images": probe.pixels.numpy()})[0])
+    except Exception as error:  # an operation that ONNX or onnxruntime does not have, in the words of three libraries
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"-onnx: this encoder cannot be written as a graph ({reason}). Leave -onnx out") from error
+    error, largest = float((found - nodes.cpu()).abs().max()), float(nodes.abs().max())
+    if not error <= LARGEST_ERROR * largest:
+        raise InputError(f"-onnx: onnxruntime finds other nodes, by {error:.2g} of {largest:.2g}. Leave -onnx out")
+    return f"at most {error:.1e} from torch's nodes, the largest of which is {largest:.2g} ({probe.what})"
+
+
+# --- The card ---------------------------------------------------------------------------------------------------------
+
+
+def card(args: Namespace, config: dict[str, Any], name: str, notes: Sequence[str], *, has_picture: bool) -> str:
+    """The README.md of a package, as the Hub reads it."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    rows, flags = config["results"], config["flags"]
+    shared = {"task_type": "image-classification", "metric_type": "accuracy"}
+    results = [
+        EvalResult(
+            **shared,
+            task_name=f"{row['way']}-way {row['shot']}-shot",
+            dataset_type=row["dataset"],
+            dataset_name=row["dataset"],
+            dataset_split=row["set"],
+            metric_value=round(row["accuracy"], 2),
+            metric_name=f"accuracy, 95 % interval +- {row['interval']:.2f}",
+        )
+        for row in rows
+    ]
+    tags = ["few-shot-learning", "earth-movers-distance", "deepemd"]
+    known = {
+        "license": config["license"],
+        "tags": tags,
+        "library_name": "deepemd",
+        "pipeline_tag": "image-classification",
+    }
+    head = ModelCardData(**known, **({"model_name": name, "eval_results": results} if results else {})).to_yaml()
+    lines = [f"---\n{head}\n---\n", f"# {name}\n"]
+    lines += [
+        "A few-shot image classifier: an image becomes nodes, and images are compared by the optimal transport between their "
+        f"nodes (DeepEMD). Trained on {config['data']['set']}, backbone {config['backbone']}, "
+        f"{config['weights']['parameters'] / 1e6:.1f} million parameters, images of {config['image_size']} pixels.\n"
+    ]
+    if has_picture:
+        lines += [f"![A query, its classes, and what was matched with what]({PICTURE})\n"]
+    lines += [
+        "## Use\n",
+        "From a checkout of DeepEMD; `PACKAGE` is this folder, or `hf://owner/name` where it was uploaded:\n",
+    ]
+    lines += ["```python", "import deepemd", 'model = deepemd.load("PACKAGE")']
+    lines += ['for answer in model.classify("examples", "photographs"):  # examples/<class>/<image>']
+    lines += ["    print(answer.file, answer.class_name, answer.probability)", "```\n", "```bash"]
+    lines += ["python predict.py -model_dir PACKAGE -support examples -query photographs"]
+    lines += [f"python eval.py -model_dir PACKAGE -dataset {flags['dataset']}", "```\n", "## Results\n"]
+    if rows:
+        lines += ["Accuracy in percent over episodes, with its 95 % interval.\n"]
+        lines += [
+            "| data set | split | task | head | episodes | accuracy | further flags |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        usual = {**vars(build_parser().parse_args(["-out", "."])), **flags, "query": 15, "seed": 1}
+        for row in rows:
+            named = ("dataset", "set", "way", "shot", "head", "test_episode")
+            others = {key: value for key, value in row["flags"].items() if key not in named}
+            words = as_words({key: value for key, value in others.items() if _plain(value) != _plain(usual.get(key))})
+            task, found = f"{row['way']}-way {row['shot']}-shot", f"{row['accuracy']:.2f} ± {row['interval']:.2f}"
+            cells = (row["dataset"], row["set"], task, row["flags"].get("head", ""), row["episodes"], found, words)
+            lines += [f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"]
+    else:
+        lines += ["None are recorded. `python eval.py` measures them, and `export.py -results` puts them here."]
+    trained = as_words({key: value for key, value in flags.items() if value is not None})
+    lines += ["", "## Details\n", f"- flags: `{trained}`", *(f"- {note}" for note in notes)]
+    lines += [f"- SHA-256 of {PACKAGE_WEIGHTS}: `{config['weights']['sha256']}`"]
+    made = ", ".join(f"{library} {version}" for library, version in config["versions"].items())
+    lines += [f"- versions: {made}", f"- licence of the weights: {config['license'] or 'not stated'}"]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_weights(model: DeepEMD, path: Path, *, half: bool) -> None:
+    """Write the encoder, and the statistics of the base classes if the model has them."""
+    try:
+        from safetensors.torch import save as to_bytes
+    except ImportError as error:
+        raise InputError("export.py requires safetensors: pip install safetensors") from error
+    tensors = {}
+    for key, value in model.encoder.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        tensors[key] = value.half() if half and value.is_floating_point() else value.clone()
+        if not tensors[key].isfinite().all():
+            raise InputError(f"-half: {key} has numbers that float16 does not. Leave -half out")
+    statistics = getattr(model.settings, "statistics", None)
+    if statistics is not None:
+        tensors |= {
+            f"{STATISTICS}{name}": getattr(statistics, name).cpu().contiguous() for name in ("mean", "deviation")
+        }
+    write_atomically(path, to_bytes(tensors, metadata={"format": "pt"}))
+
+
+def write_package(
+    args: Namespace, folder: Path, model: DeepEMD, config: dict[str, Any], device: torch.device
+) -> list[str]:
+    """Write all files of a package to a folder, and read the weights back; notes on what was measured."""
+    view = data.view_of(args, train=False)
+    probe, notes = make_probe(args, view), []
+    write_weights(model, folder / PACKAGE_WEIGHTS, half=args.half)
+    dtype = "float16" if args.half else "float32"
+    config["weights"] = {"sha256": file_hash(folder / PACKAGE_WEIGHTS), "dtype": dtype, **config["weights"]}
+    write_json(folder / PACKAGE_CONFIG, config)
+    model = model.eval()
+    nodes, logits = probe.measure(model, device)
+    read_back = copy.deepcopy(model)
+    load_encoder_weights(read_back, folder)
+    stored_nodes, stored = probe.measure(read_back, device)
+    change = float((stored - logits).abs().max())
+    if args.half:
+        size = f"{(folder / PACKAGE_WEIGHTS).stat().st_size / 1e6:.1f} MB"
+        flips = f"{int((stored.argmax(1) != logits.argmax(1)).sum())} of {len(logits)} answers change"
+        found = (
+            f"logits change by at most {change:.2g}, the largest of which is {float(logits.abs().max()):.2g}; {flips}"
+        )
+        notes.append(f"stored in float16, {size}: {found} ({probe.what}). Results are those of the weights before")
+        config["weights"]["logit_change"] = change
+        write_json(folder / PACKAGE_CONFIG, config)
+    elif change:
+        raise InputError(f"the package does not compute what {args.model_dir} does: logits change by {change:.2g}")
+    if args.onnx:
+        notes.append(f"{GRAPH}: {write_graph(read_back, probe, stored_nodes, folder / GRAPH)}")
+    title = f"{args.dataset} test"
+    has_picture = draw_picture(probe, read_back, view, device, folder / PICTURE, title)
+    name = Path(os.path.abspath(args.out)).name
+    write_atomically(folder / CARD, card(args, config, name, notes, has_picture=has_picture).encode())
+    return notes
+
+
+def put(folder: Path, out: Path) -> None:
+    """Move a complete package to its place; until then what was there before is intact."""
+    if not out.exists():
+        folder.rename(out)
+        return
+    (out / PACKAGE_CONFIG).unlink(missing_ok=True)  # the last to arrive: without it, a package is refused
+    for name in FILES:
+        if (folder / name).exists():
+            (folder / name).replace(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.model_dir in (None, "none"):
+        parser.error("-model_dir names what is exported: a checkpoint, or the folder of a run")
+    out = Path(args.out)
+    check_out(out)
+    adopt_trained_flags(parser, args, argv)
+    _, device, device_ids = start(args, one_process=True)
+    model, weights = open_model(args, device=device, device_ids=device_ids[:1], **data.pixel_statistics(args))
+    config = describe(args, model, Path(weights))
+    folder = Path(os.path.abspath(out)).parent / f".{out.name}-{uuid.uuid4().hex}.part"
+    folder.mkdir(parents=True)
+    try:
+        notes = write_package(args, folder, model, config, device)
+        put(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    for note in notes:
+        print(note)
+    print(
+        f"package: {out} ({(out / PACKAGE_WEIGHTS).stat().st_size / 1e6:.1f} MB, sha256 {config['weights']['sha256']})"
+    )
+    print(f"next: python eval.py -model_dir {shlex.quote(str(out))}")
+
+
+if __name__ == "__main__":
+    run_script(main)

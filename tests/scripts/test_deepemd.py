@@ -1,0 +1,119 @@
+"""The library in one import: the same answers as the scripts, from whatever images are given as."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+import deepemd
+from Models.emd import emd
+from predict import as_json, main
+from utils import InputError
+
+FLAGS = {"image_size": 32, "solver": "simplex", "sfc_update_step": 3}
+
+
+@pytest.fixture(scope="module")
+def model() -> deepemd.Model:
+    return deepemd.load("none", device="cpu", **FLAGS)
+
+
+def test_loading_leaves_the_callers_draws_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    one = deepemd.load("none", device="cpu", **FLAGS)
+    assert torch.equal(torch.rand(3), expected)
+    other = deepemd.load("none", device="cpu", **FLAGS)  # random weights are those of the seed
+    weights = [next(model.network.encoder.parameters()) for model in (one, other)]
+    assert torch.equal(*weights)
+
+
+def test_answers_are_those_of_predict(own_images, model, tmp_path):
+    support, query = own_images / "support", own_images / "query" / "bee"
+    written = tmp_path / "answers.json"
+    flags = [word for name, value in FLAGS.items() for word in (f"-{name}", str(value))]
+    words = ["-support", support, "-query", query, "-model_dir", "none", "-gpu", "cpu", "-json", written, *flags]
+    main(list(map(str, words)))
+    answers = model.classify(support, query)
+    assert [as_json(answer, 1) for answer in answers] == json.loads(written.read_text())
+    assert [answer.ranking[0] for answer in answers] == [(answer.class_name, answer.probability) for answer in answers]
+    assert all(answer.runner_up == answer.ranking[1][0] for answer in answers)
+
+
+def test_images_may_be_files_pictures_or_arrays(own_images, model):
+    folders = {path.name: path for path in sorted((own_images / "support").iterdir())}
+    files = {name: sorted(path.iterdir()) for name, path in folders.items()}
+    pictures = {name: [Image.open(path) for path in found] for name, found in files.items()}
+    arrays = {name: [np.asarray(image.convert("RGB")) for image in found] for name, found in pictures.items()}
+    query = own_images / "query" / "cat" / "0.png"
+    expected = model.classify(own_images / "support", query)[0]
+    for support in (folders, files, {name: list(map(str, found)) for name, found in files.items()}, pictures, arrays):
+        for given in (query, str(query), [query], Image.open(query), np.asarray(Image.open(query).convert("RGB"))):
+            (answer,) = model.classify(support, given)
+            assert answer.ranking == expected.ranking
+    assert torch.equal(model.encode(query), model.encode([Image.open(query)]))
+    assert model.encode(own_images / "support").shape == (6, 640, 4)
+
+
+def test_prototypes_serve_several_calls(own_images, model):
+    prototypes = model.prototypes(own_images / "support")
+    queries = sorted((own_images / "query" / "ant").iterdir())
+    apart = [model.classify(prototypes, query)[0] for query in queries]
+    together = model.classify(own_images / "support", queries)
+    assert [answer.class_name for answer in apart] == [answer.class_name for answer in together]
+    # Batches of other sizes round otherwise.
+    assert [answer.probability for answer in apart] == pytest.approx([one.probability for one in together], abs=1e-5)
+    assert isinstance(model.draw(prototypes, model.classify(prototypes, queries[0])[0]), Figure)
+
+
+def test_a_match_is_the_optimal_one(own_images, model):
+    a, b = sorted((own_images / "query" / "ant").iterdir())
+    match = model.match(a, b)
+    assert [nodes.shape for nodes in match.nodes] == [(640, 4), (640, 4)]
+    assert torch.equal(torch.stack(match.nodes), model.encode([a, b]))
+    assert match.flow.sum(1) == pytest.approx(match.weights[0], abs=1e-5)
+    assert match.flow.sum(0) == pytest.approx(match.weights[1], abs=1e-5)
+    value = emd(1 - match.similarity.double(), *(weights.double() for weights in match.weights), solver="simplex").value
+    assert match.cost == pytest.approx(float(value) / 4, abs=1e-5)
+    assert model.match(a, a).cost == pytest.approx(0, abs=1e-5)
+    assert isinstance(match.draw(), Figure)
+
+
+@pytest.mark.parametrize(
+    ("support", "queries", "message"),
+    [
+        ({"ant": []}, [], "the class 'ant' has no example"),
+        ({}, [], "there is no class to choose from"),
+        ("no/such/folder", [], "no/such/folder"),
+        ({"ant": np.zeros((4, 4, 3), np.float32)}, [], "an array must be an image of uint8"),
+        ({"ant": 7}, [], "expected a path, a PIL image or an array; got a int"),
+        ({"ant": np.zeros((40, 40, 3), np.uint8)}, "no/such.png", "no/such.png"),
+    ],
+)
+def test_bad_images_are_one_sentence(model, support, queries, message):
+    with pytest.raises(InputError, match=message):
+        model.classify(support, queries)
+
+
+@pytest.mark.parametrize(
+    ("source", "flags", "message"),
+    [
+        ("no/such/run", {}, "no checkpoint at no/such/run"),
+        ("none", {"norm": "nope"}, "argument -norm: invalid choice"),
+        ("none", {"no_such_flag": 1}, "unrecognized arguments: -no_such_flag=1"),
+    ],
+)
+def test_bad_models_are_one_sentence(source, flags, message):
+    with pytest.raises(InputError, match=message):
+        deepemd.load(source, device="cpu", **flags)
+
+
+def test_heads_without_a_flow_match_nothing(own_images):
+    model = deepemd.load("none", device="cpu", head="cosine", **FLAGS)
+    assert model.classify(own_images / "support", own_images / "query" / "ant")[0].cost is None
+    with pytest.raises(InputError, match="computes no flow"):
+        model.match(*sorted((own_images / "query" / "ant").iterdir()))

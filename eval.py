@@ -19,6 +19,8 @@ from torch import Tensor
 
 from dataloader import ImageDataset
 from dataloader import arguments as data
+from dataloader.episode_files import episodes_digest, images_digest, write_episodes
+from dataloader.episodes import ListedEpisodes, SeededEpisodes
 from dataloader.features import FeatureSet, fits_half, write_features
 from engine import arguments
 from engine.evaluation import encode_dataset
@@ -41,10 +43,12 @@ def build_parser() -> ArgumentParser:
     resume = "continue an interrupted evaluation with the same flags, if there is one"
     group.add_argument("-resume", action="store_true", help=resume)
     arguments.add_json_argument(group)
-    group = parser.add_argument_group("nodes in a file")
+    arguments.add_csv_argument(group, "episode, with its accuracy, loss and classes")
+    group = parser.add_argument_group("nodes and episodes in files")
     data.add_features_argument(group)
     written = "write the nodes of the whole split to FILE, for -features, and evaluate them"
     group.add_argument("-features_out", metavar="FILE", help=written)
+    data.add_episode_file_arguments(group)
     data.add_data_arguments(parser)
     data.add_episode_arguments(parser)
     add_weights_arguments(parser)
@@ -61,22 +65,31 @@ def unusual_flags(parser: ArgumentParser, args: Namespace) -> dict[str, Any]:
     return {name: value for name, value in result_flags(args).items() if value != defaults[name] and name not in named}
 
 
+def describe_data(
+    args: Namespace, dataset: ImageDataset | FeatureSet, episodes: SeededEpisodes | ListedEpisodes
+) -> dict[str, Any]:
+    """The fingerprint of the data, and what tells whether another evaluation had the same episodes."""
+    found = {**dataset.fingerprint(), "order": images_digest(dataset)}
+    if args.episodes_in or args.episodes_out:
+        found["episodes"] = episodes_digest(episodes)
+    return found
+
+
 def encode_split(
     args: Namespace, model: DeepEMD, dataset: ImageDataset, seeds: Tensor | None, **shared: Any
 ) -> FeatureSet:
     """The nodes of every image of a split, and of some of the training classes, written to ``-features_out``.
 
-    ``seeds`` are those of the views of the images, where they are random; ``shared`` is for
+    ``seeds`` are those of the views of the images, if each has one; ``shared`` is for
     :func:`engine.evaluation.encode_dataset`.
     """
 
-    def encode(images: ImageDataset, items: Sequence[tuple[int, int]], title: str) -> Tensor:
-        items = [item if images.view.is_random else item[0] for item in items]
+    def encode(images: ImageDataset, items: Sequence[Any], title: str) -> Tensor:
         workers = arguments.loader_processes(args)
         return encode_dataset(model, images, items, fits_half=fits_half, num_workers=workers, title=title, **shared)
 
-    seeds = [0] * len(dataset) if seeds is None else seeds.tolist()
-    nodes = encode(dataset, list(enumerate(seeds)), f"encoding {args.set}")
+    items = range(len(dataset)) if seeds is None else list(enumerate(seeds.tolist()))
+    nodes = encode(dataset, items, f"encoding {args.set}")
     features = FeatureSet(nodes, dataset.labels, dataset.class_names, dataset.relative_paths())
     try:
         train = data.open_dataset(args, "train", train=False)
@@ -84,8 +97,8 @@ def encode_split(
         status(f"no train_nodes in {args.features_out}: {error}")
     else:
         items = drawn_images(train)
-        nodes = encode(train, items, "encoding train")
-        features = replace(features, train_nodes=nodes, train_labels=[train.labels[k] for k, _ in items])
+        train_labels = [train.labels[index] for index, _ in items]
+        features = replace(features, train_nodes=encode(train, items, "encoding train"), train_labels=train_labels)
     if shared["ranks"].is_first:
         write_features(args.features_out, features)
         status(f"features: {args.features_out}, {features.nodes.dtype}".replace("torch.", ""))
@@ -103,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path("checkpoint", "eval", args.extra_dir)
     if ranks.is_first:  # a file that cannot be written is an error now, not after the evaluation
         append_line(folder / "results.txt")
-        for path in (folder / "results.json", args.json, args.features_out):
+        for path in (folder / "results.json", args.json, args.csv, args.features_out, args.episodes_out):
             if path not in (None, "-"):
                 check_writable(Path(path))
 
@@ -112,14 +125,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.features_out and dataset.view.is_random and not args.fixed_patches:
         status("-features_out: the patches of an image are drawn once, as with -fixed_patches")
         args.fixed_patches = True
-    episodes = data.draw_episodes(args, dataset, args.test_episode, seed=args.seed, name=args.set)
+    words = {word.partition("=")[0] for word in parser.expand(argv)}
+    most = args.test_episode if "-test_episode" in words else None
+    episodes = data.choose_episodes(args, dataset, seed=args.seed, name=args.set, most=most)
+    found = describe_data(args, dataset, episodes)
+    if args.episodes_out and ranks.is_first:
+        shape = {"way": args.way, "shot": args.shot, "with_seeds": dataset.view.is_random and not args.fixed_patches}
+        write_episodes(args.episodes_out, episodes, dataset, **shape)
     source = {"open_train": partial(data.open_base_images, args), "num_workers": arguments.loader_processes(args)}
     source["train_nodes"] = getattr(dataset, "train_nodes", None)
     prepare_statistics(args, model, weights, device=device, ranks=ranks, **source)
 
     command = arguments.resume_command("eval.py", argv, args) if ranks.is_first and args.json != "-" else None
     with stop_request(command) as stop:
-        settings = {"weights": weights, "data": dataset.fingerprint(), "resume": args.resume, "title": args.set}
+        settings = {"weights": weights, "data": found, "resume": args.resume, "title": args.set}
         shared = {"device": device, "ranks": ranks, "stop": stop}
         if args.features_out:
             dataset = encode_split(args, model, dataset, episodes.fixed_seeds, **shared)

@@ -8,6 +8,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the script without a traceback
 
 import copy
+import importlib.util
 import math
 import os
 import shlex
@@ -125,13 +126,15 @@ def read_results(files: Sequence[str], hashes: set[str]) -> list[dict[str, Any]]
     return rows
 
 
-def describe(args: Namespace, model: DeepEMD, weights: Path) -> dict[str, Any]:
-    """The content of config.json, but for the hash of the weights."""
+def describe(args: Namespace, model: DeepEMD, weights: Path, stored: Path) -> dict[str, Any]:
+    """The content of config.json for ``stored``, the weights of the package, which were written from ``weights``."""
     before = read_config(weights) if is_package(weights) else {}
     path = weights.parent / RECORD
     run = read_json(path, "the flags of a run", dict) if path.is_file() and not before else {}
     checkpoint = before["weights"].get("checkpoint") if before else file_hash(weights)
-    rows = read_results(args.results, {checkpoint, file_hash(weights)})
+    about = {"sha256": file_hash(stored), "dtype": "float16" if args.half else "float32", "checkpoint": checkpoint}
+    about["parameters"] = sum(part.numel() for part in model.encoder.parameters())
+    rows = read_results(args.results, {checkpoint, file_hash(weights), about["sha256"]})
     kept = [row for row in before.get("results", []) if row.get("flags") not in [new["flags"] for new in rows]]
     return {
         "format": FORMAT,
@@ -144,7 +147,7 @@ def describe(args: Namespace, model: DeepEMD, weights: Path) -> dict[str, Any]:
         "head": {name: getattr(args, name) for name in OF_HEAD},
         "data": before.get("data") or {"set": args.dataset, "fingerprint": run.get("data")},
         "results": kept + rows,
-        "weights": {"checkpoint": checkpoint, "parameters": sum(part.numel() for part in model.encoder.parameters())},
+        "weights": about,
         "versions": before.get("versions") or run.get("versions") or environment(),
         "license": args.license or before.get("license"),
     }
@@ -251,6 +254,7 @@ def card(args: Namespace, config: dict[str, Any], name: str, notes: Sequence[str
             dataset_type=row["dataset"],
             dataset_name=row["dataset"],
             dataset_split=row["set"],
+            dataset_config=f"{row['way']}-way {row['shot']}-shot, {as_words(row['flags'])}",  # rows of one task are merged
             metric_value=round(row["accuracy"], 2),
             metric_name=f"accuracy, 95 % interval +- {row['interval']:.2f}",
         )
@@ -314,10 +318,8 @@ def _plain(value: Any) -> Any:
 
 def write_weights(model: DeepEMD, path: Path, *, half: bool) -> None:
     """Write the encoder, and the statistics of the base classes if the model has them."""
-    try:
-        from safetensors.torch import save as to_bytes
-    except ImportError as error:
-        raise InputError("export.py requires safetensors: pip install safetensors") from error
+    from safetensors.torch import save as to_bytes
+
     tensors = {}
     for key, value in model.encoder.state_dict().items():
         value = value.detach().cpu().contiguous()
@@ -332,40 +334,37 @@ def write_weights(model: DeepEMD, path: Path, *, half: bool) -> None:
     write_atomically(path, to_bytes(tensors, metadata={"format": "pt"}))
 
 
-def write_package(
-    args: Namespace, folder: Path, model: DeepEMD, config: dict[str, Any], device: torch.device
-) -> list[str]:
-    """Write all files of a package to a folder, and read the weights back; notes on what was measured."""
+def write_package(args: Namespace, folder: Path, model: DeepEMD, weights: Path, device: torch.device) -> list[str]:
+    """Write all files of a package to a folder, and read the weights back; what to print about it."""
     view = data.view_of(args, train=False)
-    probe, notes = make_probe(args, view), []
     write_weights(model, folder / PACKAGE_WEIGHTS, half=args.half)
-    dtype = "float16" if args.half else "float32"
-    config["weights"] = {"sha256": file_hash(folder / PACKAGE_WEIGHTS), "dtype": dtype, **config["weights"]}
+    config = describe(args, model, weights, folder / PACKAGE_WEIGHTS)
     write_json(folder / PACKAGE_CONFIG, config)
-    model = model.eval()
-    nodes, logits = probe.measure(model, device)
+    probe, notes = make_probe(args, view), []
+    _, logits = probe.measure(model, device)
     read_back = copy.deepcopy(model)
     load_encoder_weights(read_back, folder)
-    stored_nodes, stored = probe.measure(read_back, device)
-    change = float((stored - logits).abs().max())
+    nodes, stored = probe.measure(read_back, device)
+    change, size = float((stored - logits).abs().max()), f"{(folder / PACKAGE_WEIGHTS).stat().st_size / 1e6:.1f} MB"
     if args.half:
-        size = f"{(folder / PACKAGE_WEIGHTS).stat().st_size / 1e6:.1f} MB"
-        flips = f"{int((stored.argmax(1) != logits.argmax(1)).sum())} of {len(logits)} answers change"
-        found = (
-            f"logits change by at most {change:.2g}, the largest of which is {float(logits.abs().max()):.2g}; {flips}"
-        )
-        notes.append(f"stored in float16, {size}: {found} ({probe.what}). Results are those of the weights before")
-        config["weights"]["logit_change"] = change
+        note, before = f"stored in float16, {size}", read_config(weights)["weights"] if is_package(weights) else {}
+        if before.get("dtype") != "float16":
+            flips = f"{int((stored.argmax(1) != logits.argmax(1)).sum())} of {len(logits)} answers change"
+            most = f"logits change by at most {change:.2g}, the largest of which is {float(logits.abs().max()):.2g}"
+            note += f": {most}; {flips} ({probe.what})"
+        if any(row["weights"] != config["weights"]["sha256"] for row in config["results"]):
+            note += ". Results are those of the weights before"
+        notes.append(note)
+        config["weights"]["logit_change"] = before.get("logit_change", change)
         write_json(folder / PACKAGE_CONFIG, config)
     elif change:
         raise InputError(f"the package does not compute what {args.model_dir} does: logits change by {change:.2g}")
     if args.onnx:
-        notes.append(f"{GRAPH}: {write_graph(read_back, probe, stored_nodes, folder / GRAPH)}")
-    title = f"{args.dataset} test"
-    has_picture = draw_picture(probe, read_back, view, device, folder / PICTURE, title)
+        notes.append(f"{GRAPH}: {write_graph(read_back, probe, nodes, folder / GRAPH)}")
+    has_picture = draw_picture(probe, read_back, view, device, folder / PICTURE, f"{args.dataset} test")
     name = Path(os.path.abspath(args.out)).name
     write_atomically(folder / CARD, card(args, config, name, notes, has_picture=has_picture).encode())
-    return notes
+    return [*notes, f"package: {args.out} ({size}, sha256 {config['weights']['sha256']})"]
 
 
 def put(folder: Path, out: Path) -> None:
@@ -387,24 +386,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.model_dir in (None, "none"):
         parser.error("-model_dir names what is exported: a checkpoint, or the folder of a run")
+    if missing := [name for name in ("safetensors", "huggingface_hub") if not importlib.util.find_spec(name)]:
+        raise InputError(f"export.py requires {' and '.join(missing)}: pip install {' '.join(missing)}")
     out = Path(args.out)
     check_out(out)
     adopt_trained_flags(parser, args, argv)
     _, device, device_ids = start(args, one_process=True)
     model, weights = open_model(args, device=device, device_ids=device_ids[:1], **data.pixel_statistics(args))
-    config = describe(args, model, Path(weights))
+    # A package that was half precision stays it: its weights have no more digits.
+    args.half |= is_package(Path(weights)) and read_config(Path(weights))["weights"].get("dtype") == "float16"
+    model = model.eval()
     folder = Path(os.path.abspath(out)).parent / f".{out.name}-{uuid.uuid4().hex}.part"
     folder.mkdir(parents=True)
     try:
-        notes = write_package(args, folder, model, config, device)
+        notes = write_package(args, folder, model, Path(weights), device)
         put(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    for note in notes:
-        print(note)
-    print(
-        f"package: {out} ({(out / PACKAGE_WEIGHTS).stat().st_size / 1e6:.1f} MB, sha256 {config['weights']['sha256']})"
-    )
+    print("\n".join(notes))
     print(f"next: python eval.py -model_dir {shlex.quote(str(out))}")
 
 

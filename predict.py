@@ -12,7 +12,8 @@ import io
 import json
 import os
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ import torch
 from dataloader.readers import image_files
 from dataloader.views import VIEWS
 from deepemd import Answer, Model, Prototypes, add_model_flags
-from engine.arguments import add_json_argument
+from engine.arguments import add_csv_argument, add_json_argument
+from engine.results import confusion_lines
 from engine.run import fingerprint
 from engine.start import start
 from engine.weights_flags import adopt_trained_flags, as_words
@@ -38,6 +40,7 @@ from utils import (
     printable,
     run_script,
     status,
+    write_csv,
     write_output,
 )
 
@@ -59,6 +62,7 @@ def build_parser() -> ArgumentParser:
     group.add_argument("-query", nargs="+", default=[], metavar="PATH", help="images, or folders of them at any depth")
     group = parser.add_argument_group("results")
     add_json_argument(group, "a list of the results")
+    add_csv_argument(group, "image, with what -json has")
     group.add_argument("-top", type=count, default=1, help="classes listed for each image, the most probable first")
     group.add_argument("-save", metavar="FILE", help="write the prototypes to FILE, for -prototypes")
     group.add_argument("-picture", metavar="DIR", help="draw the match behind each prediction, in DIR")
@@ -68,10 +72,46 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def as_json(answer: Answer, top: int) -> dict[str, Any]:
-    """An answer as an entry of the list of -json."""
+def known_classes(folders: Iterable[str], files: Sequence[str], classes: Sequence[str]) -> dict[str, str]:
+    """The classes of those files that are in a folder which has nothing but a folder of images for each of some classes."""
+    known = {}
+    for folder in filter(os.path.isdir, folders):
+        inside = {file: Path(file).relative_to(folder).parts for file in files if Path(file).is_relative_to(folder)}
+        others = [file for file, parts in inside.items() if len(parts) < 2 or parts[0] not in classes]
+        if not others:
+            known |= {file: parts[0] for file, parts in inside.items()}
+        elif len(others) < len(inside):
+            place = f"{printable(others[0])} is not in a folder of a class of the examples"
+            status(f"no accuracy of the images in {printable(folder)}: {place}")
+    return known
+
+
+def report_accuracy(truths: Sequence[str], found: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """Lines: how many images of known class were classified correctly, in all and by class, and what others were taken for."""
+    confusion = Counter(zip(truths, found, strict=True))
+    counts = [[confusion[true, predicted] for predicted in classes] for true in classes]
+    right = sum(true == predicted for true, predicted in zip(truths, found, strict=True))
+    of = f"{right} of {len(truths)} images whose folder names their class"
+    return [f"accuracy: {100 * right / len(truths):.2f} % ({of})", *confusion_lines(classes, counts)]
+
+
+def write_table(listed: Sequence[dict[str, Any]], path: str, top: int) -> None:
+    """The list of -json as a table, with two columns for each further class."""
+    header = ["file", "class", "probability", "cost", "runner_up"] + ["truth"] * any("truth" in row for row in listed)
+    more = [f"{what}_{place}" for place in range(2, top + 1) for what in ("class", "probability")]
+    rows = []
+    for row in listed:
+        others = [value for other in row.get("top", [])[1:] for value in (other["class"], other["probability"])]
+        rows.append([*(row.get(name) for name in header), *others])
+    write_csv(Path(path), header + more, rows)
+
+
+def as_json(answer: Answer, top: int, truth: str | None) -> dict[str, Any]:
+    """An answer as an entry of the list of -json, with the true class where that is known."""
     content = {"file": answer.file, "class": answer.class_name, "probability": answer.probability}
     content |= {"cost": answer.cost, "runner_up": answer.runner_up}
+    if truth is not None:
+        content["truth"] = truth
     if top > 1:
         content["top"] = [{"class": name, "probability": share} for name, share in answer.ranking[:top]]
     return content
@@ -150,13 +190,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("give either -support DIR or -prototypes FILE")
     if not (args.query or args.save):
         parser.error("give -query PATH, or -save FILE to make prototypes alone")
-    if args.json and not args.query:
-        parser.error("-json lists answers and requires -query PATH")
+    for name in ("json", "csv"):
+        if getattr(args, name) and not args.query:
+            parser.error(f"-{name} lists answers and requires -query PATH")
     adopt_trained_flags(parser, args, argv)
     if args.picture:
         check_head(args.head)
         picture_path(Path(args.picture), "picture", args.format)
-    for path in filter(None, (args.save, args.json if args.json != "-" else None)):
+    for path in filter(None, (args.save, args.csv, args.json if args.json != "-" else None)):
         check_writable(Path(path))
     _, device, device_ids = start(args, one_process=True)
     brings_statistics = bool(args.prototypes) and not args.statistics
@@ -166,26 +207,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     origin = f"sha256 {known}" if known else f"random weights of seed {args.seed}"
     names = [*SETTINGS, *(name for name in VIEWS[args.deepemd][1] if name != "train")]
     made_with = {"settings": {name: getattr(args, name) for name in names}, "weights": origin}
-    if args.prototypes:
-        prototypes = load_prototypes(args.prototypes, model.network, **made_with)
-    else:
-        prototypes = model.prototypes(args.support)
+    made_with["model"] = model.network
+    prototypes = load_prototypes(args.prototypes, **made_with) if args.prototypes else model.prototypes(args.support)
     if args.save:
-        save_prototypes(prototypes, args.save, model.network, **made_with)
+        save_prototypes(prototypes, args.save, **made_with)
         status(f"prototypes of {len(prototypes.classes)} classes: {args.save}")
     if not args.query:
         return
     width = max(len("runner-up"), *(len(shorten(name, 40)) for name in prototypes.classes))
     if args.json != "-":
         print(f"{'class':{width}}  probability    cost  {'runner-up':{width}}  file")
+    files = list(image_files(args.query))
+    truth_of = known_classes(args.query, files, prototypes.classes)
     listed, taken = [], set()
-    for answer in model.answers(prototypes, image_files(args.query), skip=True):
-        listed.append(as_json(answer, args.top))
+    for answer in model.answers(prototypes, files, skip=True):
+        listed.append(as_json(answer, args.top, truth_of.get(answer.file)))
         if args.json != "-":
             print_answer(answer, args.top, width)
         if args.picture:
             figure = model.draw(prototypes, answer, flows=args.flows)
             save(figure, path_for(answer.file, Path(args.picture), args.format, taken))
+    pairs = [(row["truth"], row["class"]) for row in listed if "truth" in row]
+    if pairs and args.json != "-":
+        print("\n" + "\n".join(report_accuracy(*zip(*pairs, strict=True), prototypes.classes)))
+    if args.csv:
+        write_table(listed, args.csv, args.top)
     if args.json == "-":
         print(json.dumps(listed, indent=1))
     elif args.json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import difflib
 import errno
 import hashlib
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -97,8 +98,10 @@ class _Parser(argparse.ArgumentParser):
         """The flags of a ``-config`` file as words of a command line."""
 
         def check(content: Any) -> tuple[dict[str, Any], bool, Any]:
+            if not isinstance(content, dict):
+                raise TypeError("it must be an object, {flag: value}")
             is_record = isinstance(content.get("flags"), dict)  # of a run, an evaluation or a package
-            return dict((content["flags"] if is_record else content).items()), is_record, content.get("script")
+            return content["flags"] if is_record else content, is_record, content.get("script")
 
         try:
             flags, is_record, script = read_json(Path(file), "flags", check)
@@ -112,7 +115,7 @@ class _Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
             self.error(f"-config {file}: there is no flag -{printable(name)}; the nearest is -{near}")
         if is_record:
-            is_other = unknown or (script or self.prog.split()[0]) != self.prog.split()[0]
+            is_other = script != self.prog.split()[0] if script else bool(unknown)
             left_out = {*unknown, "resume", *(SCRIPT_FLAGS if is_other else ())}
             flags = {name: value for name, value in flags.items() if name not in left_out}
         words: list[str] = []
@@ -142,7 +145,7 @@ def flag_value(action: argparse.Action, value: Any) -> Any:
         return value
     try:
         if action.nargs == 0 or isinstance(value, dict | bool | None):
-            raise ValueError(f"{value!r} is no value of it")
+            raise ValueError(f"expected {'true or false' if action.nargs == 0 else 'a value'}; got {json.dumps(value)}")
         return _value_of(action, _text(value)) if action.nargs != "+" else [_value_of(action, word) for word in value]
     except Exception as error:  # a type of argparse has an exception of its own
         raise ValueError(f"-{action.dest}: {error}") from error
@@ -314,6 +317,15 @@ def check_writable(path: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write one of our JSON files atomically."""
     write_atomically(path, json.dumps(content, indent=1).encode())
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table that the user named; None becomes an empty field."""
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_output(path, table.getvalue().encode(errors="backslashreplace"))
 
 
 def save_plain(path: Path, content: Any) -> None:

@@ -1,4 +1,5 @@
-"""Pictures: which regions were matched (episode, pair), the curves of runs (curves), evaluations side by side (compare)."""
+"""Pictures: which regions were matched (episode, pair), the curves of runs (curves), evaluations side by side (compare), which
+classes were taken for which (confusion)."""
 
 from __future__ import annotations
 
@@ -86,6 +87,8 @@ def build_parser() -> ArgumentParser:
     added.add_argument("files", nargs="+", metavar="FILE", help=files)
     names = "names of the evaluations, as in before,after (default: what tells the paths apart)"
     added.add_argument("-names", type=lambda text: text.split(","), metavar="NAMES", help=names)
+    added = command("confusion", "draw which classes an evaluation took for which")
+    added.add_argument("file", metavar="FILE", help="results.json of eval.py or train_meta.py")
     return parser
 
 
@@ -162,7 +165,20 @@ def draw_comparison(args: Namespace) -> None:
     print(canvas.save(plots.draw_comparison(evaluations), path))
 
 
-COMMANDS = {"episode": draw_episode, "pair": draw_pair, "curves": draw_curves, "compare": draw_comparison}
+def draw_confusion(args: Namespace) -> None:
+    path = output(args, "confusion")
+    confusion = plots.read_confusion(Path(args.file))
+    print("\n".join(plots.worst_pairs(confusion)))
+    print(canvas.save(plots.draw_confusion(confusion), path))
+
+
+COMMANDS = {
+    "episode": draw_episode,
+    "pair": draw_pair,
+    "curves": draw_curves,
+    "compare": draw_comparison,
+    "confusion": draw_confusion,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -214,6 +214,8 @@ def _encoder(
         settings = {"layer": args.backbone_layer, "weights": weights or args.backbone_weights, **statistics}
         settings |= {"amp": args.amp, "checkpoint_activations": args.checkpoint_activations}
         encoder = make_encoder(args.backbone, image_size=plan.image_size, **settings)
+        if encoder.weights != "none":
+            status(f"weights: {encoder.weights}")
         if encoder.comes_with_weights and args.deepemd != "fcn":
             status(f"-deepemd {args.deepemd}: every patch of an image is a whole pass of {encoder.name}")
     return encoder
@@ -239,10 +241,11 @@ def open_model(
         statistics = {"mean": config["mean"], "std": config["std"]}
     given = starting_weights(args, source)
     model = build_model(args, device_ids=device_ids, weights=given, **statistics).to(device)
-    shown = source if weights else model.encoder.weights
-    status(f"weights: {shown}" + (f" ({weights})" if "://" in shown else ""))
     if not weights:
-        return model, shown
+        if model.encoder.weights == "none":
+            status("weights: none")
+        return model, model.encoder.weights
+    status(f"weights: {source}" + (f" ({weights})" if "://" in source else ""))
     hint = "Set -model_dir, or download the published weights: bash download_trained_model.sh"
     load_encoder_weights(model, weights, hint=hint)
     return model, str(weights)

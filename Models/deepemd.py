@@ -199,8 +199,8 @@ class DeepEMD(nn.Module):
         return model
 
     def settle(self) -> None:
-        """Raise what a solver on the model's device has met and not reported yet: see :func:`Models.emd.settle`."""
-        settle(next(self.encoder.parameters()).device)
+        """Raise what a solver on a GPU has met and not reported yet: see :func:`Models.emd.settle`."""
+        settle()
 
     def _run_encoder(self, images: Tensor) -> Tensor:
         if len(self.device_ids) < 2:

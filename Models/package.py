@@ -113,16 +113,21 @@ def _from_hub(source: str) -> Path:
             f"{printable(source)} is not the name of a package. Write hf://owner/name, or hf://owner/name@revision"
         )
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, logging
     except ImportError as error:
         raise InputError(f"{source} requires the Hub's library: pip install huggingface_hub") from error
+    logging.set_verbosity_error()  # it tries again for half a minute, and reports every attempt
     name, revision = found.groups()
+    server = {"endpoint": (os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None}
     with _hub_errors(source):
-        config = Path(hf_hub_download(name, PACKAGE_CONFIG, revision=revision))
-    read_config(config)  # of another project, whose weights may be large
+        config = Path(hf_hub_download(name, PACKAGE_CONFIG, revision=revision, **server))
+    try:
+        read_config(config)  # before weights of another project, which may be large, are downloaded
+    except InputError as error:
+        raise InputError(f"{source} is no package of export.py that this version reads: {error}") from error
     with _hub_errors(source):
         # Of the same commit, which is the name of the folder, should the branch have moved on.
-        return Path(hf_hub_download(name, PACKAGE_WEIGHTS, revision=config.parent.name)).parent
+        return Path(hf_hub_download(name, PACKAGE_WEIGHTS, revision=config.parent.name, **server)).parent
 
 
 @contextmanager

@@ -4,12 +4,16 @@ import copy
 import difflib
 import inspect
 import logging
+import socket
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor, nn
@@ -78,10 +82,7 @@ class TimmEncoder(Encoder):
         self.weights = self.name if weights == "hub" else weights
         self.options = _options(self.network, self.layer)
         if checkpoint_activations:
-            try:
-                self.network.set_grad_checkpointing(True)
-            except (AttributeError, AssertionError):
-                raise InputError(f"-checkpoint_activations: {self.name} cannot recompute its activations") from None
+            _checkpoint_activations(self.network, self.name)
         if amp != "off":
             self.to(memory_format=torch.channels_last)
 
@@ -224,14 +225,17 @@ def _bare(model: str, **settings: Any) -> nn.Module:
         try:
             with torch.device("meta"):
                 return _create(model, pretrained=False, **settings)
-        except InputError:
+        except InputError as error:
+            if isinstance(error.__cause__, OSError):  # of the hub, or a folder
+                raise
             return _create(model, pretrained=False, **settings)
 
 
 def _create(model: str, **settings: Any) -> nn.Module:
-    timm = _timm()
+    timm, asks_hub = _timm(), settings["pretrained"] or model.startswith(("hf-hub:", "hf_hub:"))
     try:
-        network = timm.create_model(model, **{"num_classes": 0, **settings})
+        with _hub_reachable() if asks_hub else nullcontext():
+            network = timm.create_model(model, **{"num_classes": 0, **settings})
     except Exception as error:  # of the hub, of timm, or of the network
         fault = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         advice = "Set -backbone_weights to a file, or to none for random weights" if settings["pretrained"] else ""
@@ -246,12 +250,35 @@ def _create(model: str, **settings: Any) -> nn.Module:
     return network
 
 
+def _hub_reachable() -> Any:
+    """A context in which the hub's client does not try for a minute to reach it, if its name cannot be resolved."""
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
+    if not offline and not getproxies():
+        try:
+            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+        except OSError:
+            offline = True
+    return mock.patch.object(constants, "HF_HUB_OFFLINE", offline)
+
+
 def _options(network: nn.Module, index: int) -> dict[str, Any]:
     """Arguments of ``forward_intermediates`` for the map of one layer."""
     known = inspect.signature(network.forward_intermediates).parameters
     wanted = {"norm": True, "stop_early": True}  # convolutional networks have no final norm
     options = {name: value for name, value in wanted.items() if name in known}
     return {"indices": [index], "output_fmt": "NCHW", "intermediates_only": True, **options}
+
+
+def _checkpoint_activations(network: nn.Module, name: str) -> None:
+    if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        why = "has batch norm, whose statistics would count every batch twice"
+        raise InputError(f"-checkpoint_activations: {name} {why}. Leave it out")
+    try:
+        network.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise InputError(f"-checkpoint_activations: {name} cannot recompute its activations. Leave it out") from None
 
 
 def _with_weights(model: str, weights: str, settings: dict[str, Any]) -> nn.Module:

@@ -75,14 +75,15 @@ def measure_encoder(args: Namespace, device: torch.device) -> Rows:
                 maps.mean().backward()
 
         rate = batch / seconds(work, device, 1 if args.quick else 20)
-        memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+        memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
         yield {"amp": amp, "compile": compiled, "phase": phase, "batch": batch, "images/s": rate, "GiB": memory}
 
 
 def measure_episodes(args: Namespace, device: torch.device) -> Rows:
     """Milliseconds of the parts of a 1-shot episode: encoding, matching, and a training step with its gradient."""
-    images = torch.randint(256, (WAY * (1 + QUERY), 3, 84, 84), dtype=torch.uint8, device=device)
-    labels, calls = torch.arange(WAY * QUERY, device=device) % WAY, 1 if args.quick else 10
+    query, edge, calls = (1, 32, 1) if args.quick else (QUERY, 84, 10)
+    images = torch.randint(256, (WAY * (1 + query), 3, edge, edge), dtype=torch.uint8, device=device)
+    labels = torch.arange(WAY * query, device=device) % WAY
     for solver in ("opencv", "simplex", "ipm"):
         model = DeepEMD(solver=solver).to(device).train()
         folded = model.folded()

@@ -6,7 +6,8 @@ from typing import Any
 
 from dataloader.catalog import CATALOG
 from dataloader.dataset import ImageDataset
-from dataloader.episodes import EpisodeSampler, SeededEpisodes
+from dataloader.episode_files import read_episodes
+from dataloader.episodes import EpisodeSampler, ListedEpisodes, SeededEpisodes
 from dataloader.features import FeatureSet, read_features
 from dataloader.readers import image_files
 from dataloader.views import CROP_TO, INTERPOLATIONS, VIEWS, View, make_view
@@ -72,6 +73,15 @@ def add_episode_arguments(parser: ArgumentParser) -> None:
     group.add_argument("-way", type=count, default=5, help="classes per episode")
     group.add_argument("-shot", type=count, default=1, help="support images per class")
     group.add_argument("-query", type=count, default=15, help="queries per class")
+
+
+def add_episode_file_arguments(group: Any) -> None:
+    """The flags of files of episodes, which :func:`choose_episodes` reads."""
+    what = "evaluate the episodes of a JSON file instead of drawn ones; it decides -way, -shot and -query"
+    group.add_argument("-episodes_in", metavar="FILE", help=f"{what}, and -test_episode if that is not given")
+    group.add_argument(
+        "-episodes_out", metavar="FILE", help="write the episodes to FILE, for -episodes_in or another program"
+    )
 
 
 def add_features_argument(group: Any) -> None:
@@ -141,16 +151,38 @@ def draw_episodes(
     Raises:
         InputError: the data set has too few classes, a class has too few images, or an episode is too large for memory.
     """
+    check_episode_size(args, dataset)
+    try:
+        sampler = EpisodeSampler(dataset.labels, episodes, args.way, args.shot + args.query)
+    except InputError as error:
+        where = f"{args.dataset}, {name}" if isinstance(dataset, ImageDataset) else f"-features {args.features},"
+        raise InputError(f"{where} episodes: {error}") from None
+    fixed_views = len(dataset) if args.fixed_patches and not train else None
+    return SeededEpisodes(sampler, seed=seed, name=name, fixed_views=fixed_views)
+
+
+def choose_episodes(
+    args: Namespace, dataset: ImageDataset | FeatureSet, *, seed: int, name: str, most: int | None = None
+) -> SeededEpisodes | ListedEpisodes:
+    """``-test_episode`` episodes, drawn, or those of ``-episodes_in``, at most ``most``, whose shape ``args`` then has.
+
+    InputError as for :func:`draw_episodes`, or a file that cannot be used.
+    """
+    if not args.episodes_in:
+        return draw_episodes(args, dataset, args.test_episode, seed=seed, name=name)
+    fixed_views = len(dataset) if args.fixed_patches else None
+    episodes = read_episodes(args.episodes_in, dataset, seed=seed, name=name, fixed_views=fixed_views, most=most)
+    args.way, args.shot, args.query = episodes.way, episodes.shot, episodes.query
+    args.test_episode = len(episodes)
+    check_episode_size(args, dataset)
+    return episodes
+
+
+def check_episode_size(args: Namespace, dataset: ImageDataset | FeatureSet) -> None:
+    """Raise InputError if an episode is too large for memory."""
     per_class, patches = args.shot + args.query, dataset.view.patches
     size = args.way * per_class * patches * 3 * args.image_size**2 / 2**30
     if size > LARGEST_EPISODE and isinstance(dataset, ImageDataset):
         episode = f"an episode of {args.way} classes with {per_class} images of {patches} patches"
         text = f"{episode} needs {size:.0f} GiB for its pixels; at most {LARGEST_EPISODE} GiB are allowed"
         raise InputError(f"{text}. Lower -way, -query, -image_size or the number of patches")
-    try:
-        sampler = EpisodeSampler(dataset.labels, episodes, args.way, per_class)
-    except InputError as error:
-        where = f"{args.dataset}, {name}" if isinstance(dataset, ImageDataset) else f"-features {args.features},"
-        raise InputError(f"{where} episodes: {error}") from None
-    fixed_views = len(dataset) if args.fixed_patches and not train else None
-    return SeededEpisodes(sampler, seed=seed, name=name, fixed_views=fixed_views)

@@ -103,6 +103,11 @@ class _Seeded(Sampler[list[tuple[int, int]]], ABC):
         return map(self.__getitem__, range(len(self)))
 
 
+def fixed_view_seeds(images: int, seed: int, name: str) -> Tensor:
+    """A view seed for each image, whatever it is drawn for."""
+    return torch.randint(_SEEDS, (images,), generator=named_generator(seed, name, "views"))
+
+
 class SeededEpisodes(_Seeded):
     """Episodes that can be drawn one by one, in any order: lists of ``W*P`` pairs (index, view seed).
 
@@ -117,7 +122,7 @@ class SeededEpisodes(_Seeded):
         self.sampler = sampler
         self.fixed_seeds = None
         if fixed_views is not None:
-            self.fixed_seeds = torch.randint(_SEEDS, (fixed_views,), generator=named_generator(seed, name, "views"))
+            self.fixed_seeds = fixed_view_seeds(fixed_views, seed, name)
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -127,6 +132,47 @@ class SeededEpisodes(_Seeded):
         indices = self.sampler.draw(generator)
         if self.fixed_seeds is not None:
             return indices, self.fixed_seeds[indices]
+        return indices, torch.randint(_SEEDS, (len(indices),), generator=generator)
+
+
+class ListedEpisodes(_Seeded):
+    """Episodes of a file, all of one shape, which :func:`read_episodes` returns; see :class:`SeededEpisodes`.
+
+    Args:
+        indices: ``W*P`` images for each episode, class-interleaved.
+        way, shot, query: the shape.
+        view_seeds: seeds of the views for each episode; drawn when not given.
+        most: use the first ones only.
+    """
+
+    def __init__(
+        self,
+        indices: Sequence[Sequence[int]],
+        *,
+        way: int,
+        shot: int,
+        query: int,
+        seed: int,
+        name: str,
+        view_seeds: Sequence[Sequence[int]] | None = None,
+        fixed_views: int | None = None,
+        most: int | None = None,
+    ) -> None:
+        super().__init__(seed, name)
+        self.count = min(len(indices), most or len(indices))
+        self.indices, self.way, self.shot, self.query, self.view_seeds = indices, way, shot, query, view_seeds
+        self.fixed_seeds = None if fixed_views is None else fixed_view_seeds(fixed_views, seed, name)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def _draw(self, k: int) -> tuple[list[int], Tensor]:
+        indices = list(self.indices[k])
+        if self.fixed_seeds is not None:
+            return indices, self.fixed_seeds[indices]
+        if self.view_seeds is not None:
+            return indices, torch.tensor(self.view_seeds[k])
+        generator = named_generator(self.seed, self.name, self.epoch, "views", k)
         return indices, torch.randint(_SEEDS, (len(indices),), generator=generator)
 
 

@@ -134,6 +134,18 @@ def add_json_argument(group: Any, what: str = "the results") -> None:
     group.add_argument("-json", metavar="FILE", help=f'also write {what} to FILE; "-" prints them and nothing else')
 
 
+def add_csv_argument(group: Any, what: str) -> None:
+    group.add_argument(
+        "-csv", type=_table_file, metavar="FILE", help=f"also write a table to FILE: a row for each {what}"
+    )
+
+
+def _table_file(text: str) -> str:
+    if text == "-":
+        raise ArgumentTypeError('expected the name of a file; "-" is for -json')
+    return text
+
+
 def loader_processes(args: Namespace) -> int:
     """Processes that load images for this one."""
     return min(8, available_cores()) if args.num_workers is None else args.num_workers
@@ -194,8 +206,9 @@ def _words(parser: ArgumentParser, flags: dict[str, Any]) -> list[str]:
     defaults = vars(parser.parse_args([]))
     dependent = [name for name, value in defaults.items() if value is not None and parser.get_default(name) is None]
     others = {name: value for name, value in flags.items() if name in defaults and name not in dependent}
-    if dependent and others:  # defaults that depend on other flags are those beside these flags
-        defaults |= vars(parser.parse_args(_as_words({**defaults, **others}, defaults)))
+    if dependent and others:  # their defaults are those beside these flags
+        found = parser.parse_args(_as_words({**defaults, **others}, defaults))
+        defaults |= {name: getattr(found, name) for name in dependent}
     return _as_words({**defaults, **flags}, defaults)
 
 

@@ -101,7 +101,7 @@ class NodeTable:
 
     def get(self, rows: Tensor) -> Tensor:
         """Rows ``(E, images)`` to nodes ``(E, images, C, N)`` on the device."""
-        nodes = self.nodes[rows.flatten().to(self.nodes.device)].to(self.device, non_blocking=True)
+        nodes = self.nodes[rows.flatten().to(self.nodes.device, non_blocking=True)].to(self.device, non_blocking=True)
         return (nodes.float() if nodes.dtype == torch.float16 else nodes).unflatten(0, rows.shape)
 
 

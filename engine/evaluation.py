@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -94,6 +95,10 @@ class Evaluation(NamedTuple):
         return f"{self.accuracy:.2f} +- {self.interval:.2f} %"
 
 
+# (true class, predicted class), as numbers of the data set -> queries
+Confusion = Counter[tuple[int, int]]
+
+
 class _RunningInterval:
     """Mean and 95 % interval of the accuracies so far, in constant time per score."""
 
@@ -114,13 +119,16 @@ class _RunningInterval:
 class Recorder:
     """Records the scores of an evaluation in a file from time to time, so that it can be resumed.
 
-    With ``resume``, ``scores`` are those in the file at first; one that does not fit so many ``episodes`` of so many
-    ``queries`` is set aside with a warning. Only the first rank reads and writes.
+    With ``resume``, ``scores`` and ``confusion`` are those in the file at first; one that does not fit so many ``episodes`` of
+    so many ``queries`` is set aside with a warning. Only the first rank reads and writes.
     """
+
+    # None where an earlier version, which did not record it, began the evaluation.
+    confusion: Confusion | None
 
     def __init__(self, path: Path, *, resume: bool, episodes: int, queries: int, ranks: Ranks) -> None:
         self.path, self.ranks, self.next_write = path, ranks, time.monotonic() + SECONDS_BETWEEN_RECORDS
-        content: tuple[list[Score], float] = [], 0.0
+        content: tuple[list[Score], Confusion | None, float] = [], Counter(), 0.0
         if resume and ranks.is_first and path.exists():
             try:
                 content = read_json(path, "scores of an evaluation", lambda found: _parse(found, episodes, queries))
@@ -128,7 +136,7 @@ class Recorder:
                 aside = path.with_suffix(".damaged")
                 path.replace(aside)
                 warn(f"{error}. It is now {aside.name}, and the evaluation starts from its first episode")
-        self.scores, earlier_seconds = ranks.from_first(content)
+        self.scores, self.confusion, earlier_seconds = ranks.from_first(content)
         self.start = time.monotonic() - earlier_seconds
 
     @property
@@ -136,11 +144,16 @@ class Recorder:
         """Time spent on the evaluation, interrupted parts included."""
         return time.monotonic() - self.start
 
-    def update(self, *, now: bool) -> None:
-        """Write the scores if it is time, or ``now``."""
+    def update(self, confusions: Sequence[Confusion] = (), *, now: bool) -> None:
+        """Add what classes were confused, and write all if it is time, or ``now``."""
+        if self.confusion is not None:
+            for confusion in confusions:
+                self.confusion.update(confusion)
         before = time.monotonic()
         if self.ranks.is_first and (now or before >= self.next_write):
             content = {"scores": self.scores, "seconds": self.seconds}
+            if self.confusion is not None:
+                content["confusion"] = [[*pair, count] for pair, count in self.confusion.items()]
             write_atomically(self.path, json.dumps(content).encode())  # compact, as there may be a million scores
             after = time.monotonic()
             self.next_write = after + max(SECONDS_BETWEEN_RECORDS, 20 * (after - before))
@@ -150,14 +163,21 @@ class Recorder:
         self.path.unlink(missing_ok=True)
 
 
-def _parse(content: Any, episodes: int, queries: int) -> tuple[list[Score], float]:
+def _parse(content: Any, episodes: int, queries: int) -> tuple[list[Score], Confusion | None, float]:
     scores, seconds = [Score(*row) for row in content["scores"]], content["seconds"]
     fits = len(scores) <= episodes and 0 <= seconds <= sys.float_info.max
     for loss, hits, count in scores:
         fits = fits and 0 <= loss <= sys.float_info.max and 0 <= hits <= count == queries and hits % 1 == 0
+    confusion = None if scores else Counter()
+    if "confusion" in content:
+        confusion = Counter({(true, found): count for true, found, count in content["confusion"]})
+        fits = fits and all(type(number) is int for row in content["confusion"] for number in row)
+        hits = sum(count for (true, found), count in confusion.items() if true == found)
+        fits = fits and hits in (0, sum(score.hits for score in scores))
+        fits = fits and confusion.total() in (0, sum(score.queries for score in scores))
     if not fits:
         raise ValueError("its numbers do not fit this evaluation")
-    return scores, seconds
+    return scores, confusion, seconds
 
 
 @dataclass(eq=False)
@@ -212,15 +232,15 @@ class Evaluator:
         rank, size, total = self.ranks.rank, self.episode_batch, len(episodes)
         with progress_bar(title, total=total, initial=len(scores), disable=not self.ranks.is_first) as bar:
             for start in range(len(scores), total, self.ranks.size * size):  # a round: a group for every rank
-                first, group = start + rank * size, []
+                first, group = start + rank * size, ([], Counter())
                 if first < total:
-                    group = self._score(model, next(nodes_of_groups), episodes.epoch, first, solver)
-                rows = self.ranks.gather((self.stop.signal_number, group))
-                new = [score for _, part in rows for score in part]
+                    group = self._score(model, next(nodes_of_groups), episodes, first, solver)
+                rows = self.ranks.gather((self.stop.signal_number, *group))
+                new = [score for _, part, _ in rows for score in part]
                 scores += new
-                signal_number = max(number for number, _ in rows)
+                signal_number = max(number for number, _, _ in rows)
                 if recorder:
-                    recorder.update(now=signal_number > 0)
+                    recorder.update([confusion for _, _, confusion in rows], now=signal_number > 0)
                 if signal_number:
                     raise Stopped(signal_number)
                 shown.add(new)
@@ -255,21 +275,31 @@ class Evaluator:
                 table.put(batch.rows, encode_images(model, pixels, device=self.device), least=group.rows.numel())
             yield table.get(group.rows)
 
-    def _score(self, model: Model, nodes: Tensor, epoch: int, first: int, solver: str | None) -> list[Score]:
-        """The scores of a group whose nodes are ``(E, images, C, N)``, from episode number ``first`` on."""
+    def _score(
+        self, model: Model, nodes: Tensor, episodes: Episodes, first: int, solver: str | None
+    ) -> tuple[list[Score], Confusion]:
+        """The scores of a group whose nodes are ``(E, images, C, N)``, from episode number ``first`` on, and its confusion."""
         support = self.way * self.shot
-        draws = [named_generator(self.seed, "sfc", epoch, first + k) for k in range(len(nodes))]
+        draws = [named_generator(self.seed, "sfc", episodes.epoch, first + k) for k in range(len(nodes))]
         settings = {"way": self.way, "shot": self.shot, "solver": solver, "generator": draws}
         logits = model.match(nodes[:, :support], nodes[:, support:], **settings)  # (E, W*Q, W)
         queries = logits.shape[1]
         labels = (torch.arange(queries, device=logits.device) % self.way).expand(len(nodes), -1)
         # By gather: the gradient-free kernel of cross_entropy for more than one axis is not deterministic on a GPU.
         losses = -logits.log_softmax(2).gather(2, labels.unsqueeze(2)).mean((1, 2))
-        rows = torch.stack([losses, (logits.argmax(2) == labels).sum(1)], dim=1).tolist()  # one wait for the device
-        if not all(math.isfinite(loss) for loss, _ in rows):
+        rows = torch.cat([losses.unsqueeze(1), logits.argmax(2)], dim=1).tolist()  # one wait for the device
+        if not all(math.isfinite(loss) for loss, *_ in rows):
             model.settle()
             raise DivergenceError("the logits are not finite: the encoder's weights have diverged")
-        return [Score(loss, hits, queries) for loss, hits in rows]
+        scores, confusion, classes_of = [], Counter(), getattr(self.dataset, "labels", None)
+        for k, (loss, *found) in enumerate(rows):
+            hits = sum(predicted == query % self.way for query, predicted in enumerate(found))
+            scores.append(Score(loss, hits, queries))
+            if classes_of is not None:
+                classes = [classes_of[index] for index, _ in episodes[first + k][: self.way]]
+                pairs = ((classes[query % self.way], classes[int(number)]) for query, number in enumerate(found))
+                confusion.update(pairs)
+        return scores, confusion
 
 
 @torch.no_grad()

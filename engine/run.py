@@ -211,7 +211,7 @@ def hold_lock(path: Path, advice: str) -> Any:
 def environment() -> dict[str, str]:
     """Versions of Python, of the libraries that compute, and the commit of this project where git knows it."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "numpy", "opencv-python", "numba", "qpth", "pillow"):
+    for name in ("torch", "torchvision", "numpy", "opencv-python", "numba", "qpth", "pillow", "timm"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     git = ["git", "-C", str(Path(__file__).parents[1]), "describe", "--always", "--dirty", "--abbrev=40"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -121,11 +122,20 @@ def read_results(file: Path) -> Results:
 
 def why_not_paired(base: Results, other: Results) -> str:
     """What keeps episode k of one evaluation from being episode k of the other; empty where nothing does."""
+    data = [one.data if isinstance(one.data, dict) else {} for one in (base, other)]
+    listed = [one.get("episodes") for one in data]
+    # Where the images have another form, as their nodes, they are compared by their names.
+    key = "order" if all("order" in one for one in data) else "sha256"
+    differ = all(data) and data[0].get(key, data[0]) != data[1].get(key, data[1])
+    if all(listed) and not differ:
+        return "" if listed[0] == listed[1] else "other episodes"
+    if any(one.flags.get("episodes_in") for one in (base, other)):
+        return "other images" if all(listed) else "the episodes of one are those of a file"
     for name in SAME_EPISODES:
         wanted, found = base.flags.get(name), other.flags.get(name)
         if wanted != found:
             return f"-{name} {found}, not {wanted}"
-    return "other images" if base.data and other.data and base.data != other.data else ""
+    return "other images" if differ else ""
 
 
 def compare(names: Sequence[str], results: Sequence[Results]) -> list[Compared]:
@@ -179,4 +189,86 @@ def draw_comparison(evaluations: Sequence[Compared]) -> Figure:
     key = "line: from 5 % to 95 % of the episodes; bar: the middle half; mark: mean with its 95 % interval"
     key += "\nin brackets: difference from the first evaluation, on the same episodes"
     figure.supxlabel(key, x=0.01, ha="left", fontsize=9)
+    return figure
+
+
+MOST_NAMED = 80  # classes of a confusion matrix whose names can be read
+
+
+class Confusion(NamedTuple):
+    """Which classes were taken for which."""
+
+    classes: list[str]
+    counts: np.ndarray  # (true class, predicted class): queries
+
+    @property
+    def shares(self) -> np.ndarray:
+        """The counts in percent of the queries of the true class; NaN for a class that had none."""
+        totals = self.counts.sum(1, keepdims=True)
+        return np.where(totals > 0, 100 * self.counts / np.maximum(totals, 1), np.nan)
+
+
+def read_confusion(file: Path) -> Confusion:
+    """The confusion matrix of an evaluation; InputError where there is none."""
+
+    def parse(content: dict[str, Any]) -> Confusion:
+        if "accuracies" in content and "confusion" not in content:
+            reason = "an earlier version wrote it, or the data has too many classes"
+            raise InputError(f"{file} has no confusion matrix: {reason}. Evaluate again, or read its class_accuracy")
+        classes, counts = content["confusion"]["classes"], np.array(content["confusion"]["counts"])
+        fits = counts.dtype.kind == "i" and counts.shape == (len(classes), len(classes)) and counts.min() >= 0
+        if not (fits and counts.any() and all(isinstance(name, str) for name in classes)):
+            raise ValueError("its matrix has other sizes than its classes, or no counts")
+        return Confusion(classes, counts)
+
+    return read_json(file, "the results of an evaluation", parse)
+
+
+def worst_pairs(confusion: Confusion, most: int = 10) -> list[str]:
+    """A line for each of the classes that are most often taken for another, and for which."""
+    shares = np.nan_to_num(confusion.shares)
+    np.fill_diagonal(shares, 0)
+    names = [shorten(name, 40) for name in confusion.classes]
+    order = np.argsort(-shares, axis=None, kind="stable")[:most]
+    pairs = [(true, found) for true, found in zip(*np.unravel_index(order, shares.shape), strict=True)]
+    pairs = [pair for pair in pairs if shares[pair] > 0]
+    if not pairs:
+        return ["no class was taken for another"]
+    width = max(len("class"), *(len(names[true]) for true, _ in pairs))
+    second = max(len("taken for"), *(len(names[found]) for _, found in pairs))
+    lines = [f"{'class':{width}}  {'taken for':{second}}    share"]
+    for true, found in pairs:
+        count = f"{confusion.counts[true, found]} of {confusion.counts[true].sum()}"
+        lines.append(f"{names[true]:{width}}  {names[found]:{second}}  {shares[true, found]:5.1f} %  ({count})")
+    return lines
+
+
+def draw_confusion(confusion: Confusion) -> Figure:
+    """True classes in rows, predicted ones in columns; colours are shares of a row, and of few classes numbers as well.
+
+    Of more than 80 classes, only some are named.
+    """
+    count = len(confusion.classes)
+    cell = 0.55 if count <= 12 else 0.3 if count <= 32 else 0.2 if count <= MOST_NAMED else 16 / count
+    figure = make_figure(cell * count + 3.2, cell * count + 2.4)
+    axes = figure.subplots()
+    shares = confusion.shares
+    # By the root of the share, which shows what is rare.
+    picture = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    size, named = 9 if count <= 32 else 7, range(0, count, -(-count // MOST_NAMED))
+    names = [shorten(confusion.classes[number], 24) for number in named]
+    axes.set_xticks(named, names, rotation=90, fontsize=size)
+    axes.set_yticks(named, names, fontsize=size)
+    axes.tick_params(length=0)
+    if count <= 32:
+        for true, found in zip(*np.nonzero(np.nan_to_num(shares) >= 0.5), strict=True):
+            color = "white" if shares[true, found] > 30 else "black"
+            text = f"{shares[true, found]:.0f}"
+            axes.text(found, true, text, ha="center", va="center", fontsize=9 if count <= 12 else 7, color=color)
+    right = 100 * np.trace(confusion.counts) / confusion.counts.sum()
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_title(f"{right:.2f} % of {confusion.counts.sum()} queries right", fontsize=10, loc="left")
+    bar = figure.colorbar(picture, ax=axes, shrink=min(1.0, 3 / (cell * count)), label="% of the true class")
+    bar.outline.set_visible(False)
+    axes.spines[:].set_color(NEUTRAL)
     return figure

@@ -63,7 +63,7 @@ static int atomicMax(int* place, int x) { int before = *place; *place = x > befo
 
 static struct {
   const real *cost, *supply, *demand;
-  int batch;
+  long long batch;
   real *value, *flow, *u, *v;
   int *pivots, *status, *fault;
 } given;
@@ -75,7 +75,7 @@ static void lane_main() {
 }
 
 // 0, or 1 if the lanes of a warp waited at different operations, which a GPU would not survive.
-extern "C" int run(const real* cost, const real* supply, const real* demand, int batch, real* value, real* flow, real* u, real* v, int* pivots, int* status, int* fault) {
+extern "C" int run(const real* cost, const real* supply, const real* demand, long long batch, real* value, real* flow, real* u, real* v, int* pivots, int* status, int* fault) {
   given = {cost, supply, demand, batch, value, flow, u, v, pivots, status, fault};
   for (blockIdx.x = 0; blockIdx.x < batch; blockIdx.x++) {
     for (int lane = 0; lane < 32; lane++) {
@@ -102,7 +102,7 @@ extern "C" int run(const real* cost, const real* supply, const real* demand, int
 extern "C" int cuModuleLoadData(void** module, const void* image) { *module = (void*)image; return memcmp(image, "\x7f" "ELF", 4) ? 200 : 0; }
 extern "C" int cuModuleGetFunction(void** function, void* module, const char* name) { *function = module; return strcmp(name, "solve") ? 500 : 0; }
 extern "C" int cuLaunchKernel(void*, unsigned blocks, unsigned, unsigned, unsigned threads, unsigned, unsigned, unsigned, void*, void** p, void**) {
-  int batch = *(int*)p[3], problems = threads / 32;
-  if ((int)blocks * problems < batch || ((int)blocks - 1) * problems >= batch) return 1;
+  long long batch = *(long long*)p[3], problems = threads / 32;
+  if (blocks * problems < batch || (blocks - 1) * problems >= batch) return 1;
   return run(*(const real**)p[0], *(const real**)p[1], *(const real**)p[2], batch, *(real**)p[4], *(real**)p[5], *(real**)p[6], *(real**)p[7], *(int**)p[8], *(int**)p[9], *(int**)p[10]);
 }

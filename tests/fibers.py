@@ -60,6 +60,6 @@ def solve(
     counts = [np.zeros(batch, np.int32), np.zeros(batch, np.int32), np.zeros(1, np.int32)]
     arrays = [cost, supply, demand, *outputs, *counts]
     pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in arrays]
-    if library.run(*pointers[:3], batch, *pointers[3:]):
+    if library.run(*pointers[:3], ctypes.c_longlong(batch), *pointers[3:]):
         raise AssertionError("the lanes of a warp do not meet at the same operation")
     return (*outputs, *counts[:2])

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,30 @@ def test_a_call_and_its_gradient_never_wait():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(part.grad.isfinite().all() for part in given)
+
+
+def test_a_thread_that_is_new_to_the_device_can_solve():
+    given = [part.to(GPU) for part in problems(100, 25, 25)]
+    expected = emd(*given, solver="simplex").value
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(lambda: emd(*given, solver="simplex").value).result(), expected)
+
+
+def test_matching_a_group_of_episodes_waits_once(folder):
+    model = network(solver="simplex").to(GPU)
+    data = ImageDataset("folder", "test", data_dir=str(folder), view=make_view("fcn", train=False, image_size=32))
+    evaluator = Evaluator(data, way=5, shot=1, device=GPU, seed=1)
+    nodes = torch.rand(4, 20, 640, 25, device=GPU)
+    with torch.no_grad():
+        evaluator._score(model, nodes, 0, 0, None)  # compiles
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                evaluator._score(model, nodes, 0, 0, None)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1, [str(wait.message) for wait in waits]
 
 
 def test_problems_that_are_none_are_nan_until_settled():

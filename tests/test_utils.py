@@ -377,3 +377,23 @@ def test_the_partial_file_fits_where_the_file_does(tmp_path):
     path = tmp_path / ("\u6f22" * 83)  # 249 bytes of 255
     write_output(path, b"new")
     assert path.read_bytes() == b"new"
+
+
+def test_defaults_that_depend_on_other_flags_are_filled_in_for_commands_too(capsys):
+    def complete(parsed):
+        parsed.width = 2 * parsed.height if parsed.width is None else parsed.width
+        if parsed.width < parsed.height:
+            raise InputError("-width is less than -height")
+
+    parser = make_parser("a script")
+    command = parser.add_subparsers(dest="command").add_parser("draw")
+    for name in ("-height", "-width"):
+        command.add_argument(name, type=int, default=3 if name == "-height" else None)
+    command.completions.append(complete)
+    assert parser.parse_args(["draw"]).width == 6
+    assert parser.parse_args(["draw", "-height", "5"]).width == 10
+    assert parser.parse_args(["draw", "-width", "4"]).width == 4
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(["draw", "-width", "1"])
+    assert end.value.code == 2
+    assert "draw: -width is less than -height" in capsys.readouterr().err

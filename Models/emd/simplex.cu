@@ -109,7 +109,7 @@ FN bool move(Path& own, const Path& near, const Path& far, const word (&leaving)
 template <int COUNT> FN void integer_masses(const double (&weight)[COUNT], double total, mass_t whole, mass_t (&mass)[COUNT]) {
   mass_t rest = whole, most = -1;
   for (int k = 0; k < COUNT; k++) {
-    mass[k] = (mass_t)(weight[k] * (total > 0 ? (double)whole / total : 0.0));
+    mass[k] = (mass_t)(total > 0 ? weight[k] / total * (double)whole : 0.0);
     rest -= sum(mass[k]);
     mass_t x = -least(-mass[k]);
     most = x > most ? x : most;
@@ -147,7 +147,7 @@ FN int solve_one(const real* cost, const real* supply, const real* demand, real*
     d[k] = lane + 32 * k < M ? (double)demand[32 * k + lane] : 0.0;
     demand_sum += sum(d[k]); lightest = fmin(lightest, d[k]); not_finite += d[k] * 0.0;
   }
-  if (!(sum(not_finite) == 0.0) || least(lightest) < 0.0) return INVALID;
+  if (!(sum(not_finite) == 0.0) || least(lightest) < 0.0 || high - low > 1e300) return INVALID;
   if (!(fabs(supply_sum - demand_sum) <= 1e-4 * fmax(supply_sum, demand_sum))) return UNEQUAL_TOTALS;
 
   // Usually one pass. Where the plan uses cells that are far cheaper than the largest cost (forbidden cells, say), costs are
@@ -161,7 +161,7 @@ FN int solve_one(const real* cost, const real* supply, const real* demand, real*
 again:
   // Costs as integers: less the smallest, times a power of two.
   unit = 1.0;
-  if (high > low) { int exponent; frexp(high - low, &exponent); unit = ldexp(1.0, COST_BITS - exponent); }
+  if (high > low) { int exponent; frexp(high - low, &exponent); unit = ldexp(1.0, exponent < -900 ? 900 : COST_BITS - exponent); }
 
   // The key of the start is the cost less the means of its row and its column; u and v are these means.
   for (int k = 0; k < ROWS; k++) u[k] = 0;
@@ -171,6 +171,7 @@ again:
     int total = 0;
     for (int k = 0; k < COLUMNS; k++) {
       int c = lane + 32 * k < M ? __double2int_rn((fmin((double)cost[i * M + 32 * k + lane], high) - low) * unit) : 0;
+      c = c < 1 << COST_BITS ? c : (1 << COST_BITS) - 1;  // so that 64 of them fit an int
       TILE(i, k) = c; v[k] += c; total += sum(c);
     }
     for (int k = 0; k < ROWS; k++) if (lane + 32 * k == i) u[k] = total / M;
@@ -230,6 +231,7 @@ again:
     for (int k = 0; k < COLUMNS; k++)
       if ((open_columns[k] >> lane) & 1 && best[k] < x) { x = best[k]; row = at[k]; part = k; }
     int lowest = least(x), owner = first(x == lowest);
+    if (lowest == NONE) return TOO_MANY_PIVOTS;  // no open cell, which exact masses rule out; better NaN than a hang
     int i = from(row, owner), j = owner + 32 * from(part, owner);
     stale = !has(open_rows, i);  // closed since: what the column holds is only a lower bound
     if (stale) continue;
@@ -337,10 +339,10 @@ again:
 #pragma unroll 4
     for (int i = 0; i < N; i++) if (lane + 32 * k < M) flow[i * M + 32 * k + lane] = 0;
   __syncwarp();
-  double scale = supply_sum / (double)whole, primal = 0, dual = 0;
+  double primal = 0, dual = 0;
   for (int w = 0; w < WORDS; w++)
     if (cell[w] >= 0) {
-      double moved = (double)((amount[w] + N + 1) / step) * scale;
+      double moved = (double)((amount[w] + N + 1) / step) / (double)whole * supply_sum;
       flow[cell[w]] = moved;
       primal += moved * (double)cost[cell[w]];
     }
@@ -359,7 +361,7 @@ again:
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-solve(const real* cost, const real* supply, const real* demand, int batch, real* value, real* flow, real* u, real* v,
+solve(const real* cost, const real* supply, const real* demand, long long batch, real* value, real* flow, real* u, real* v,
       int* pivots, int* status, int* fault) {
 #if SHARED
   __shared__ int tiles[WARPS][N * COLUMNS * 32];
@@ -367,7 +369,7 @@ solve(const real* cost, const real* supply, const real* demand, int batch, real*
 #else
   int* tile = 0;
 #endif
-  long long b = blockIdx.x * WARPS + threadIdx.x / 32;
+  long long b = (long long)blockIdx.x * WARPS + threadIdx.x / 32;
   if (b >= batch) return;
   int result = solve_one(cost + b * N * M, supply + b * N, demand + b * M, value + b, flow + b * N * M, u + b * N, v + b * M,
                          pivots + b, tile);
@@ -376,6 +378,7 @@ solve(const real* cost, const real* supply, const real* demand, int batch, real*
   // Seen where the results are used, without waiting for the device here.
   const int lane = threadIdx.x & 31;
   const real nan = (real)(0.0 / 0.0);
+  __syncwarp();  // other lanes may have written where this one writes now
   for (int k = lane; k < N * M; k += 32) flow[b * N * M + k] = nan;
   for (int k = lane; k < N; k += 32) u[b * N + k] = nan;
   for (int k = lane; k < M; k += 32) v[b * M + k] = nan;

@@ -55,26 +55,29 @@ def solve_tensors(cost: Tensor, supply: Tensor, demand: Tensor) -> Solution:
     device = cost.device
     kernel = _kernel(device.index, n, m, cost.dtype)
     like = (torch.empty_like(tensor) for tensor in (cost, supply, demand))
-    counts = (torch.empty(batch, dtype=torch.int32, device=device) for _ in range(2))
-    solution = Solution(cost.new_empty(batch), *like, *counts)
     if device not in _fault_counters:
         _fault_counters[device] = torch.zeros(1, dtype=torch.int32, device=device)
     with torch.cuda.device(device):
+        # Filling them is a call of the CUDA runtime, which makes its context current in a thread that is new to it.
+        counts = torch.zeros(2, batch, dtype=torch.int32, device=device)
+        solution = Solution(cost.new_empty(batch), *like, *counts)
         # The stream of each call: inside a graph capture it is another one.
         stream = torch.cuda.current_stream(device).cuda_stream
         _libraries().launch(kernel, stream, batch, [cost, supply, demand, batch, *solution, _fault_counters[device]])
     return solution
 
 
-def settle(device: torch.device) -> None:
-    """Wait for the device. If any problem since the last call of this function was not solved: ProblemError (a ValueError)
-    for values that make no transportation problem, SolverError where the solver failed.
+def settle(device: torch.device | None = None) -> None:
+    """Wait for the current stream of a CUDA device, or of all of them. If a problem since the last call of this function was
+    not solved: ProblemError (a ValueError) for values that make no transportation problem, SolverError where the solver failed.
     """
-    counter = _fault_counters.get(device)
-    if counter is not None and (code := int(counter)):
-        counter.zero_()
-        error, message = STATUS[code]
-        raise error(f"{message} (a problem on {device})")
+    if device is not None and device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    for place, counter in list(_fault_counters.items()):
+        if device in (None, place) and (code := int(counter)):
+            counter.zero_()
+            error, message = STATUS[code]
+            raise error(f"{message} (a problem on {place})")
 
 
 # --- First use --------------------------------------------------------------------------------------------------------
@@ -101,6 +104,9 @@ def _try(device: int, n: int, m: int, dtype: torch.dtype) -> str | None:
         wrong = certificate_fault(*problems, solve_tensors(*problems))
         return f"the CUDA kernel gave wrong answers for {n} x {m} nodes on this device ({wrong})" if wrong else None
     except (OSError, RuntimeError, AttributeError) as error:
+        if "capturing" in str(error):  # says nothing about the device
+            first = f"solve one problem of {n} x {m} nodes by simplex before a CUDA graph captures it"
+            raise SolverError(f"{first} ({str(error).splitlines()[0]})") from error
         return f"the CUDA kernel for {n} x {m} nodes cannot be built or started ({error})"
     finally:
         torch.cuda.set_sync_debug_mode(waits)
@@ -204,7 +210,7 @@ class Libraries:
 
     def launch(self, kernel: Kernel, stream: int, problems: int, arguments: list[Tensor | int]) -> None:
         """Start the kernel, a warp per problem."""
-        values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in arguments]
+        values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_longlong(a) for a in arguments]
         array = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         grid, block = (-(-problems // kernel.warps), 1, 1), (32 * kernel.warps, 1, 1)
         handle = ctypes.c_void_p(stream)

@@ -10,7 +10,7 @@ from helpers import GOLDEN
 from PIL import Image
 
 from dataloader import CATALOG, make_view
-from dataloader.views import Box, GridView, grid_boxes
+from dataloader.views import INTERPOLATIONS, Box, GridView, grid_boxes
 from Models import ResNet12
 from utils import InputError
 
@@ -122,6 +122,14 @@ def test_middle_of_the_evaluation_view(image_size):
     view = make_view("fcn", train=False, image_size=image_size)
     found = view.render(picture, view.boxes(picture.size))
     assert np.array_equal(found.numpy(), np.asarray(middle).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("name", INTERPOLATIONS)
+def test_images_are_resized_as_asked(name):
+    picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (60, 70, 3), dtype=np.uint8))
+    view = make_view("grid", train=False, image_size=16, patch_list=(1,), patch_ratio=1.0, interpolation=name)
+    resized = picture.resize((16, 16), Image.Resampling[name.upper()])
+    assert np.array_equal(view(picture)[0].numpy(), np.asarray(resized).transpose(2, 0, 1))
 
 
 def test_boxes_of_evaluation():

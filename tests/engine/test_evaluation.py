@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -189,11 +190,11 @@ def test_a_solver_that_reports_late_is_asked_before_the_weights_are_blamed(worth
         evaluator(Late(), with_hits(4))
 
 
-def test_the_network_asks_its_solver_on_its_own_device(monkeypatch):
+def test_the_network_asks_its_solver_on_every_device(monkeypatch):
     asked = []
-    monkeypatch.setattr("Models.deepemd.settle", asked.append)
+    monkeypatch.setattr("Models.deepemd.settle", lambda *device: asked.append(device))
     DeepEMD().to("meta").settle()
-    assert asked == [torch.device("meta")]
+    assert asked == [()]
 
 
 # --- what is encoded, loaded and drawn when ---
@@ -411,6 +412,53 @@ def test_a_gpu_is_given_batches_of_few_sizes(monkeypatch, patches, most):
     assert sizes == ({3} if most > 3 and patches is None else {1})
 
 
+def test_nodes_of_a_data_set_are_not_encoded():
+    class Nodes:
+        nodes = torch.arange(10).half().view(10, 1, 1)
+
+    model = FixedLogits()
+    model.encode = None
+    result = Evaluator(Nodes(), episode_batch=2, num_workers=1, **SHAPE)(model, with_hits(4, 2, 0))
+    assert result.accuracies == [100, 50, 0]
+
+
+def encode_all(indices, **more):
+    settings = {"device": CPU, "stop": StopRequest(), "ranks": Ranks(), "fits_half": lambda value: value < 65504}
+    return evaluation.encode_dataset(FixedLogits(), Samples(), indices, **settings | more)
+
+
+def test_a_data_set_is_encoded_in_float16_where_that_can_hold_it():
+    for last, dtype in ((100, torch.float16), (2**20 + 1, torch.float32)):
+        nodes = encode_all([*range(20), last])
+        assert nodes.dtype == dtype
+        assert nodes[:, 0, 0].tolist() == [*range(20), last]
+
+
+def test_ranks_share_the_encoding_of_a_data_set(monkeypatch):
+    class Sent(Exception):
+        pass
+
+    def send(self, own):
+        raise Sent(own)
+
+    monkeypatch.setattr(Ranks, "gather", send)
+    sent = []
+    for rank in range(3):
+        with pytest.raises(Sent) as raised:
+            encode_all(range(60), ranks=Ranks(rank, 3))
+        sent.append(raised.value.args[0])
+    assert [sum(map(len, own)) for _, _, own in sent] == [24, 20, 16]  # batches of 8, in turn
+    monkeypatch.setattr(Ranks, "gather", lambda self, own: sent)
+    assert encode_all(range(60), ranks=Ranks(1, 3))[:, 0, 0].tolist() == [*range(60)]
+
+
+def test_encoding_a_data_set_can_be_stopped():
+    stop = StopRequest()
+    stop.signal_number = 15
+    with pytest.raises(Stopped):
+        encode_all(range(60), stop=stop)
+
+
 # --- records ---
 
 SCORES = [[0.5, 3, 4], [0.25, 4, 4]]
@@ -443,10 +491,75 @@ def test_an_evaluation_continues_from_its_record(tmp_path, monkeypatch):
     assert not path.exists()
 
 
+class Labelled(Samples):
+    """Sample i is of class i modulo 10."""
+
+    labels = [i % 10 for i in range(1000)]
+
+
+def test_confusion_counts_every_query(tmp_path):
+    """Two-way episodes of classes c and 9: queries are of class c and 9 in turn, and hits come first."""
+    kept = recorder(tmp_path / "partial.json")
+    Evaluator(Labelled(), episode_batch=2, **SHAPE)(FixedLogits(), with_hits(4, 3, 0), recorder=kept)
+    # Episode by episode: all right; the last, a 9, taken for a 3; all wrong.
+    assert kept.confusion == {(4, 4): 2, (9, 9): 3, (3, 3): 2, (9, 3): 1, (0, 9): 2, (9, 0): 2}
+    assert kept.confusion.total() == 12
+    unlabelled = recorder(tmp_path / "partial.json")
+    Evaluator(Samples(), **SHAPE)(FixedLogits(), with_hits(4), recorder=unlabelled)
+    assert unlabelled.confusion == {}
+
+
+@pytest.mark.parametrize("episode_batch", [1, 2])
+def test_confusion_is_that_of_an_evaluation_without_interruption(tmp_path, episode_batch):
+    path, episodes, kept = tmp_path / "partial.json", with_hits(4, 3, 0, 1, 2), []
+    for stops in (True, False):
+        stop = StopRequest()
+        evaluator = Evaluator(Labelled(), episode_batch=episode_batch, stop=stop, **SHAPE)
+        kept.append(whole := recorder(tmp_path / f"{stops}", episodes=5))
+        evaluator(FixedLogits(), episodes, recorder=whole)
+        if stops:
+            stop.signal_number = 15
+            with pytest.raises(Stopped):
+                evaluator(FixedLogits(), episodes, recorder=recorder(path, episodes=5))
+        else:
+            kept.append(resumed := recorder(path, episodes=5))
+            assert len(resumed.scores) == episode_batch
+            assert resumed.confusion.total() == 4 * episode_batch
+            evaluator(FixedLogits(), episodes, recorder=resumed)
+    assert kept[0].confusion == kept[1].confusion == kept[2].confusion
+    assert kept[0].confusion.total() == 20
+
+
+def test_confusion_is_gathered_over_ranks(monkeypatch, tmp_path):
+    other = [Score(0.5, 2, 4)], Counter({(7, 7): 2, (7, 8): 2})
+    monkeypatch.setattr(Ranks, "gather", lambda self, own: [own, (0, *other)])
+    kept = recorder(tmp_path / "partial.json")
+    evaluator = Evaluator(Labelled(), episode_batch=1, ranks=Ranks(0, 2), **SHAPE)
+    result = evaluator(FixedLogits(), with_hits(4, 2), recorder=kept)
+    assert result.accuracies == [100, 50]
+    assert kept.confusion == {(4, 4): 2, (9, 9): 2, (7, 7): 2, (7, 8): 2}
+
+
+def test_records_of_earlier_versions_have_no_confusion(tmp_path):
+    path = tmp_path / "partial-1.json"
+    path.write_text(json.dumps({"scores": SCORES, "seconds": 1}))
+    found = recorder(path)
+    assert (len(found.scores), found.confusion) == (2, None)
+    found.update([Counter({(0, 0): 4})], now=True)
+    assert "confusion" not in json.loads(path.read_text())
+    path.write_text(json.dumps({"scores": [], "seconds": 1}))
+    assert recorder(path).confusion == {}
+
+
 @pytest.mark.parametrize(
     "content",
     [
         "",
+        json.dumps({"scores": SCORES, "seconds": 1, "confusion": [[0, 0, 7]]}),
+        json.dumps({"scores": SCORES, "seconds": 1, "confusion": [[0, 0, 6], [0, 1, 2]]}),
+        json.dumps({"scores": SCORES, "seconds": 1, "confusion": [[0, 0, 7.0], [0, 1, 1]]}),
+        json.dumps({"scores": SCORES, "seconds": 1, "confusion": [[0, 0, 7, 1]]}),
+        json.dumps({"scores": SCORES, "seconds": 1, "confusion": 3}),
         "[]",
         "3",
         "null",

@@ -398,5 +398,26 @@ def test_run_folders_name_an_encoder_that_is_not_the_published_one(encoder, suff
     assert encoder_suffix(argparse.Namespace(**({} if encoder is None else {"backbone": encoder}))) == suffix
 
 
+def test_a_default_that_depends_on_other_flags_is_kept_by_the_next_command():
+    """4 is the default beside -backbone b and 0 beside a, so that it is 0 that has to be named."""
+
+    def complete(args):
+        args.map_size = {"a": 0, "b": 4}[args.backbone] if args.map_size is None else args.map_size
+
+    parser = make_parser("this")
+    parser.add_argument("-backbone", default="a")
+    parser.add_argument("-map_size", type=int)
+    parser.completions.append(complete)
+    for words, expected in {
+        "-backbone b -map_size 0": "-backbone b -map_size 0",
+        "-backbone b": "-backbone b",
+        "-backbone b -map_size 4": "-backbone b",
+        "-map_size 4": "-map_size 4",
+        "": "",
+    }.items():
+        command = next_command("next.py", parser, parser.parse_args(words.split()), model_dir="x")
+        assert command == " ".join(f"python next.py {expected} -model_dir x".split())
+
+
 def test_numbers_in_folder_names_are_not_rounded():
     assert [folder_number(lr, 4) for lr in (0.1, 0.00003, 0.00005, 0.12345)] == ["0.1000", "3e-05", "5e-05", "0.12345"]

@@ -9,7 +9,7 @@ import pytest
 from dataloader.arguments import add_data_arguments
 from engine.weights_flags import adopt_trained_flags, as_words
 from Models.arguments import add_model_arguments
-from utils import make_parser
+from utils import InputError, make_parser
 
 TRAINED = {
     "dataset": "fc100",
@@ -160,6 +160,79 @@ def test_a_record_that_is_a_folder_is_ignored_with_a_warning(folder, capsys):
     adopt("-model_dir", folder)
     record.rmdir()
     assert "cannot read the flags of a run" in capsys.readouterr().err
+
+
+@pytest.fixture
+def package(tmp_path) -> str:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "config.json").write_text(json.dumps({"format": 1, "flags": TRAINED}))
+    (package / "model.safetensors").write_bytes(b"")
+    return str(package)
+
+
+@pytest.mark.parametrize("file", ["", "/model.safetensors"])
+def test_flags_of_a_package_are_taken(package, file, capsys):
+    args = adopt("-model_dir", package + file, "-head", "fusion")
+    assert (args.image_size, args.norm, args.feature_pyramid, args.head, args.sfc_lr) == (
+        32,
+        "none",
+        (2, 1),
+        "fusion",
+        100,
+    )
+    adopted, differing = capsys.readouterr().err.splitlines()
+    assert adopted.startswith(f"flags of the package ({package}/config.json): -dataset fc100 -image_size 32")
+    assert differing == f"warning: -head fusion differs from the package ({package}/config.json): -head knn"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"flags": 3}', '{"flags": {"image_size": "large"}}'])
+def test_a_damaged_package_is_refused(package, content):
+    Path(package, "config.json").write_text(content)
+    with pytest.raises(InputError, match="is damaged, or not the flags of a package"):
+        adopt("-model_dir", package)
+
+
+def test_a_run_beside_a_package_is_preferred(package):
+    Path(package, "max_acc.pth").write_bytes(b"")
+    assert adopt("-model_dir", package).image_size == 84
+    assert adopt("-model_dir", f"{package}/model.safetensors").image_size == 32
+
+
+def test_a_source_is_looked_up_where_its_flag_says(package, capsys):
+    parser = build_parser()
+    action = next(action for action in parser._actions if action.dest == "model_dir")
+    action.locate = {"hf://me/mine": Path(package)}.get
+    argv = ["-model_dir", "hf://me/mine"]
+    args = parser.parse_args(argv)
+    adopt_trained_flags(parser, args, argv)
+    assert (args.image_size, args.model_dir) == (32, "hf://me/mine")
+    assert "flags of the package (hf://me/mine): " in capsys.readouterr().err
+
+
+def test_flags_of_a_config_file_are_given_flags(package, tmp_path, capsys):
+    (tmp_path / "flags.json").write_text('{"image_size": 64}')
+    assert adopt("-model_dir", package, "-config", str(tmp_path / "flags.json")).image_size == 64
+    assert "warning: -image_size 64 differs" in capsys.readouterr().err
+
+
+def test_defaults_that_depend_on_other_flags_follow_them(package, monkeypatch):
+    """The parser's own defaults stay, and so does what a script has set since."""
+    parser = build_parser()
+    parse_args = parser.parse_args
+
+    def complete(*words):
+        args = parse_args(*words)
+        args.num_patch = 3 if args.norm == "none" else args.num_patch
+        return args
+
+    monkeypatch.setattr(parser, "parse_args", complete)
+    argv = ["-model_dir", package]
+    args = parser.parse_args(argv)
+    args.seed = 77
+    adopt_trained_flags(parser, args, argv)
+    assert (args.num_patch, args.norm, args.seed) == (3, "none", 77)
+    assert (parser.parse_args([]).norm, parser.parse_args([]).image_size) == ("center", 84)
 
 
 def test_flags_as_words():

@@ -9,18 +9,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from Models import Classifier, DeepEMD, ResNet12
-from Models.backbones import BACKBONES
+from Models.backbones import BACKBONES, make_encoder, plan_backbone
 from Models.encoder import Encoder
 
+# One network for each row of the table.
+MODELS = {"timm": "timm:test_vit"}
+NAMES = [MODELS.get(name, name) for name in BACKBONES]
 IMAGES = normal_images(4, 4, 3, 32, 32)
 # Relative errors: float32 sums in another order, and eight bits.
 ROUNDING = {"off": 1e-4, "bfloat16": 3e-2}
 
 
-def make(name: str, **settings) -> Encoder:
+def make(name: str, size: int = 32, **settings) -> Encoder:
     """A backbone with weights, statistics of batch norm among them, that do not depend on the settings."""
     torch.manual_seed(3)
-    encoder = BACKBONES[name](**settings)
+    encoder = make_encoder(name, image_size=size, weights="none", **settings)
     with torch.no_grad():
         for key, value in encoder.named_buffers():
             if key.endswith("running_mean"):
@@ -52,27 +55,43 @@ def train_twice(encoder: Encoder) -> tuple[list[torch.Tensor], list[torch.Tensor
 # --- every backbone ---
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_backbone_keeps_the_contract(name):
-    encoder = make(name).eval()
-    for edge in (32, 84):
+    for size in (32, 96):
+        encoder, plan = make(name, size).eval(), plan_backbone(name, image_size=size)
         with torch.no_grad():
-            out = encoder(normal_images(1, 2, 3, edge, edge))
-        assert out.shape == (2, encoder.out_channels, edge // encoder.stride, edge // encoder.stride)
+            out = encoder(normal_images(1, 2, 3, size, size))
+        assert out.shape == (2, encoder.out_channels, plan.edge, plan.edge)
+        assert plan.edge == size // encoder.stride
         assert out.dtype == torch.float32
+    encoder = make(name).eval()
     with torch.no_grad():
         together = encoder(IMAGES)
         assert relative(together[1:2], encoder(IMAGES[1:2])) < 1e-5  # images do not influence each other
+        encoder = make(name, encoder.stride).eval()
         smallest = normal_images(1, 1, 3, encoder.stride, encoder.stride)
         assert encoder(smallest).isfinite().all()
-        with pytest.raises(ValueError, match=f"H and W at least {encoder.stride}"):
+        with pytest.raises(ValueError, match=f"images must have the shape .*{encoder.stride}"):
             encoder(smallest[..., 1:])
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", NAMES)
+def test_records_know_a_backbone_by_its_weights(name):
+    encoder = make(name)
+    identity = encoder.identity()
+    assert identity == make(name).identity()
+    assert identity["backbone"] == encoder.name
+    with torch.no_grad():
+        next(encoder.parameters()).view(-1)[0] += 1
+    changed = {key for key, value in encoder.identity().items() if value != identity[key]}
+    assert changed == {"weights"}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_pixels_are_normalised_with_the_statistics_of_the_encoder(name):
-    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-    encoder = make(name, mean=mean, std=std).eval()
+    encoder = make(name, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)).eval()
+    mean, std = encoder.mean, encoder.std
+    assert (mean == (0.4, 0.5, 0.6)) == (name not in MODELS.values())  # a model of timm has its own
     pixels = torch.randint(256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     normal = torch.stack([(pixels[:, k] / 255 - mean[k]) / std[k] for k in range(3)], dim=1)
     with torch.no_grad():
@@ -81,7 +100,7 @@ def test_pixels_are_normalised_with_the_statistics_of_the_encoder(name):
 
 
 @pytest.mark.parametrize("amp", ["off", "bfloat16"])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", NAMES)
 def test_folded_equals_the_encoder_in_evaluation(name, amp):
     encoder = make(name, amp=amp).train()
     before = state_of(encoder)
@@ -95,7 +114,7 @@ def test_folded_equals_the_encoder_in_evaluation(name, amp):
         assert relative(found, make(name).eval()(IMAGES)) < ROUNDING[amp]
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", NAMES)
 def test_checkpointed_activations_change_nothing(name):
     """Maps, gradients, and running statistics, also those of a second step; fewer numbers are kept."""
     encoders = [make(name, checkpoint_activations=keep_less).train() for keep_less in (False, True)]
@@ -118,7 +137,7 @@ def convolution_dtypes(network: nn.Module) -> set[torch.dtype]:
 
 
 @pytest.mark.parametrize("way_in", ["model", "classifier", "folded", "from a thread"])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", NAMES)
 def test_amp_reaches_every_convolution(name, way_in):
     """In pre-training, in meta-training, in evaluation, and in a thread of its own, as DataParallel runs a replica."""
     model = DeepEMD(encoder=make(name, amp="bfloat16")).train()
@@ -134,7 +153,7 @@ def test_amp_reaches_every_convolution(name, way_in):
 
 
 @pytest.mark.parametrize("amp", ROUNDING)
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", NAMES)
 def test_compiled_equals_eager(monkeypatch, name, amp):
     """By the backend that runs the traced graph as it is; the trace is what may fail."""
     real, wrapped = nn.Module.compile, []

@@ -11,12 +11,12 @@ import torch
 from scipy import sparse
 from scipy.optimize import linprog
 
-from Models.emd import ProblemError, simplex_cuda
+from Models.emd import ProblemError, SolverError, simplex_cuda
 from Models.emd.simplex import solve_arrays
 
 needs_compiler = pytest.mark.skipif(not fibers.has_compiler, reason="the fibers that stand in for a GPU need g++")
 SIZES = [(1, 1), (1, 7), (7, 1), (9, 25), (25, 25), (33, 20), (40, 41)]
-INVALID, UNEQUAL_TOTALS = 2, 3
+INVALID, UNEQUAL_TOTALS, NOT_CERTIFIED = 2, 3, 4
 
 
 def highs(cost: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> float:
@@ -123,6 +123,24 @@ def test_a_fault_spoils_its_own_problem_only(part, value, expected):
 
 
 @needs_compiler
+@pytest.mark.parametrize("size", [(9, 25), (25, 25)])
+def test_masses_and_costs_too_small_for_their_powers_of_two_come_to_an_end(size):
+    cost, supply, demand = problems(*size, "real", "real")
+    flow = fibers.solve(cost, supply, demand)[1]
+    small = fibers.solve(cost, supply * 1e-305, demand * 1e-305)
+    assert not small[-1].any()
+    assert small[1] == pytest.approx(flow * 1e-305, rel=1e-6, abs=1e-315)
+    assert fibers.solve(cost * 1e-305, supply, demand)[-1].tolist() == [NOT_CERTIFIED] * 2
+
+
+@needs_compiler
+def test_costs_whose_range_is_too_large_are_invalid():
+    cost, supply, demand = problems(9, 25, "real", "real")
+    cost[1, 0, 0], cost[1, 1, 1] = 1.7e308, -1.7e308
+    assert fibers.solve(cost, supply, demand)[-1].tolist() == [0, INVALID]
+
+
+@needs_compiler
 def test_no_mass_moves_nothing():
     cost = problems(9, 25, "real", "real")[0]
     value, flow, u, v, _, status = fibers.solve(cost, np.zeros((2, 9)), np.zeros((2, 25)))
@@ -135,6 +153,7 @@ def test_no_mass_moves_nothing():
 # --- The Python side ---------------------------------------------------------------------------------------------------
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")  # the first stands in for the second
+ANY_CUDA = torch.device("cuda")
 
 
 @pytest.fixture
@@ -205,6 +224,31 @@ def test_settle_raises_what_the_device_met_and_forgets_it(stand_in, part, value,
     with pytest.raises(error, match=message):
         simplex_cuda.settle(CPU)
     simplex_cuda.settle(CPU)
+
+
+@needs_compiler
+def test_settle_asks_every_device_unless_one_is_named(stand_in, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    given = tensors(9, 25, "real", "real")
+    given[0][1, 0, 0] = torch.nan
+    for device in (None, ANY_CUDA):
+        simplex_cuda.solve_tensors(*given)
+        simplex_cuda.settle(CUDA)
+        with pytest.raises(ProblemError, match="not finite"):
+            simplex_cuda.settle(device)
+
+
+def test_a_first_use_inside_a_capture_is_an_error_and_not_remembered(stand_in, monkeypatch):
+    def capturing(*given):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(simplex_cuda, "solve_tensors", capturing)
+        with pytest.raises(SolverError, match="9 x 25 nodes by simplex before a CUDA graph .*is capturing"):
+            simplex_cuda.is_usable(CUDA, 9, 25, torch.float64)
+    monkeypatch.setattr(simplex_cuda, "certificate_fault", lambda *given: None)
+    monkeypatch.setattr(simplex_cuda, "solve_tensors", lambda *given: None)
+    assert simplex_cuda.is_usable(CUDA, 9, 25, torch.float64)
 
 
 @needs_compiler

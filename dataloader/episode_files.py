@@ -1,0 +1,132 @@
+"""Episodes in a JSON file, so that other programs can evaluate the same ones.
+
+A list of ``{"classes": [...], "support": [[file, ...], ...], "query": [[file, ...], ...]}``: for each class, in the order of
+``classes``, its files, relative to the split. Where views are random, ``view_seeds`` are those of the images, by number in
+class and class, support first; other programs can ignore them.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+from dataloader.episodes import ListedEpisodes, SeededEpisodes
+from utils import InputError, printable, read_json, write_output
+
+Shape = tuple[int, int, int]  # way, shot, queries per class
+
+
+class NamedImages(Protocol):
+    """What has images with names: an ImageDataset or a FeatureSet."""
+
+    labels: Sequence[int]
+    class_names: Sequence[str]
+    paths: Sequence[str]
+
+    def relative_paths(self) -> list[str]: ...
+
+
+def episodes_digest(episodes: SeededEpisodes | ListedEpisodes) -> str:
+    """A hash of which images episodes consist of; of those of a file, all of them."""
+    listed = getattr(episodes, "indices", None) or [[index for index, _ in episode] for episode in episodes]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def images_digest(dataset: NamedImages) -> str:
+    """A hash of which images a data set has, in which order: by their names, or by their classes where they have none."""
+    names = dataset.relative_paths() if dataset.paths else dataset.labels
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+
+def write_episodes(
+    path: str | Path,
+    episodes: SeededEpisodes | ListedEpisodes,
+    dataset: NamedImages,
+    *,
+    way: int,
+    shot: int,
+    with_seeds: bool,
+) -> None:
+    """Write episodes of pairs (index, view seed), class-interleaved; ``with_seeds`` for views that are random."""
+    files, lines = dataset.relative_paths(), []
+    for episode in episodes:
+        rows = [[files[index] for index, _ in episode[number::way]] for number in range(way)]
+        content = {"classes": [dataset.class_names[dataset.labels[index]] for index, _ in episode[:way]]}
+        content |= {"support": [row[:shot] for row in rows], "query": [row[shot:] for row in rows]}
+        if with_seeds:
+            content["view_seeds"] = [seed for _, seed in episode]
+        lines.append(json.dumps(content))
+    write_output(Path(path), ("[\n" + ",\n".join(lines) + "\n]\n").encode())
+
+
+def read_episodes(path: str | Path, dataset: NamedImages, **settings: Any) -> ListedEpisodes:
+    """The episodes of a file over the images of a data set; ``settings`` are for :class:`ListedEpisodes`.
+
+    InputError for a file that cannot be read, names that the data set does not have, or episodes of several shapes.
+    """
+    content = read_json(Path(path), "a list of episodes")
+    number_of = {file: number for number, file in enumerate(dataset.relative_paths())}
+    where = f"-episodes_in {printable(str(path))}"
+    if len(number_of) < len(dataset.labels):
+        raise InputError(f"{where}: some images of the data have the same name, so that names do not tell them apart")
+    if not isinstance(content, list) or not content:
+        raise InputError(f"{where}: it must be a list of one or more episodes")
+    indices, shapes = [], []
+    for k, episode in enumerate(content):
+        try:
+            shape, found = _parse(episode, dataset, number_of)
+        except InputError as error:
+            raise InputError(f"{where}, episode {k}: {error}") from None
+        if shapes and shape != shapes[0]:
+            first, other = ("{}-way {}-shot with {} queries per class".format(*one) for one in (shapes[0], shape))
+            raise InputError(
+                f"{where}: all episodes must have the same shape; episode 0 is {first}, episode {k} {other}"
+            )
+        indices.append(found)
+        shapes.append(shape)
+    way, shot, query = shapes[0]
+    seeds = [episode.get("view_seeds") for episode in content]
+    if any(not _are_seeds(one, len(found)) for one, found in zip(seeds, indices, strict=True)):
+        seeds = None
+    return ListedEpisodes(indices, way=way, shot=shot, query=query, view_seeds=seeds, **settings)
+
+
+def _are_seeds(seeds: Any, count: int) -> bool:
+    return (
+        isinstance(seeds, list) and len(seeds) == count and all(type(one) is int and 0 <= one < 2**62 for one in seeds)
+    )
+
+
+def _parse(episode: Any, dataset: NamedImages, number_of: dict[str, int]) -> tuple[Shape, list[int]]:
+    """The shape of an episode, and its images, class-interleaved."""
+    parts = [episode.get(name) if isinstance(episode, dict) else None for name in ("classes", "support", "query")]
+    classes, support, query = parts
+    if not (_are_names(classes) and all(_are_rows(rows, len(classes)) for rows in (support, query))):
+        needed = '"classes", a list of names, and "support" and "query", a list of files for each of them'
+        raise InputError(f"an episode needs {needed}, as many for each class")
+    if unknown := [name for name in classes if name not in dataset.class_names]:
+        raise InputError(f"there is no class {printable(unknown[0])!r} in the data")
+    rows = [one + other for one, other in zip(support, query, strict=True)]
+    for name, row in zip(classes, rows, strict=True):
+        for file in row:
+            if file not in number_of:
+                raise InputError(f"there is no file {printable(file)!r} in the data; names are relative to the split")
+            if (found := dataset.class_names[dataset.labels[number_of[file]]]) != name:
+                raise InputError(f"{printable(file)!r} is of class {printable(found)!r}, not of {printable(name)!r}")
+    files = list(chain.from_iterable(zip(*rows, strict=True)))  # class-interleaved
+    for names, what in ((classes, "class"), (files, "file")):
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"the {what} {printable(twice)!r} is in it twice")
+    return (len(classes), len(support[0]), len(query[0])), [number_of[file] for file in files]
+
+
+def _are_names(names: Any) -> bool:
+    return isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
+
+
+def _are_rows(rows: Any, way: int) -> bool:
+    """Whether that is a list of files for each class, as many for each."""
+    return isinstance(rows, list) and len(rows) == way and all(map(_are_names, rows)) and len(set(map(len, rows))) == 1

@@ -1,0 +1,285 @@
+"""export.py, and what a package does in the scripts."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import yaml
+from helpers import run, succeed, write_images
+from safetensors.torch import load_file
+from torch import nn
+
+import export
+import train_meta
+from Models import DeepEMD
+from Models.backbones import BACKBONES
+from Models.encoder import Encoder
+from Models.weights import load_encoder_weights
+from utils import InputError, file_hash
+
+EVAL = ["-gpu", "cpu", "-query", 2, "-way", 2, "-num_workers", 0, "-test_episode", 4]
+TRAINED = {
+    "dataset": "folder",
+    "deepemd": "fcn",
+    "image_size": 32,
+    "feature_pyramid": [1],
+    "temperature": 5.0,
+    "solver": "ipm",
+    "lr": 0.1,
+}
+
+
+class Tiny(Encoder):
+    """An encoder whose packages are written quickly."""
+
+    out_channels, stride = 8, 8
+
+    def __init__(self, **settings) -> None:
+        super().__init__(**settings)
+        self.conv, self.norm = nn.Conv2d(3, 8, kernel_size=8, stride=8), nn.BatchNorm2d(8)
+
+    def maps(self, images: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(images)).relu()
+
+    def folded(self) -> Encoder:
+        return copy.deepcopy(self).eval()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny_encoder():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BACKBONES, "resnet12", Tiny)
+        yield
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, folder) -> Path:
+    """A folder with a run, the results of its evaluation, and the package of both."""
+    cwd = tmp_path_factory.mktemp("exported")
+    torch.manual_seed(1)
+    encoder = Tiny()
+    (cwd / "run").mkdir()
+    torch.save(
+        {"params": {f"encoder.{key}": value for key, value in encoder.state_dict().items()}}, cwd / "run/max_acc.pth"
+    )
+    record = {
+        "script": "train_meta.py",
+        "flags": TRAINED,
+        "data": {"train": {"sha256": "abc"}},
+        "versions": {"torch": "1.0"},
+    }
+    (cwd / "run/run.json").write_text(json.dumps(record))
+    for shot in (1, 2):
+        flags = ["-data_dir", folder, *EVAL, "-shot", shot, "-sfc_update_step", 2, "-json", f"{shot}.json"]
+        succeed("eval.py", "-model_dir", "run", *flags, cwd=cwd)
+    given = ["-results", "1.json", "2.json", "-license", "mit", "-data_dir", folder, "-gpu", "cpu"]
+    succeed("export.py", "-model_dir", "run", "-out", "package", *given, cwd=cwd)
+    return cwd
+
+
+def test_a_package_says_what_it_is(exported):
+    package, config = exported / "package", read(exported / "package/config.json")
+    assert {path.name for path in package.iterdir()} == {"model.safetensors", "config.json", "README.md", "match.png"}
+    assert (config["format"], config["backbone"], config["image_size"], config["license"]) == (1, "resnet12", 32, "mit")
+    assert {
+        **config["flags"],
+        "image_size": 32,
+        "feature_pyramid": [1],
+        "temperature": 5.0,
+        "norm": "center",
+    } == config["flags"]
+    assert "lr" not in config["flags"]
+    assert config["data"] == {"set": "folder", "fingerprint": {"train": {"sha256": "abc"}}}
+    assert config["versions"] == {"torch": "1.0"}
+    assert config["weights"]["sha256"] == file_hash(package / "model.safetensors")
+    assert config["weights"]["checkpoint"] == file_hash(exported / "run/max_acc.pth")
+    found = [(row["shot"], row["accuracy"], row["interval"], row["episodes"]) for row in config["results"]]
+    assert found == [
+        (k, read(exported / f"{k}.json")["accuracy"], read(exported / f"{k}.json")["interval"], 4) for k in (1, 2)
+    ]
+    # Nothing of the author's machine.
+    text = (package / "config.json").read_text() + (package / "README.md").read_text()
+    assert str(exported) not in text
+    assert "data_dir" not in text
+    assert load_file(package / "model.safetensors").keys() == Tiny().state_dict().keys()
+
+
+def test_the_card_is_one_of_the_hub(exported):
+    _, head, body = (exported / "package/README.md").read_text().split("---\n", 2)
+    head = yaml.safe_load(head)
+    assert (head["license"], head["pipeline_tag"]) == ("mit", "image-classification")
+    (model,) = head["model-index"]
+    accuracies = [round(read(exported / f"{shot}.json")["accuracy"], 2) for shot in (1, 2)]
+    assert [result["metrics"][0]["value"] for result in model["results"]] == accuracies
+    assert f"| folder | test | 2-way 2-shot | deepemd | 4 | {accuracies[1]:.2f} ± " in body
+    assert "-sfc_update_step 2 -query 2 |" in body
+    assert "![" in body
+    assert "(match.png)" in body
+
+
+def test_a_package_evaluates_as_its_run(exported, folder):
+    for shot in (1, 2):
+        flags = ["-data_dir", folder, *EVAL, "-shot", shot, "-sfc_update_step", 2, "-json", "-"]
+        done = run("eval.py", "-model_dir", "package", *flags, cwd=exported)
+        found, before = json.loads(done.out), read(exported / f"{shot}.json")
+        assert [found[name] for name in ("loss", "accuracies")] == [before[name] for name in ("loss", "accuracies")]
+        assert "flags of the package (package/config.json): -dataset folder -image_size 32 " in done.err
+        assert found["weights"]["sha256"] == read(exported / "package/config.json")["weights"]["sha256"]
+
+
+def test_a_package_brings_its_preprocessing(exported, folder, tmp_path):
+    """Whatever data set it is evaluated on; a checkpoint is used with the statistics of that data set."""
+    shutil.copytree(folder, tmp_path / "cifar_fs")
+    for split in ("train", "val", "test"):
+        (tmp_path / "cifar_fs" / split).rename(tmp_path / f"cifar_fs/meta-{split}")
+    flags = ["-data_dir", tmp_path, "-dataset", "cifar_fs", *EVAL, "-json", "-"]
+    done = {source: run("eval.py", "-model_dir", source, *flags, cwd=exported) for source in ("package", "run")}
+    losses = {source: json.loads(one.out)["loss"] for source, one in done.items()}
+    assert losses["package"] == read(exported / "1.json")["loss"] != losses["run"]
+    assert (
+        "warning: -dataset cifar_fs differs from the package (package/config.json): -dataset folder"
+        in done["package"].err
+    )
+
+
+def test_a_given_flag_wins_and_is_named(exported, folder):
+    done = run(
+        "eval.py", "-model_dir", "package", "-data_dir", folder, *EVAL, "-temperature", 3, "-json", "-", cwd=exported
+    )
+    assert json.loads(done.out)["flags"]["temperature"] == 3
+    assert "warning: -temperature 3.0 differs from the package (package/config.json): -temperature 5.0" in done.err
+
+
+def test_half_precision_is_measured(exported, folder, tmp_path):
+    flags = ["-data_dir", tmp_path, "-gpu", "cpu", "-half", "-results", "1.json"]
+    out = succeed("export.py", "-model_dir", "run", "-out", "half", *flags, cwd=exported)
+    tensors = load_file(exported / "half/model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.float16, torch.int64}
+    sizes = [(exported / name / "model.safetensors").stat().st_size for name in ("half", "package")]
+    assert sizes[0] < 0.7 * sizes[1]
+    change = read(exported / "half/config.json")["weights"]["logit_change"]
+    assert 0 < change < 0.1
+    note = f"logits change by at most {change:.2g}"
+    assert note in out
+    assert note in (exported / "half/README.md").read_text()
+    # It can be used and exported again, and stays what it is.
+    succeed("eval.py", "-model_dir", "half", "-data_dir", folder, *EVAL, "-json", "half.json", cwd=exported)
+    again = ["-data_dir", tmp_path, "-results", "half.json"]
+    succeed("export.py", "-model_dir", "half", "-out", "again", *again, cwd=exported)
+    assert file_hash(exported / "again/model.safetensors") == file_hash(exported / "half/model.safetensors")
+    assert read(exported / "again/config.json")["weights"]["logit_change"] == change
+
+
+@pytest.mark.parametrize("view", [[], ["-deepemd", "grid", "-patch_list", "1,2"]])
+def test_the_graph_computes_the_nodes(exported, tmp_path, view):
+    """Without the data set, on random images; for any number of images."""
+    flags = ["-data_dir", tmp_path, "-onnx", *view]
+    source = "package" if not view else "run/max_acc.pth"
+    done = run("export.py", "-model_dir", source, "-out", tmp_path / "out", *flags, cwd=exported)
+    assert done.status == 0, done.err
+    assert "checked on random images, and no picture" in done.err
+    assert not (tmp_path / "out/match.png").exists()
+    model = DeepEMD(feature_pyramid=None if view else (1,))
+    load_encoder_weights(model, tmp_path / "out")
+    shape = (3, 5, 3, 32, 32) if view else (3, 3, 32, 32)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
+    session = onnxruntime.InferenceSession(tmp_path / "out/encoder.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(found, model.eval().encode(images).numpy(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "-model_dir names what is exported"),
+        (["-model_dir", "none"], "-model_dir names what is exported"),
+        (["-model_dir", "nowhere"], "no checkpoint at nowhere"),
+        (["-model_dir", "run", "-out", "run"], "-out run has other files than a package"),
+        (["-model_dir", "run", "-out", "1.json"], "-out 1.json is a file"),
+        (
+            ["-model_dir", "run", "-results", "nowhere.json"],
+            "cannot read the results of an evaluation from nowhere.json",
+        ),
+        (["-model_dir", "run", "-results", "run/run.json"], "run/run.json is damaged, or not the results"),
+        (
+            ["-model_dir", "run", "-results", "1.json", "other.json"],
+            "-results other.json: it was measured with random weights",
+        ),
+        (
+            ["-model_dir", "run", "-results", "third.json"],
+            "-results third.json: it was measured with weights of SHA-256 0123",
+        ),
+    ],
+)
+def test_a_failed_export_leaves_nothing(exported, flags, message):
+    content = read(exported / "1.json")
+    (exported / "other.json").write_text(json.dumps({**content, "weights": None}))
+    (exported / "third.json").write_text(json.dumps({**content, "weights": {"sha256": "0123" * 16}}))
+    before = sorted(exported.rglob("*"))
+    done = run("export.py", *(["-out", "new"] if "-out" not in flags else []), *flags, cwd=exported)
+    assert done.status in (1, 2)
+    assert message in done.err.splitlines()[-1]
+    assert sorted(exported.rglob("*")) == before
+
+
+def test_a_failure_on_the_way_leaves_the_earlier_package(exported, tmp_path, monkeypatch):
+    shutil.copytree(exported / "package", tmp_path / "package")
+    (tmp_path / "package/.git").mkdir()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "package").glob("[!.]*")}
+
+    def fail(*_, **__):
+        raise InputError("no room")
+
+    flags = ["-model_dir", "package", "-out", "package", "-data_dir", "nowhere", "-half"]
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "card", fail)
+        done = run("export.py", *flags, cwd=tmp_path)
+        assert (done.status, done.err.splitlines()[-1]) == (1, "error: no room")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "package").glob("[!.]*")} == before
+    succeed("export.py", *flags, cwd=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["package"]
+    assert (tmp_path / "package/.git").is_dir()
+    assert read(tmp_path / "package/config.json")["weights"]["dtype"] == "float16"
+    assert len(read(tmp_path / "package/config.json")["results"]) == 2  # those that the package had
+    assert not (tmp_path / "package/match.png").exists()  # that of the earlier one
+
+
+def test_other_scripts_take_a_package(exported, folder, tmp_path):
+    write_images(tmp_path / "support/a", 2, seed=1)
+    write_images(tmp_path / "support/b", 1, seed=2)
+    flags = ["-model_dir", "package", "-gpu", "cpu"]
+    done = run("predict.py", *flags, "-support", tmp_path / "support", "-query", tmp_path / "support/b", cwd=exported)
+    assert "b/0000.png" in done.out, done.err
+    for source in ("package", "run"):
+        args = train_meta.build_parser().parse_args(["-pretrain_dir", str(exported / source)])
+        assert train_meta.pretrained_weights(args).parent == exported / source
+
+
+@pytest.mark.parametrize("damage", ["cut", "no config", "format", "flags"])
+def test_a_broken_package_is_one_line(exported, tmp_path, folder, damage):
+    package = tmp_path / "package"
+    shutil.copytree(exported / "package", package)
+    config = read(package / "config.json")
+    if damage == "cut":
+        with (package / "model.safetensors").open("r+b") as file:
+            file.truncate(1000)
+    elif damage == "no config":
+        (package / "config.json").unlink()
+    else:
+        change = {"format": 99} if damage == "format" else {"flags": {"image_size": "rm -rf"}}
+        (package / "config.json").write_text(json.dumps({**config, **change}))
+    done = run("eval.py", "-model_dir", package, "-data_dir", folder, "-dataset", "folder", *EVAL, cwd=tmp_path)
+    assert done.status == 1
+    assert done.err.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.err
+    assert str(package) in done.err.splitlines()[-1]

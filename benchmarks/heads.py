@@ -9,8 +9,6 @@ interval of that difference. Everything but the seconds is the same from run to 
 """
 
 import argparse
-import csv
-import io
 import json
 import re
 import sys
@@ -134,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add_set_argument(group)
     data.add_features_argument(group)
     arguments.add_json_argument(group)
-    group.add_argument("-csv", metavar="FILE", help="also write the table to FILE")
+    arguments.add_csv_argument(group, "head, norm and way to prototypes")
     data.add_data_arguments(parser)
     data.add_episode_arguments(parser)
     add_model_arguments(parser, sfc_lr=100.0)
@@ -282,11 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.json:
         utils.write_output(Path(args.json), json.dumps(result, indent=1).encode())
     if args.csv:
-        table = io.StringIO()
-        writer = csv.DictWriter(table, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        utils.write_output(Path(args.csv), table.getvalue().encode())
+        utils.write_csv(Path(args.csv), CSV_COLUMNS, [[row.get(name) for name in CSV_COLUMNS] for row in rows])
 
 
 if __name__ == "__main__":

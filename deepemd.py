@@ -11,6 +11,7 @@ Wherever an image is expected, it may be a path, a PIL image, or an array ``(H, 
 
 from __future__ import annotations
 
+import io
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -127,6 +128,15 @@ class Match(NamedTuple):
     def draw(self, *, title: str = "", flows: int = 10) -> Figure:
         """Both images, with the strongest flows between them."""
         return draw_match(self.panels[0], [self.panels[1]], self.matching, names=[""], title=title, top=flows)
+
+    def __repr__(self) -> str:
+        return f"Match(cost={self.cost:.4f}, {self.flow.shape[0]} x {self.flow.shape[1]} nodes)"
+
+    def _repr_png_(self) -> bytes:
+        """The picture, in a notebook."""
+        written = io.BytesIO()
+        self.draw().savefig(written, format="png")
+        return written.getvalue()
 
 
 class Model(NamedTuple):

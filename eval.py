@@ -60,7 +60,7 @@ def build_parser() -> ArgumentParser:
 
 def unusual_flags(parser: ArgumentParser, args: Namespace) -> dict[str, Any]:
     """The flags that affect the result and are not at their default, without those that the line always names."""
-    defaults = result_flags(parser.parse_args([]))
+    defaults = arguments.defaults_beside(parser, vars(args))
     named = ("dataset", "set", "deepemd", "way", "shot", "test_episode", "model_dir")
     return {name: value for name, value in result_flags(args).items() if value != defaults[name] and name not in named}
 

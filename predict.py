@@ -118,7 +118,7 @@ def as_json(answer: Answer, top: int, truth: str | None) -> dict[str, Any]:
 
 
 def save_prototypes(
-    prototypes: Prototypes, path: str, *, settings: dict[str, Any], weights: str, model: DeepEMD | None = None
+    prototypes: Prototypes, path: str, model: DeepEMD | None = None, *, settings: dict[str, Any], weights: str
 ) -> None:
     """Write a file for :func:`load_prototypes`, with the statistics of training nodes that the ``model`` uses."""
     content = prototypes._replace(nodes=prototypes.nodes.cpu())._asdict()
@@ -130,7 +130,7 @@ def save_prototypes(
     write_output(Path(path), buffer.getbuffer())
 
 
-def load_prototypes(path: str, *, settings: dict[str, Any], weights: str, model: DeepEMD | None = None) -> Prototypes:
+def load_prototypes(path: str, model: DeepEMD | None = None, *, settings: dict[str, Any], weights: str) -> Prototypes:
     """What :func:`save_prototypes` wrote, whose statistics of training nodes the ``model`` then uses.
 
     InputError for no file, a damaged one, or one of other weights, settings or statistics.

@@ -22,6 +22,10 @@ class GraphedStep:
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # and the batch that each reads
 
     def __call__(self, batch: Tensor) -> None:
+        with torch.cuda.device_of(batch):  # graphs are captured and replayed on the current device
+            self._call(batch)
+
+    def _call(self, batch: Tensor) -> None:
         size = batch.shape[1]
         self.calls[size] += 1
         if self.can_capture and self.calls[size] == EAGER_CALLS + 1:
@@ -40,8 +44,11 @@ class GraphedStep:
 
     def _capture(self, batch: Tensor) -> None:
         graph, read = torch.cuda.CUDAGraph(), batch.clone()
+        # A stream of this device: torch keeps one for all captures, that of the first. The mode lets other threads, such as the
+        # one that pins what a loader has read, allocate memory meanwhile.
+        settings = {"stream": torch.cuda.Stream(batch.device), "capture_error_mode": "thread_local"}
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, **settings):
                 self.step(read)
             self.graphs[batch.shape[1]] = graph, read
         except RuntimeError as error:

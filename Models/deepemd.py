@@ -167,9 +167,10 @@ class DeepEMD(nn.Module):
         """
         if statistics is not None:
             statistics = statistics.to(next(self.encoder.parameters()).device)
-            if (channels := len(statistics.mean)) != self.encoder.out_channels:
-                needed = f"the nodes of this encoder have {self.encoder.out_channels}"
-                raise InputError(f"the statistics are of {channels} channels; {needed}. Compute them with this encoder")
+            channels, needed = len(statistics.mean), getattr(self.encoder, "out_channels", None)  # of nodes from a file
+            if needed not in (None, channels):
+                nodes = f"the nodes of this encoder have {needed}"
+                raise InputError(f"the statistics are of {channels} channels; {nodes}. Compute them with this encoder")
         self.settings = replace(self.settings, statistics=statistics)
 
     @property

@@ -25,8 +25,6 @@ KSHOT = {
     "mean": "the mean of the support images of a class, node by node",
 }
 
-# The learning rate for nodes of length 1, which the norms base and standard fit.
-UNIT_LR = 0.1
 # As published. The dampening scales every step but the first to a tenth, which is why the learning rates look large.
 MOMENTUM, DAMPENING = 0.9, 0.9
 Draws = torch.Generator | Sequence[torch.Generator] | None

@@ -15,7 +15,7 @@ evaluate() { # name, flags
 
 "$python" train_pretrain.py "${data[@]}" -solver simplex -bs 64 -lr 0.05 -max_epoch 4 -step_size 2 -resume
 [ -s "$figures/heads.md" ] ||
-  "$python" benchmarks/heads.py "${data[@]}" -solver simplex -model_dir $pretrained -kshots mean,sfc \
+  "$python" benchmarks/heads.py "${data[@]}" -solver simplex -model_dir $pretrained -norms center -kshots mean,sfc \
     -json "$figures/heads.json" >"$figures/heads.md"
 cat "$figures/heads.md"
 

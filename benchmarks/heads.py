@@ -9,8 +9,6 @@ interval of that difference. Everything but the seconds is the same from run to 
 """
 
 import argparse
-import csv
-import io
 import json
 import re
 import sys
@@ -35,11 +33,18 @@ from engine.start import set_seed, start
 from engine.statistics import prepare_statistics
 from engine.weights_flags import adopt_trained_flags
 from Models import DeepEMD
-from Models.arguments import add_model_arguments, add_weights_arguments, build_model, head_choice, open_model
+from Models.arguments import (
+    SCALED_SFC_LR,
+    add_model_arguments,
+    add_weights_arguments,
+    build_model,
+    head_choice,
+    open_model,
+)
 from Models.choices import check_choice
 from Models.heads import HEADS
 from Models.matching import NORMS
-from Models.sfc import KSHOT, UNIT_LR, FitError
+from Models.sfc import KSHOT, FitError
 from Models.statistics import OF_STATISTICS
 
 Name = tuple[str, str, str | None]  # of a row: the head, the norm, and kshot if there is more than one shot
@@ -125,9 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
     counts = "episodes for each of -shots, or one number for all"
     group.add_argument("-episodes", type=utils.whole_numbers, default="600,200", help=counts)
     arguments.add_set_argument(group)
-    arguments.add_json_argument(group)
-    group.add_argument("-csv", metavar="FILE", help="also write the table to FILE")
     data.add_features_argument(group)
+    arguments.add_json_argument(group)
+    arguments.add_csv_argument(group, "head, norm and way to prototypes")
     data.add_data_arguments(parser)
     data.add_episode_arguments(parser)
     add_model_arguments(parser, sfc_lr=100.0)
@@ -138,51 +143,46 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def build_models(
-    args: argparse.Namespace, device: torch.device, own_lr: bool, train_nodes: Tensor | None
+    args: argparse.Namespace, device: torch.device, train_nodes: Tensor | None, own_lr: bool
 ) -> dict[Name, DeepEMD]:
     """A model for each row, all with one encoder. Norms whose statistics cannot be had are dropped from ``args.norms``.
 
-    ``train_nodes`` are those of ``-features``, for the statistics. ``own_lr``: each norm has its own learning rate of the
-    prototype fit, as ``-sfc_lr`` is not given.
+    ``train_nodes`` are those of ``-features``. ``own_lr``: each norm has its own learning rate of the prototype fit, as
+    ``-sfc_lr`` is not given.
     """
     set_seed(args.seed, deterministic=args.deterministic)  # random weights do not depend on what is compared
     shared, args.source = open_model(args, device=device, device_ids=(), **data.pixel_statistics(args))
-    statistics = base_statistics(args, shared, device, train_nodes)
+
+    def build(**changed: Any) -> DeepEMD:
+        return build_model(argparse.Namespace(**{**vars(args), **changed}), encoder=shared.encoder)
+
+    if needing := [norm for norm in args.norms if norm in OF_STATISTICS]:
+        flags = argparse.Namespace(**{**vars(args), "norm": needing[-1]})
+        source = {"open_train": partial(data.open_base_images, flags), "train_nodes": train_nodes}
+        source["num_workers"] = arguments.loader_processes(args)
+        shared = build(norm=needing[-1])
+        try:
+            prepare_statistics(flags, shared, args.source, device=device, **source)
+        except utils.InputError as error:
+            if args.statistics or len(needing) == len(args.norms):
+                raise
+            utils.status(f"rows of -norm {' and '.join(needing)} are left out: {error}")
+            args.norms = tuple(norm for norm in args.norms if norm not in OF_STATISTICS)
     models: dict[Name, DeepEMD] = {}
     for head, norm, kshot in product(args.heads, args.norms, args.kshots if args.shot > 1 else (None,)):
         if norm == "center" and "none" in args.norms and not HEADS[head.partition(":")[0]].weighs_nodes:
             continue  # this head has no such norm
-        flags = {**vars(args), "head": head, "norm": norm, "kshot": kshot or args.kshot}
-        flags["sfc_lr"] = UNIT_LR if own_lr and norm in OF_STATISTICS else args.sfc_lr
-        models[head, norm, kshot] = model = build_model(argparse.Namespace(**flags), encoder=shared.encoder)
+        rate = SCALED_SFC_LR if own_lr and norm in OF_STATISTICS else args.sfc_lr
+        models[head, norm, kshot] = model = build(head=head, norm=norm, kshot=kshot or args.kshot, sfc_lr=rate)
         if norm in OF_STATISTICS:
-            model.use_statistics(statistics)
+            model.use_statistics(shared.settings.statistics)
     return models
 
 
-def base_statistics(args: argparse.Namespace, shared: DeepEMD, device: torch.device, train_nodes: Tensor | None) -> Any:
-    """The statistics of training nodes, if ``args.norms`` need them; norms that cannot have them are dropped with a line."""
-    needing = [norm for norm in args.norms if norm in OF_STATISTICS]
-    if not needing:
-        return None
-    flags = argparse.Namespace(**{**vars(args), "norm": needing[-1]})
-    model = build_model(flags, encoder=shared.encoder)
-    source = {"open_train": partial(data.open_base_images, flags), "num_workers": arguments.loader_processes(args)}
-    source["train_nodes"] = train_nodes
-    try:
-        prepare_statistics(flags, model, args.source, device=device, **source)
-    except utils.InputError as error:
-        if args.statistics or len(needing) == len(args.norms):
-            raise
-        utils.status(f"rows of -norm {' and '.join(needing)} are left out: {error}")
-        args.norms = tuple(norm for norm in args.norms if norm not in OF_STATISTICS)
-        return None
-    return model.settings.statistics
-
-
-def baseline_norm(args: argparse.Namespace) -> str:
-    """The norm of the rows that the others are compared with."""
-    return "standard" if "standard" in args.norms else args.norms[0]
+def baseline_norm(args: argparse.Namespace, head: str) -> str:
+    """The norm of the row of a head that the others are compared with."""
+    norm = "standard" if "standard" in args.norms else args.norms[0]
+    return "none" if norm == "center" and "none" in args.norms and not HEADS[head].weighs_nodes else norm
 
 
 def compare(
@@ -191,18 +191,18 @@ def compare(
     """One row for each head, each norm and, above one shot, each way to prototypes."""
     args.shot, args.head = shot, args.heads[0]
     dataset = data.open_dataset(args, args.set, train=False)
-    comparison = Comparison(build_models(args, device, own_lr, getattr(dataset, "train_nodes", None)))
+    comparison = Comparison(build_models(args, device, getattr(dataset, "train_nodes", None), own_lr))
     episodes = data.draw_episodes(args, dataset, count, seed=args.seed, name=args.set)
-    arguments.make_evaluator(args, dataset, device=device)(comparison, episodes, title=f"{args.shot}-shot")
-    kshot, rows = args.kshots[0] if args.shot > 1 else None, []
+    arguments.make_evaluator(args, dataset, device=device)(comparison, episodes, title=f"{shot}-shot")
+    kshot, rows = args.kshots[0] if shot > 1 else None, []
     for name, accuracies in comparison.accuracies.items():
-        row = {"head": name[0], "norm": name[1], "shot": args.shot, "kshot": name[2], "episodes": count}
+        row = {"head": name[0], "norm": name[1], "shot": shot, "kshot": name[2], "episodes": count}
         if name in comparison.failed:
             rows.append({**row, "failed": comparison.failed[name]})
             continue
         row["accuracy"], row["interval"] = utils.mean_confidence_interval(accuracies)
         for key, head in BASELINES.items():
-            baseline = head, baseline_norm(args), kshot
+            baseline = head, baseline_norm(args, head), kshot
             if baseline in comparison.accuracies and baseline not in comparison.failed:
                 pairs = zip(accuracies, comparison.accuracies[baseline], strict=True)
                 difference = utils.mean_confidence_interval([value - other for value, other in pairs])
@@ -213,26 +213,28 @@ def compare(
 
 def may_overlap(args: argparse.Namespace) -> bool:
     """Whether the encoder may have been trained on images of the test classes: pretrained ones are, on most photographs."""
-    is_pretrained = getattr(args, "backbone", "").startswith("timm") and args.backbone_weights != "none"
-    return bool(getattr(args, "features", None)) or is_pretrained and args.dataset not in OWN_CLASSES
+    is_pretrained = args.backbone.startswith("timm:") and args.backbone_weights != "none"
+    return bool(args.features) or is_pretrained and args.dataset not in OWN_CLASSES
 
 
 def heading(args: argparse.Namespace, device: torch.device) -> str:
     """What the table is of, and its head."""
-    backbone, norm = getattr(args, "backbone", "resnet12"), baseline_norm(args)
-    star = " \\*" if may_overlap(args) else ""
-    leak = (
-        "\\* The encoder may have been trained on images of the test classes: rows can be compared with each other, not with "
-        "few-shot results of other encoders.\n\n"
+    baselines = [f"{head}, {baseline_norm(args, head)}" for head in BASELINES.values()]
+    pixels = (
+        f"{args.dataset} {args.set}, {args.backbone}, {args.deepemd}, {args.image_size} pixels, weights {args.source}"
     )
     above = f" (above one shot, by -kshot {args.kshots[0]})" if max(args.shots) > 1 else ""
-    encoder = f"{args.dataset} {args.set}, {backbone}, {args.deepemd}, {args.image_size} pixels, weights {args.source}"
+    star, leak = "", ""
+    if may_overlap(args):
+        star = " \\*"
+        leak = "\\* The encoder may have been trained on images of the test classes: compare these accuracies with each other, "
+        leak += "not with few-shot results of other encoders.\n\n"
     return (
-        f"{args.features or encoder}, {args.way}-way, {args.query} queries per class, seed {args.seed}. Accuracies in percent "
-        f"with 95 % intervals; differences from cosine and from deepemd, both with -norm {norm}{above}, on the same episodes. "
-        f"Seconds per episode of the head alone, prototypes included, on {device.type}.\n\n{leak if star else ''}"
-        f"| shot | head | norm | prototypes | episodes | accuracy{star} | vs cosine, {norm} "
-        f"| vs deepemd, {norm} | seconds |\n|---|---|---|---|---|---|---|---|---|"
+        f"{args.features or pixels}, {args.way}-way, {args.query} queries per class, seed {args.seed}. Accuracies in percent "
+        f"with 95 % intervals; differences from {' and from '.join(baselines)}{above}, on the same episodes. Seconds per "
+        f"episode of the head alone, prototypes included, on {device.type}.\n\n{leak}"
+        f"| shot | head | norm | prototypes | episodes | accuracy{star} | vs {' | vs '.join(baselines)} | seconds |\n"
+        "|---|---|---|---|---|---|---|---|---|"
     )
 
 
@@ -263,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in (args.json, args.csv):
         if path not in (None, "-"):
             utils.check_writable(Path(path))
-    own_lr = not any(word.partition("=")[0] == "-sfc_lr" for word in (sys.argv[1:] if argv is None else argv))
+    own_lr = not any(word.partition("=")[0] == "-sfc_lr" for word in parser.expand(argv))
     _, device, _ = start(args, one_process=True)
     rows = []
     for shot, count in zip(args.shots, counts, strict=True):
@@ -271,18 +273,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.json != "-":
             print("\n".join([*([] if rows else [heading(args, device)]), *map(line, found)]), flush=True)
         rows += found
-    result = {"rows": rows, "baseline_norm": baseline_norm(args), "may_overlap": may_overlap(args), "flags": vars(args)}
+    result = {"rows": rows, "may_overlap": may_overlap(args), "flags": vars(args)}
     result |= {"versions": environment(), "weights": fingerprint(args.source)}
     if args.json == "-":
         print(json.dumps(result))
     elif args.json:
         utils.write_output(Path(args.json), json.dumps(result, indent=1).encode())
     if args.csv:
-        table = io.StringIO()
-        writer = csv.DictWriter(table, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        utils.write_output(Path(args.csv), table.getvalue().encode())
+        utils.write_csv(Path(args.csv), CSV_COLUMNS, [[row.get(name) for name in CSV_COLUMNS] for row in rows])
 
 
 if __name__ == "__main__":

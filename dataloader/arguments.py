@@ -155,8 +155,9 @@ def draw_episodes(
     try:
         sampler = EpisodeSampler(dataset.labels, episodes, args.way, args.shot + args.query)
     except InputError as error:
-        where = f"{args.dataset}, {name}" if isinstance(dataset, ImageDataset) else f"-features {args.features},"
-        raise InputError(f"{where} episodes: {error}") from None
+        is_file = isinstance(dataset, FeatureSet)
+        where = f"-features {args.features}" if is_file else f"{args.dataset}, {name} episodes"
+        raise InputError(f"{where}: {error}") from None
     fixed_views = len(dataset) if args.fixed_patches and not train else None
     return SeededEpisodes(sampler, seed=seed, name=name, fixed_views=fixed_views)
 

@@ -203,13 +203,17 @@ def next_command(
 
 def _words(parser: ArgumentParser, flags: dict[str, Any]) -> list[str]:
     """Flags as words of a command line, without those at their default, in the order of the parser."""
+    defaults = defaults_beside(parser, flags)
+    return _as_words({**defaults, **flags}, defaults)
+
+
+def defaults_beside(parser: ArgumentParser, flags: dict[str, Any]) -> dict[str, Any]:
+    """The default of every flag; of those that depend on other flags, the one beside these."""
     defaults = vars(parser.parse_args([]))
     dependent = [name for name, value in defaults.items() if value is not None and parser.get_default(name) is None]
     others = {name: value for name, value in flags.items() if name in defaults and name not in dependent}
-    if dependent and others:  # their defaults are those beside these flags
-        found = parser.parse_args(_as_words({**defaults, **others}, defaults))
-        defaults |= {name: getattr(found, name) for name in dependent}
-    return _as_words({**defaults, **flags}, defaults)
+    found = parser.parse_args(_as_words({**defaults, **others}, defaults)) if dependent and others else None
+    return {name: getattr(found, name) if found and name in dependent else value for name, value in defaults.items()}
 
 
 def _as_words(flags: dict[str, Any], defaults: dict[str, Any]) -> list[str]:

@@ -77,9 +77,11 @@ def prepare_statistics(
         model.fit_statistics(nodes.float() for nodes in train_nodes.split(LOADED_AT_ONCE))
         return
     computed = partial(_compute, model, device=device, num_workers=num_workers)
+    found = None
     if ranks.is_first:
         _find(args, model, open_train(), computed, fresh)
-    model.use_statistics(ranks.from_first(model.settings.statistics if ranks.is_first else None))
+        found = model.settings.statistics.to(torch.device("cpu"))  # not on a device of another process
+    model.use_statistics(ranks.from_first(found))
 
 
 def keep_for_run(args: Any, model: Any, weights: str | Path, folder: Path, *, resumes: bool, **more: Any) -> None:

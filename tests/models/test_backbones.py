@@ -182,6 +182,52 @@ def test_tensors_with_other_names_are_taken_in_order(tmp_path, capsys, classes):
     )
 
 
+@pytest.fixture
+def model_folder(tmp_path) -> str:
+    """A model in a folder, made for 64 pixels and published without a classifier; and its name."""
+    from safetensors.torch import save_file
+
+    config = {"num_classes": 0, "input_size": [3, 64, 64], "fixed_input_size": True, "classifier": "head"}
+    config |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "lanczos"}
+    content = {"architecture": "test_vit", "num_classes": 0, "pretrained_cfg": config}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    save_file(encoder_of("test_vit", 64).network.state_dict(), tmp_path / "model.safetensors")
+    return f"local-dir:{tmp_path}"
+
+
+def test_a_model_in_a_folder(model_folder):
+    plan = plan_backbone(f"timm:{model_folder}")
+    assert (plan.image_size, plan.edge, plan.map_size, plan.interpolation) == (64, 4, 4, "lanczos")
+    encoder, expected = TimmEncoder(model_folder).eval(), encoder_of("test_vit", 64)
+    assert (encoder.mean, encoder.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    images = normal_images(1, 2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(encoder(images), expected(images))
+
+
+def test_a_file_may_have_a_classifier_that_the_model_was_published_without(tmp_path, model_folder):
+    state = timm.create_model("test_vit", num_classes=7, img_size=64).state_dict()
+    encoder = TimmEncoder(model_folder, weights=saved(tmp_path / "w.pth", state))
+    assert all(torch.equal(value, state[key]) for key, value in encoder.network.state_dict().items())
+
+
+def test_a_network_that_needs_numbers_is_planned_without_a_draw(monkeypatch):
+    """Where it cannot be built on the meta device."""
+    real = timm_encoder._create
+
+    def create(model, **settings):
+        if torch.get_default_device().type == "meta":
+            raise InputError("not without numbers")
+        return real(model, **settings)
+
+    monkeypatch.setattr(timm_encoder, "_create", create)
+    timm_encoder._edge.cache_clear()
+    timm_encoder._network.cache_clear()
+    state = torch.get_rng_state()
+    assert plan_backbone("timm:test_vit", image_size=64).edge == 4
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_random_weights_depend_on_the_seed_alone():
     first = encoder_of("test_vit", 64).identity()
     timm_encoder._edge.cache_clear()

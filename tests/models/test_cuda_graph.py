@@ -16,7 +16,7 @@ class Device:
         self.done: list[list[int]] = []
         self.recording = None
         self.captures = self.replays = 0
-        stand_in = self
+        stand_in, batch_device = self, torch.device("cpu")
 
         class Graph:
             def replay(self):
@@ -25,13 +25,15 @@ class Device:
 
         class Stream:
             def __init__(self, device=None):
-                pass
+                self.device = device
 
             def wait_stream(self, other):
                 pass
 
         @contextlib.contextmanager
-        def graph(found):
+        def graph(found, *, stream, capture_error_mode):
+            assert stream.device == batch_device
+            assert capture_error_mode == "thread_local"  # the loader pins memory in another thread
             stand_in.captures += 1
             stand_in.recording = found
             try:

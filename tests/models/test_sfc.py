@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from Models.arguments import SCALED_SFC_LR
 from Models.heads import head_logits
 from Models.matching import emd_logits
-from Models.sfc import UNIT_LR, _orders, fit_prototypes, mean_prototypes
+from Models.sfc import _orders, fit_prototypes, mean_prototypes
 from Models.statistics import NodeStatistics
 from utils import InputError
 
@@ -208,7 +209,7 @@ def test_the_fit_does_no_harm_where_channels_have_different_scales(monkeypatch):
     known = NodeStatistics.of(images[-50:])
     episode, query, truth = images[: way * shot], images[way * shot : -50], labels[way * shot : -50]
 
-    def accuracy(steps, lr=UNIT_LR):
+    def accuracy(steps, lr=SCALED_SFC_LR):
         given = {"norm": "standard", "statistics": known, "solver": "simplex"}
         order = {"generator": torch.Generator().manual_seed(0)}
         fit = {"way": way, "shot": shot, "lr": lr, "steps": steps, "batch_size": 4}

@@ -11,7 +11,7 @@ from matplotlib.text import Text
 from engine.run import RunFolder
 from pictures import plots
 from pictures.canvas import to_pixels
-from utils import InputError
+from utils import InputError, write_json
 
 
 def test_curves_are_those_of_the_file(tmp_path):
@@ -65,6 +65,83 @@ def test_evaluations_of_the_same_episodes_are_paired(tmp_path):
     assert rows["other"].endswith("not paired: other images")
     assert rows["shot"].endswith("not paired: -shot 5, not 1")
     assert len({re.search(r" \d\d\.\d\d \+-", row).start() for row in rows.values()}) == 1  # columns
+
+
+def test_evaluations_are_paired_by_their_images_and_episodes():
+    """Nodes of images have another hash than the images, and the same order; episodes of a file have a hash."""
+
+    def reason(one, other, **flags):
+        return plots.why_not_paired(
+            plots.Results([1.0], {"seed": 1}, one), plots.Results([1.0], {"seed": 1} | flags, other)
+        )
+
+    images, nodes = {"sha256": "a", "order": "x"}, {"sha256": "b", "order": "x"}
+    assert reason(images, nodes) == ""
+    assert reason(images, nodes | {"order": "y"}) == "other images"
+    assert reason(images, {"sha256": "b"}) == "other images"
+    assert reason({"sha256": "a"}, images) == ""
+    assert reason(images, nodes, seed=2) == "-seed 2, not 1"
+    listed = images | {"episodes": "e"}
+    assert reason(listed, nodes | {"episodes": "e"}, seed=2, episodes_in="file") == ""
+    assert reason(listed, nodes | {"episodes": "f"}, episodes_in="file") == "other episodes"
+    assert reason(images, listed, episodes_in="file") == "the episodes of one are those of a file"
+    assert reason(images, listed) == ""  # drawn, and written to a file
+
+
+def write_confusion(path, classes, counts):
+    write_json(path, {"accuracies": [1.0], "flags": {}, "confusion": {"classes": classes, "counts": counts}})
+    return path
+
+
+def test_confusion_is_by_true_class(tmp_path):
+    counts = [[8, 2, 0], [0, 0, 0], [1, 3, 0]]
+    confusion = plots.read_confusion(write_confusion(tmp_path / "r.json", ["ant", "bee", "a\nb"], counts))
+    assert np.array_equal(confusion.shares, [[80, 20, 0], [np.nan] * 3, [25, 75, 0]], equal_nan=True)
+    assert [line.split() for line in plots.worst_pairs(confusion)] == [
+        ["class", "taken", "for", "share"],
+        ["a?b", "bee", "75.0", "%", "(3", "of", "4)"],
+        ["a?b", "ant", "25.0", "%", "(1", "of", "4)"],
+        ["ant", "bee", "20.0", "%", "(2", "of", "10)"],
+    ]
+    assert len(plots.worst_pairs(confusion, most=1)) == 2
+    figure = plots.draw_confusion(confusion)
+    texts = [text.get_text() for text in figure.findobj(Text)]
+    assert {"80", "20", "25", "75", "57.14 % of 14 queries right", "true class", "predicted class"} <= {*texts}
+    right = plots.Confusion(["a", "b"], np.eye(2, dtype=int))
+    assert plots.worst_pairs(right) == ["no class was taken for another"]
+
+
+@pytest.mark.parametrize("count", [1, 5, 64, 200])
+def test_confusion_of_any_number_of_classes_can_be_read(count):
+    counts = np.ones((count, count), dtype=int)
+    figure = plots.draw_confusion(
+        plots.Confusion([f"{name}{k}" for k, name in enumerate((ODD_NAMES * 30)[:count])], counts)
+    )
+    pixels = to_pixels(figure)
+    assert 200 < min(pixels.shape[:2]) <= max(pixels.shape[:2]) < 3500
+    figure.canvas.draw()
+    for labels in (figure.axes[0].get_xticklabels(), figure.axes[0].get_yticklabels()):
+        boxes = [label.get_window_extent() for label in labels]
+        assert len(boxes) == (count if count < 100 else 67)
+        assert not any(one.overlaps(other) for one, other in zip(boxes, boxes[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"accuracies": [1.0]}, "has no confusion matrix: an earlier version wrote it"),
+        ({"confusion": {"classes": ["a"], "counts": [[1, 2]]}}, "is damaged"),
+        ({"confusion": {"classes": ["a"], "counts": [[0.5]]}}, "is damaged"),
+        ({"confusion": {"classes": ["a"], "counts": [[0]]}}, "is damaged"),
+        ({"confusion": {"classes": [7], "counts": [[1]]}}, "is damaged"),
+        ({"confusion": 3}, "is damaged"),
+        ({}, "is damaged"),
+    ],
+)
+def test_results_without_a_matrix_are_named(tmp_path, content, sentence):
+    write_json(tmp_path / "r.json", content)
+    with pytest.raises(InputError, match=rf"r\.json {sentence}"):
+        plots.read_confusion(tmp_path / "r.json")
 
 
 def test_a_comparison_of_any_names_has_a_line_each(capfd, recwarn):

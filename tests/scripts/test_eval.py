@@ -1,14 +1,18 @@
 """eval.py: what it writes where, and the flags of the weights."""
 
+import csv
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import finish, run, start, succeed
 
 from engine.evaluation import Recorder
+from engine.results import describe_confusion
 from Models import ResNet12
 
 SMALL = ["-gpu", "cpu", "-image_size", "16", "-query", "2", "-way", "2", "-num_workers", "0", "-test_episode", "4"]
@@ -129,3 +133,78 @@ def test_weights_are_used_as_they_were_trained(flags, folder, tmp_path):
     done = run("eval.py", *given, "-image_size", 16, cwd=tmp_path)
     assert "warning: -image_size 16 differs from the run that trained the weights (run/run.json)" in done.err
     assert json.loads(done.out)["loss"] != found["loss"]
+
+
+def test_nodes_and_episodes_in_files_give_the_same_accuracies(flags, tmp_path):
+    def evaluate(*more):
+        return json.loads(succeed("eval.py", *more, "-json", "-", cwd=tmp_path))
+
+    given = [*flags, "-model_dir", "none", "-shot", 2, "-kshot", "mean"]
+    written = evaluate(*given, "-features_out", "f.npz", "-episodes_out", "e.json", "-csv", "t.csv")
+    nodes = [*flags, "-data_dir", "nowhere", "-kshot", "mean", "-features", "f.npz"]
+    drawn, listed = evaluate(*nodes, "-shot", 2), evaluate(*nodes, "-episodes_in", "e.json", "-way", 5)
+    images = evaluate(*given, "-episodes_in", "e.json", "-test_episode", 3)
+    for found in (drawn, listed):
+        assert found["accuracies"] == written["accuracies"]
+        assert found["loss"] == pytest.approx(written["loss"], abs=1e-6)
+        assert found["confusion"] == written["confusion"]
+    assert images["accuracies"] == written["accuracies"][:3]
+    assert (listed["flags"]["way"], listed["flags"]["shot"], listed["weights"]) == (2, 2, None)
+    # Files of nodes hold training images of each class, for the statistics of nodes.
+    with np.load(tmp_path / "f.npz") as archive:
+        assert {name: archive[name].shape for name in archive} == {
+            "nodes": (42, 640, 1),
+            **dict.fromkeys(("labels", "files"), (42,)),
+            "class_names": (6,),
+            "train_nodes": (42, 640, 1),
+            "train_labels": (42,),
+        }
+        assert archive["files"][8] == "class1/0001.png"
+        changed = dict(archive)
+    # Other nodes in a file of that name are another evaluation.
+    np.savez(tmp_path / "f.npz", **changed | {"nodes": changed["nodes"][::-1]})
+    assert evaluate(*nodes, "-shot", 2)["data"]["sha256"] != drawn["data"]["sha256"]
+    assert len(list((tmp_path / "checkpoint/eval").glob("results-*.json"))) == 5
+    with open(tmp_path / "t.csv", newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert [float(row["accuracy"]) for row in rows] == written["accuracies"]
+    assert sum(float(row["loss"]) for row in rows) / 4 == pytest.approx(written["loss"])
+    assert [row["classes"].split(";") for row in rows] == [one["classes"] for one in read(tmp_path / "e.json")]
+
+
+def test_results_have_the_accuracy_of_each_class(flags, tmp_path):
+    found = json.loads(succeed("eval.py", *flags, "-model_dir", "none", "-json", "-", cwd=tmp_path))
+    classes, counts = found["confusion"]["classes"], np.array(found["confusion"]["counts"])
+    assert classes == [f"class{k}" for k in range(6)]
+    assert counts.sum() == 4 * 2 * 2
+    assert 100 * np.trace(counts) / counts.sum() == pytest.approx(found["accuracy"])
+    right = {
+        name: 100 * row[k] / row.sum() for k, (name, row) in enumerate(zip(classes, counts, strict=True)) if any(row)
+    }
+    assert found["class_accuracy"] == right
+
+
+def test_many_classes_have_no_matrix():
+    names = [f"class {k}" for k in range(501)]
+    found = describe_confusion(Counter({(0, 0): 3, (0, 500): 1}), names)
+    assert found == {"class_accuracy": {"class 0": 75.0}}
+    assert "confusion" in describe_confusion(Counter({(0, 0): 3, (0, 499): 1}), names[:500])
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "sentence"),
+    [
+        (["-features", "f.npz", "-features_out", "g.npz"], 2, "leave out -features_out"),
+        (["-csv", "-"], 2, 'argument -csv: expected the name of a file; "-" is for -json'),
+        (["-features", "none.npz"], 1, "-features none.npz: there is no such file"),
+        (["-features", "f.npz", "-way", 3], 1, "-features f.npz: 3-way episodes need 3 classes"),
+        (["-features", "f.npz", "-episodes_out", "e.json"], 1, "no array files"),
+        (["-episodes_in", "none.json"], 1, "cannot read a list of episodes from none.json"),
+        (["-features_out", "f.npz/g.npz"], 1, "cannot write f.npz/g.npz"),
+    ],
+)
+def test_files_that_cannot_be_used_are_one_line(flags, tmp_path, more, status, sentence):
+    np.savez(tmp_path / "f.npz", nodes=np.ones((8, 2), np.float32), labels=[0, 0, 0, 0, 1, 1, 1, 1])
+    done = run("eval.py", *flags, "-model_dir", "none", *more, cwd=tmp_path)
+    assert (done.status, done.out) == (status, "")
+    assert sentence in done.err.splitlines()[-1]

@@ -1,10 +1,14 @@
 """The library in one import: the same answers as the scripts, from whatever images are given as."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -110,6 +114,27 @@ def test_bad_images_are_one_sentence(model, support, queries, message):
 def test_bad_models_are_one_sentence(source, flags, message):
     with pytest.raises(InputError, match=message):
         deepemd.load(source, device="cpu", **flags)
+
+
+@pytest.mark.slow
+def test_the_tour_runs(glyphs, tmp_path):
+    """All cells of the notebook, one after the other, with random weights; and its outputs are in the file."""
+    cells = [
+        cell for cell in json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"] if cell["cell_type"] == "code"
+    ]
+    for path in ROOT.iterdir():
+        if path.name not in {"datasets", "checkpoint"}:
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "glyphs").symlink_to(glyphs / "glyphs")
+    (tmp_path / "tour.py").write_text("\n".join("".join(cell["source"]) for cell in cells))
+    environment = {**os.environ, "MPLBACKEND": "agg"}
+    done = subprocess.run([sys.executable, "tour.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| 1 | chamfer | standard |" in done.stdout
+    assert done.stdout.count("step ") == 4
+    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell["outputs"]) == 2
+    assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
 
 
 def test_heads_without_a_flow_match_nothing(own_images):

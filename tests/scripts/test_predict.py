@@ -1,5 +1,6 @@
 """Classifying one's own images: the table, the list, prototypes kept and refused, pictures; and the same as a library."""
 
+import csv
 import json
 import os
 import re
@@ -48,6 +49,53 @@ def test_list_and_table_agree(own_images, capsys):
         for item in found
     ]
     assert [line.split()[0] for line in lines[2::2]] == [item["runner_up"] for item in found]
+
+
+def test_queries_in_folders_of_classes_have_an_accuracy(own_images, tmp_path, capsys):
+    query, support = tmp_path / "query", own_images / "support"
+    shutil.copytree(own_images / "query", query)
+    # Files of a class in the folder of another are wrong answers; one of a name of two classes is unlabelled.
+    (query / "broken.png").rename(query / "ant" / "broken.png")
+    (query / "notes.txt").write_text("no image")
+    (query / "bee" / "deep").mkdir()
+    (query / "bee" / "1.png").rename(query / "bee" / "deep" / "1.png")
+    beside = own_images / "query" / "cat"
+    found, said = listed(capsys, "-support", support, "-query", query, beside, "-csv", tmp_path / "t.csv", "-top", "2")
+    assert [item.get("truth") for item in found] == ["ant", "ant", "bee", "bee", "cat", "cat", None, None]
+    with open(tmp_path / "t.csv", newline="") as table:
+        rows = list(csv.DictReader(table))
+    for row, item in zip(rows, found, strict=True):
+        (_, second), plain = item.pop("top"), {"truth": "", **item}
+        row = {name: float(value) if name.startswith(("prob", "cost")) else value for name, value in row.items()}
+        assert row == plain | {"class_2": second["class"], "probability_2": second["probability"]}
+    main(["-support", str(support), "-query", str(query), str(beside), *TINY])
+    lines = capsys.readouterr().out.splitlines()
+    right = sum(item["class"] == item.get("truth") for item in found)
+    assert lines[10] == f"accuracy: {100 * right / 6:.2f} % ({right} of 6 images whose folder names their class)"
+    assert lines[11].split() == ["class", "accuracy", "of", "taken", "for"]
+    for line, name in zip(lines[12:], ("ant", "bee", "cat"), strict=True):
+        pair = [item["class"] for item in found if item.get("truth") == name]
+        taken = [f"{other} ({pair.count(other)})" for other in dict.fromkeys(pair) if other != name]
+        assert re.split(r"  +", line)[:3] == [name, f"{50 * pair.count(name):.1f} %", "2"]
+        assert set(re.findall(r"\w+ \(\d\)", line)) == set(taken)
+
+
+def test_other_folders_have_no_accuracy(own_images, tmp_path, capsys):
+    shutil.copytree(own_images / "query", tmp_path / "query")
+    given = ["-support", own_images / "support", "-query"]
+    for rename, sentence in (
+        ({"broken.png": "broken.png"}, "query/broken.png is not in a folder of a class of the examples"),
+        ({"broken.png": "bee/x.png", "ant": "wasp"}, "query/wasp/0.png is not in a folder of a class of the examples"),
+        ({"bee": "fly", "cat": "dog"}, None),
+    ):
+        for old, new in rename.items():
+            (tmp_path / "query" / old).rename(tmp_path / "query" / new)
+        found, said = listed(capsys, *given, tmp_path / "query")
+        assert not any("truth" in item for item in found)
+        assert (sentence or "no accuracy") in said if sentence else "no accuracy" not in said
+    with pytest.raises(SystemExit):
+        main(["-support", "x", "-save", "y", "-csv", "z"])
+    assert "-csv lists answers and requires -query PATH" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kshot", ["sfc", "mean"])

@@ -15,6 +15,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 import deepemd
+import eval as eval_script
 import visualize
 from dataloader.arguments import draw_episodes, open_dataset
 from engine.run import RunFolder
@@ -304,3 +305,20 @@ def test_pictures_of_a_repeated_epoch_replace_the_earlier_ones(tmp_path):
     RunFolder(tmp_path / "run", {}).writer.close()
     assert not (tmp_path / "run/images").exists()
     assert (tmp_path / "run/previous-1/images/one/epoch-1.png").is_file()
+
+
+def test_confusion_of_an_evaluation_is_drawn(glyphs, tmp_path):
+    flags = [*SMALL, "-image_size", 16, "-dataset", "glyphs", "-data_dir", glyphs, "-test_episode", 2]
+    evaluated = Done(eval_script, flags, tmp_path)
+    assert evaluated.status == 0, evaluated.err
+    done = Done(visualize, ["confusion", "checkpoint/eval/results.json", "-out", "pictures"], tmp_path)
+    assert done.status == 0, done.err
+    header, *pairs, path = done.out.splitlines()
+    assert header.split() == ["class", "taken", "for", "share"]
+    assert all(re.search(r" %  \(\d+ of \d+\)$", pair) for pair in pairs)
+    assert path == "pictures/confusion.png"
+    with Image.open(tmp_path / path) as image:
+        assert np.asarray(image).std() > 0
+    done = Done(visualize, ["confusion", "none.json"], tmp_path)
+    assert (done.status, done.out) == (1, "")
+    assert done.err == "error: cannot read the results of an evaluation from none.json (No such file or directory)\n"

@@ -108,13 +108,13 @@ def test_twenty_images_of_a_class_are_drawn_by_name(place):
     images = dataset(place)
     images.labels = [0] * 25 + [1] * 17
     images.class_names = ["a", "b"]
-    drawn = statistics._drawn(images)
-    assert drawn == statistics._drawn(images)
+    drawn = statistics.drawn_images(images)
+    assert drawn == statistics.drawn_images(images)
     of_first = [index for index, _ in drawn if index < 25]
     assert len(of_first) == len(set(of_first)) == PER_CLASS
     assert sorted(index for index, _ in drawn if index >= 25) == list(range(25, 42))
     images.labels = [0] * 25 + [1] * 16 + [2]
-    assert [pair for pair in statistics._drawn(images) if pair[0] < 25] == drawn[:PER_CLASS]
+    assert [pair for pair in statistics.drawn_images(images) if pair[0] < 25] == drawn[:PER_CLASS]
 
 
 def test_a_file_that_is_named_comes_before_one_beside_the_weights_and_that_before_the_cache(place, capsys):
@@ -247,6 +247,6 @@ def test_a_folder_is_drawn_from_as_one_class(place, monkeypatch):
         [str(path) for path in sorted(Path("data").rglob("*.png"))], view=dataset(place).view
     )
     assert len(images) == 3 * 42
-    drawn = [index for index, _ in statistics._drawn(images)]
+    drawn = [index for index, _ in statistics.drawn_images(images)]
     assert len(set(drawn)) == 10
     assert np.ptp(drawn) > 42  # from all of it

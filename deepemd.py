@@ -98,10 +98,12 @@ class Answer(NamedTuple):
     cost: float | None  # per unit of mass, of the match with the best class; None for a head that moves nothing
     viewed: ViewedImage
     nodes: Tensor  # (C, N)
+    abstain: float = 0.0
 
     @property
-    def class_name(self) -> str:
-        return self.ranking[0][0]
+    def class_name(self) -> str | None:
+        """The most probable class; None ("none of the classes") where its probability is below ``abstain``."""
+        return self.ranking[0][0] if self.probability >= self.abstain else None
 
     @property
     def probability(self) -> float:
@@ -161,18 +163,21 @@ class Model(NamedTuple):
             prepare_statistics(args, network, weights, device=device, **source)
         return cls(network.folded(), view_of(args, train=False), args.seed, device), weights
 
-    def classify(self, support: str | Path | Mapping[str, Pictures] | Prototypes, queries: Pictures) -> list[Answer]:
+    def classify(
+        self, support: str | Path | Mapping[str, Pictures] | Prototypes, queries: Pictures, *, abstain: float = 0.0
+    ) -> list[Answer]:
         """The class of each query.
 
         Args:
             support: a few examples of each class, in any number: a folder ``<class>/<image>``, or images or folders of images by
                 the name of their class; or what :meth:`prototypes` made of them.
             queries: images, or folders of them at any depth.
+            abstain: the probability below which an answer has no class.
 
         InputError for images that cannot be read, or no images.
         """
         prototypes = support if isinstance(support, Prototypes) else self.prototypes(support)
-        return list(self.answers(prototypes, _listed(queries)))
+        return list(self.answers(prototypes, _listed(queries), abstain=abstain))
 
     @torch.no_grad()
     def match(self, a: Picture, b: Picture) -> Match:
@@ -214,7 +219,9 @@ class Model(NamedTuple):
         return Prototypes(proto, classes, examples, [Path(names[k]).name for k in shown])
 
     @torch.no_grad()
-    def answers(self, prototypes: Prototypes, images: Iterable[Picture], *, skip: bool = False) -> Iterator[Answer]:
+    def answers(
+        self, prototypes: Prototypes, images: Iterable[Picture], *, abstain: float = 0.0, skip: bool = False
+    ) -> Iterator[Answer]:
         """The answers of :meth:`classify`, one by one; with ``skip``, a warning names images that cannot be read."""
         proto, settings = prototypes.nodes.to(self.device), self.network.settings
         for names, viewed in self.read_all(images, skip=skip):
@@ -224,7 +231,7 @@ class Model(NamedTuple):
                 probability = row.double().softmax(0).tolist()
                 ranking = [(prototypes.classes[k], probability[k]) for k in row.argsort(descending=True, stable=True)]
                 cost = 1 - float(row.max()) / settings.temperature if settings.uses_solver else None
-                yield Answer(name, ranking, cost, *image)
+                yield Answer(name, ranking, cost, *image, abstain)
 
     @torch.no_grad()
     def draw(self, prototypes: Prototypes, answer: Answer, *, flows: int = 10) -> Figure:

@@ -37,6 +37,7 @@ from utils import (
     load_plain,
     make_parser,
     number_at_least,
+    number_between,
     printable,
     run_script,
     status,
@@ -44,6 +45,7 @@ from utils import (
     write_output,
 )
 
+NONE = "none of the classes"
 FORMAT = 2  # of a file of prototypes
 # What has to be the same for prototypes and queries, beside the flags of the view: it decides what nodes and prototypes are.
 SETTINGS = (
@@ -64,6 +66,9 @@ def build_parser() -> ArgumentParser:
     add_json_argument(group, "a list of the results")
     add_csv_argument(group, "image, with what -json has")
     group.add_argument("-top", type=count, default=1, help="classes listed for each image, the most probable first")
+    least = "answer only where the most probable class has at least this probability, 0 to 1, and else none of the classes. "
+    least += "Probabilities compare the classes with each other: they are the softmax of temperature * (1 - cost)"
+    group.add_argument("-abstain", type=number_between(0, 1, float), default=0.0, metavar="P", help=least)
     group.add_argument("-save", metavar="FILE", help="write the prototypes to FILE, for -prototypes")
     group.add_argument("-picture", metavar="DIR", help="draw the match behind each prediction, in DIR")
     group.add_argument("-format", choices=FORMATS, default="png", help="of the pictures")
@@ -86,12 +91,19 @@ def known_classes(folders: Iterable[str], files: Sequence[str], classes: Sequenc
     return known
 
 
-def report_accuracy(truths: Sequence[str], found: Sequence[str], classes: Sequence[str]) -> list[str]:
-    """Lines: how many images of known class were classified correctly, in all and by class, and what others were taken for."""
+def report_accuracy(truths: Sequence[str], found: Sequence[str | None], classes: Sequence[str]) -> list[str]:
+    """Lines: how many images of known class were classified correctly, in all and by class, and what others were taken for.
+
+    Images without an answer (None) are counted, and left out.
+    """
+    none = sum(name is None for name in found)
+    if none:
+        truths, found = zip(*((one, other) for one, other in zip(truths, found, strict=True) if other), strict=True)
     confusion = Counter(zip(truths, found, strict=True))
     counts = [[confusion[true, predicted] for predicted in classes] for true in classes]
     right = sum(true == predicted for true, predicted in zip(truths, found, strict=True))
     of = f"{right} of {len(truths)} images whose folder names their class"
+    of += f"; no answer for {none} others" if none else ""
     return [f"accuracy: {100 * right / len(truths):.2f} % ({of})", *confusion_lines(classes, counts)]
 
 
@@ -110,6 +122,8 @@ def as_json(answer: Answer, top: int, truth: str | None) -> dict[str, Any]:
     """An answer as an entry of the list of -json, with the true class where that is known."""
     content = {"file": answer.file, "class": answer.class_name, "probability": answer.probability}
     content |= {"cost": answer.cost, "runner_up": answer.runner_up}
+    if answer.class_name is None:
+        content["nearest"] = answer.ranking[0][0]
     if truth is not None:
         content["truth"] = truth
     if top > 1:
@@ -178,6 +192,8 @@ def print_answer(answer: Answer, top: int, width: int) -> None:
     (name, probability), *others = [(shorten(name, 40), 100 * share) for name, share in answer.ranking]
     cost = "-" if answer.cost is None else f"{answer.cost:.3f}"
     second = others[0][0] if others else "-"
+    if answer.class_name is None:
+        name, second = NONE, name
     lines = [f"{name:{width}}  {probability:9.1f} %  {cost:>6}  {second:{width}}  {printable(answer.file)}"]
     lines += [f"{name:{width}}  {probability:9.1f} %" for name, probability in others[: top - 1]]
     print("\n".join(lines), flush=True)
@@ -214,13 +230,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         status(f"prototypes of {len(prototypes.classes)} classes: {args.save}")
     if not args.query:
         return
-    width = max(len("runner-up"), *(len(shorten(name, 40)) for name in prototypes.classes))
+    width = max(len(NONE if args.abstain else "runner-up"), *(len(shorten(name, 40)) for name in prototypes.classes))
     if args.json != "-":
         print(f"{'class':{width}}  probability    cost  {'runner-up':{width}}  file")
     files = list(image_files(args.query))
     truth_of = known_classes(args.query, files, prototypes.classes)
     listed, taken = [], set()
-    for answer in model.answers(prototypes, files, skip=True):
+    for answer in model.answers(prototypes, files, abstain=args.abstain, skip=True):
         listed.append(as_json(answer, args.top, truth_of.get(answer.file)))
         if args.json != "-":
             print_answer(answer, args.top, width)
@@ -228,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             figure = model.draw(prototypes, answer, flows=args.flows)
             save(figure, path_for(answer.file, Path(args.picture), args.format, taken))
     pairs = [(row["truth"], row["class"]) for row in listed if "truth" in row]
-    if pairs and args.json != "-":
+    if any(found for _, found in pairs) and args.json != "-":
         print("\n" + "\n".join(report_accuracy(*zip(*pairs, strict=True), prototypes.classes)))
     if args.csv:
         write_table(listed, args.csv, args.top)

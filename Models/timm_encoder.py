@@ -80,7 +80,7 @@ class TimmEncoder(Encoder):
         settings = {"img_size": plan.image_size} if network.is_fixed else {}
         self.network = _with_weights(model, weights, settings)
         self.weights = self.name if weights == "hub" else weights
-        self.options = _options(self.network, self.layer)
+        self.options = dict(_probe(model, plan.image_size, self.layer)[1])
         if checkpoint_activations:
             _checkpoint_activations(self.network, self.name)
         if amp != "off":
@@ -102,7 +102,7 @@ class TimmEncoder(Encoder):
         sizes = [image_size] if image_size else _default_sizes(network)
         for size in sizes:
             try:
-                edge = _edge(model, size, index)
+                edge, _ = _probe(model, size, index)
                 break
             except InputError:
                 if size == sizes[-1]:
@@ -192,31 +192,45 @@ def _default_sizes(network: _Network) -> list[int]:
 
 
 @lru_cache
-def _edge(model: str, size: int, index: int) -> int:
-    """Cells along an edge of the map of a layer; InputError for images that the network does not take."""
+def _probe(model: str, size: int, index: int) -> tuple[int, tuple[tuple[str, Any], ...]]:
+    """Cells along an edge of the map of a layer, and the arguments of ``forward_intermediates`` that give it.
+
+    InputError for images that the network does not take.
+    """
     network = _network(model)
     if network.patch and size % network.patch and network.is_fixed:
         near = size - size % network.patch or network.patch
         sizes = f"multiples of {network.patch}, the size of its patches, such as {near} or {near + network.patch}"
         raise InputError(f"-image_size {size} does not suit timm:{model}, which takes {sizes}")
+    bare = _bare_of_size(model, size)
+    known = inspect.signature(bare.forward_intermediates).parameters
+    images = torch.zeros(1, 3, size, size, device=next(bare.parameters()).device)
+    for norm in (True, False):  # convolutional networks have no final norm, and some others refuse it
+        wanted = {"norm": norm, "stop_early": True}
+        options = {"indices": [index], "output_fmt": "NCHW", "intermediates_only": True}
+        options |= {name: value for name, value in wanted.items() if name in known}
+        try:
+            with torch.no_grad():
+                edge = min(bare.eval().forward_intermediates(images, **options)[-1].shape[-2:])
+            if edge < 1:
+                raise ValueError("its map would be empty")
+            return edge, tuple(options.items())
+        except Exception as error:  # each network refuses in its own way
+            fault = error
+    raise _unsuited(model, size, fault) from fault
+
+
+def _bare_of_size(model: str, size: int) -> nn.Module:
     try:
-        bare = _bare(model, **({"img_size": size} if network.is_fixed else {}))
-        device = next(bare.parameters()).device
-        with torch.no_grad():
-            found = bare.eval().forward_intermediates(
-                torch.zeros(1, 3, size, size, device=device), **_options(bare, index)
-            )
-        edge = min(found[-1].shape[-2:])
-        if edge < 1:
-            raise ValueError("its map would be empty")
-    except InputError:
-        raise
-    except Exception as error:  # each network refuses in its own way
-        fault = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"-image_size {size} does not suit timm:{model}, which was made for {network.image_size} ({fault})"
-        ) from error
-    return edge
+        return _bare(model, **({"img_size": size} if _network(model).is_fixed else {}))
+    except InputError as error:
+        raise _unsuited(model, size, error.__cause__ or error) from error
+
+
+def _unsuited(model: str, size: int, error: BaseException) -> InputError:
+    fault = str(error).splitlines()[0] if str(error) else type(error).__name__
+    made_for = _network(model).image_size
+    return InputError(f"-image_size {size} does not suit timm:{model}, which was made for {made_for} ({fault})")
 
 
 def _bare(model: str, **settings: Any) -> nn.Module:
@@ -261,14 +275,6 @@ def _hub_reachable() -> Any:
         except OSError:
             offline = True
     return mock.patch.object(constants, "HF_HUB_OFFLINE", offline)
-
-
-def _options(network: nn.Module, index: int) -> dict[str, Any]:
-    """Arguments of ``forward_intermediates`` for the map of one layer."""
-    known = inspect.signature(network.forward_intermediates).parameters
-    wanted = {"norm": True, "stop_early": True}  # convolutional networks have no final norm
-    options = {name: value for name, value in wanted.items() if name in known}
-    return {"indices": [index], "output_fmt": "NCHW", "intermediates_only": True, **options}
 
 
 def _checkpoint_activations(network: nn.Module, name: str) -> None:

@@ -246,6 +246,7 @@ def test_flags_of_a_page_exist(page):
 def test_commands_of_a_page_are_accepted_by_their_parsers(page, monkeypatch):
     # Files and models that they name are the reader's.
     monkeypatch.setattr("utils._Parser._complete", lambda parser, parsed: None)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # whose scripts import their neighbours
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     for command in re.findall(r"^    python ((?:benchmarks/)?\w+\.py .*)$", text, re.M):
         script, *words = shlex.split(command, comments=True)

@@ -5,8 +5,8 @@ The transportation problem (DeepEMD paper, section 3.2)::
     minimise    <cost, flow>
     subject to  flow 1 = supply,   flow^T 1 = demand,   flow >= 0
 
-The folder needs torch, numpy, and the library of the chosen solver. It can be copied into another project (without its
-__pycache__: numba's cache in it refers to this package by name).
+The folder needs torch, numpy, and the library of the chosen solver. ``pip install .`` installs it as ``emd_layer``, and it can
+be copied into another project (without its __pycache__: numba's cache in it refers to this package by name).
 
     >>> import torch
     >>> from Models.emd import emd, scale_to_mass

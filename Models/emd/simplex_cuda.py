@@ -104,7 +104,7 @@ def _try(device: int, n: int, m: int, dtype: torch.dtype) -> str | None:
         wrong = certificate_fault(*problems, solve_tensors(*problems))
         return f"the CUDA kernel gave wrong answers for {n} x {m} nodes on this device ({wrong})" if wrong else None
     except (OSError, RuntimeError, AttributeError) as error:
-        if "capturing" in str(error):  # says nothing about the device
+        if "captur" in str(error):  # says nothing about the device
             first = f"solve one problem of {n} x {m} nodes by simplex before a CUDA graph captures it"
             raise SolverError(f"{first} ({str(error).splitlines()[0]})") from error
         return f"the CUDA kernel for {n} x {m} nodes cannot be built or started ({error})"

@@ -3,7 +3,7 @@
 A basis is a spanning tree of the bipartite graph of rows (nodes 0 .. n-1) and columns (nodes n .. n+m-1). For every node
 but the root the tree holds its parent, and the flow and the cost of the edge to it. ``dual`` holds the duals u (rows) and v
 (columns), with u_i + v_j = cost_ij on every edge of the tree. ``order`` lists the nodes in preorder, so that the ``size`` nodes
-from the ``position`` of a node on are its subtree: a pivot moves one block of that list, without branches to predict.
+from the ``position`` of a node on are its subtree: a pivot moves one block of that list, and follows no pointers through it.
 
 Masses are integers. A degenerate basis could make the method cycle. To rule it out, masses are perturbed (Orden): they are
 multiplied by ``unit = 2 (n m + 1)``, then m is added to each row, 1 to each column, and the rest to the last column. A part of

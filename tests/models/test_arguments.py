@@ -108,9 +108,9 @@ def test_good_values_are_taken(flags):
         ("-feature_pyramid 999999", {"image_size": 1024}, "which is 64 x 64 for -image_size 1024"),
         ("-feature_pyramid 2", {"image_size": 16}, "which is 1 x 1 for -image_size 16"),
         ("-compile -checkpoint_activations", {}, "-compile and -checkpoint_activations exclude each other"),
-        ("-model_dir nowhere", {}, "no checkpoint at nowhere. Set -model_dir, or download the published weights: bash "),
-        ("", {}, "no checkpoint at deepemd_trained_model/cub/fcn/max_acc.pth. Set -model_dir, or download the published "
-         "weights: bash download_trained_model.sh"),
+        ("-model_dir nowhere", {}, "no checkpoint at nowhere. Set -model_dir, download the published weights (bash "),
+        ("", {}, "no checkpoint at deepemd_trained_model/cub/fcn/max_acc.pth. Set -model_dir, download the published weights "
+         "(bash download_trained_model.sh), or use a pretrained network instead, which is downloaded once: -backbone timm:"),
     ],
 )  # fmt: skip
 def test_flags_that_exclude_each_other_are_refused(tmp_path, monkeypatch, flags, place, message):

@@ -221,7 +221,7 @@ def test_a_network_that_needs_numbers_is_planned_without_a_draw(monkeypatch):
         return real(model, **settings)
 
     monkeypatch.setattr(timm_encoder, "_create", create)
-    timm_encoder._edge.cache_clear()
+    timm_encoder._probe.cache_clear()
     timm_encoder._network.cache_clear()
     state = torch.get_rng_state()
     assert plan_backbone("timm:test_vit", image_size=64).edge == 4
@@ -230,7 +230,7 @@ def test_a_network_that_needs_numbers_is_planned_without_a_draw(monkeypatch):
 
 def test_random_weights_depend_on_the_seed_alone():
     first = encoder_of("test_vit", 64).identity()
-    timm_encoder._edge.cache_clear()
+    timm_encoder._probe.cache_clear()
     timm_encoder._network.cache_clear()  # what plans a network draws nothing
     assert encoder_of("test_vit", 64).identity() == first
 
@@ -379,6 +379,8 @@ def test_without_timm_its_installation_is_named(monkeypatch, capsys):
         ("-backbone timm:test_resnet", (160, 5, "bilinear")),
         ("-backbone timm:test_resnet -backbone_layer 1 -image_size 64", (64, 5, "bilinear")),
         ("-backbone timm:vit_small_patch14_dinov2.lvd142m", (224, 5, "bicubic")),  # made for 518
+        ("-backbone timm:crossvit_9_240", (240, 5, "bicubic")),  # takes no other size
+        ("-backbone timm:hiera_tiny_224", (224, 5, "bicubic")),  # has no norm for its maps
     ],
 )
 def test_defaults_depend_on_the_backbone(flags, expected):

@@ -382,3 +382,24 @@ def test_library_example_of_the_documentation(own_images, tmp_path, monkeypatch)
     scope: dict = {}
     exec(example, scope)
     assert scope["logits"].shape == (1, 3)
+
+
+def test_answers_below_a_probability_are_none_of_the_classes(own_images, tmp_path, capsys):
+    for name in ("bee", "cat"):
+        shutil.copytree(own_images / "query" / name, tmp_path / name)
+    given = ["-support", own_images / "support", "-query", tmp_path]
+    found, _ = listed(capsys, *given)
+    least = sorted(item["probability"] for item in found)[1] + 1e-9  # above two of the four
+    kept, _ = listed(capsys, *given, "-abstain", str(least))
+    assert [item["class"] for item in kept] == [
+        item["class"] if item["probability"] >= least else None for item in found
+    ]
+    assert [item["nearest"] for item in kept if item["class"] is None] == [
+        item["class"] for item in found if item["probability"] < least
+    ]
+    main([*map(str, given), *TINY, "-abstain", str(least)])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("none of the classes") for line in lines) == 2
+    right = sum(item["class"] == item["truth"] for item in kept)
+    images = f"{right} of 2 images whose folder names their class; no answer for 2 others"
+    assert f"accuracy: {50 * right:.2f} % ({images})" in lines

@@ -291,7 +291,7 @@ def test_published_weights_are_those_of_the_variant(trained, data, tmp_path):
         done = run("eval.py", *data, *SMALL, "-test_episode", 1, "-patch_list", 1, "-deepemd", variant, cwd=tmp_path)
         assert f"weights: deepemd_trained_model/glyphs/{variant}/max_acc.pth" in done.err
         assert done.status == (variant == "sampling")
-    assert "Set -model_dir, or download the published weights: bash download_trained_model.sh" in done.err
+    assert "download the published weights (bash download_trained_model.sh), or use a pretrained network" in done.err
     done = run("train_meta.py", *data, *SMALL, cwd=tmp_path)
     assert "no checkpoint at deepemd_pretrain_model/glyphs/resnet12/max_acc.pth" in done.err
     assert "bash download_pretrain_model.sh" in done.err

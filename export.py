@@ -278,6 +278,7 @@ def card(args: Namespace, config: dict[str, Any], name: str, notes: Sequence[str
     ]
     if has_picture:
         lines += [f"![A query, its classes, and what was matched with what]({PICTURE})\n"]
+        lines += ["The query of a test episode that was classified right with the least doubt.\n"]
     lines += [
         "## Use\n",
         "From a checkout of DeepEMD; `PACKAGE` is this folder, or `hf://owner/name` where it was uploaded:\n",
@@ -353,6 +354,8 @@ def write_package(args: Namespace, folder: Path, model: DeepEMD, weights: Path, 
             flips = f"{int((stored.argmax(1) != logits.argmax(1)).sum())} of {len(logits)} answers change"
             most = f"logits change by at most {change:.2g}, the largest of which is {float(logits.abs().max()):.2g}"
             note += f": {most}; {flips} ({probe.what})"
+        elif "logit_change" in before:
+            note += f": logits changed by at most {before['logit_change']:.2g} when it was made"
         if any(row["weights"] != config["weights"]["sha256"] for row in config["results"]):
             note += ". Results are those of the weights before"
         notes.append(note)

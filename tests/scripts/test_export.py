@@ -137,7 +137,10 @@ def test_a_given_flag_wins_and_is_named(exported, folder):
 def test_a_package_brings_its_statistics(exported, folder, tmp_path):
     """Those of -norm standard, so that no training images are needed where it is used."""
     given = ["-gpu", "cpu", "-norm", "standard", "-num_workers", 0]
-    succeed("export.py", "-model_dir", "run", "-out", tmp_path / "package", "-data_dir", folder, *given, cwd=exported)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/train").symlink_to(folder / "train")
+    flags = ["-data_dir", tmp_path / "base", *given]
+    succeed("export.py", "-model_dir", "run", "-out", tmp_path / "package", *flags, cwd=exported)
     tensors = load_file(tmp_path / "package/model.safetensors")
     assert tensors["base_statistics.mean"].shape == tensors["base_statistics.deviation"].shape == (64,)
     (tmp_path / "data").mkdir()
@@ -248,7 +251,17 @@ def test_other_scripts_take_a_package(exported, folder, tmp_path):
     write_images(tmp_path / "support/a", 2, seed=1)
     write_images(tmp_path / "support/b", 1, seed=2)
     flags = ["-model_dir", "package", "-gpu", "cpu"]
-    done = run("predict.py", *flags, "-support", tmp_path / "support", "-query", tmp_path / "support/b", cwd=exported)
+    done = run(
+        "predict.py",
+        *flags,
+        "-kshot",
+        "mean",
+        "-support",
+        tmp_path / "support",
+        "-query",
+        tmp_path / "support/b",
+        cwd=exported,
+    )
     assert "b/0000.png" in done.out, done.err
     for source in ("package", "run"):
         args = train_meta.build_parser().parse_args(["-pretrain_dir", str(exported / source)])

@@ -31,7 +31,7 @@ from dataloader.catalog import DatasetSpec
 from dataloader.images import picture_of
 from dataloader.readers import image_files, read_split
 from dataloader.views import View
-from engine.arguments import add_run_arguments
+from engine.arguments import add_run_arguments, flag_words
 from engine.evaluation import encode_images
 from engine.start import choose_device
 from engine.statistics import prepare_statistics
@@ -64,7 +64,7 @@ def load(source: str | Path, *, device: str | None = None, **flags: Any) -> Mode
     add_model_flags(parser)
     parser.error = _refuse  # an exception, where a script ends
     kind = "backbone" if str(source).partition(":")[0] in BACKBONES else "model_dir"
-    words = _words({kind: str(source), "gpu": device, **flags})
+    words = flag_words({kind: str(source), "gpu": device, **flags})
     args = parser.parse_args(words)
     adopt_trained_flags(parser, args, words)
     chosen, device_ids = choose_device(args.gpu)
@@ -303,18 +303,6 @@ def _examples(support: str | Path | Mapping[str, Pictures]) -> tuple[list[Pictur
 
 def _name(image: Picture, place: int) -> str:
     return str(image) if isinstance(image, str | Path) else f"image {place}"
-
-
-def _words(flags: Mapping[str, Any]) -> list[str]:
-    """Flags by name as words of a command line; None and False leave a flag out."""
-    words = []
-    for name, value in flags.items():
-        if value is True:
-            words.append(f"-{name}")
-        elif value is not None and value is not False:
-            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            words.append(f"-{name}={text}")
-    return words
 
 
 def _refuse(message: str) -> None:

@@ -125,8 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.features_out and dataset.view.is_random and not args.fixed_patches:
         status("-features_out: the patches of an image are drawn once, as with -fixed_patches")
         args.fixed_patches = True
-    words = {word.partition("=")[0] for word in parser.expand(argv)}
-    most = args.test_episode if "-test_episode" in words else None
+    most = args.test_episode if "test_episode" in parser.given(argv) else None
     episodes = data.choose_episodes(args, dataset, seed=args.seed, name=args.set, most=most)
     found = describe_data(args, dataset, episodes)
     if args.episodes_out and ranks.is_first:

@@ -246,7 +246,9 @@ def open_model(
             status("weights: none")
         return model, model.encoder.weights
     status(f"weights: {source}" + (f" ({weights})" if "://" in source else ""))
-    hint = "Set -model_dir, download the published weights (bash download_trained_model.sh), or use a pretrained network "
+    hint = (
+        "Set -model_dir, download the published weights (bash download_trained_model.sh), or use a pretrained network "
+    )
     hint += "instead, which is downloaded once: -backbone timm:tf_efficientnet_lite0"
     load_encoder_weights(model, weights, hint=hint)
     return model, str(weights)

@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in (args.json, args.csv):
         if path not in (None, "-"):
             utils.check_writable(Path(path))
-    own_lr = not any(word.partition("=")[0] == "-sfc_lr" for word in parser.expand(argv))
+    own_lr = "sfc_lr" not in parser.given(argv)
     _, device, _ = start(args, one_process=True)
     rows = []
     for shot, count in zip(args.shots, counts, strict=True):

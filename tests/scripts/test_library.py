@@ -108,7 +108,7 @@ def test_bad_images_are_one_sentence(model, support, queries, message):
     [
         ("no/such/run", {}, "no checkpoint at no/such/run"),
         ("none", {"norm": "nope"}, "argument -norm: invalid choice"),
-        ("none", {"no_such_flag": 1}, "unrecognized arguments: -no_such_flag=1"),
+        ("none", {"no_such_flag": 1}, "unrecognized arguments: -no_such_flag 1"),
     ],
 )
 def test_bad_models_are_one_sentence(source, flags, message):

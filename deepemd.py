@@ -211,9 +211,8 @@ class Model(NamedTuple):
         similarity = torch.cosine_similarity(nodes, proto[label.to(nodes.device)], dim=1).mean(1).tolist()
         # A class is shown by the example whose nodes are nearest to those of its prototype.
         names = [_name(image, k) for k, image in enumerate(images)]
-        nearest = {
-            label: k for label, _, _, k in sorted(zip(labels, similarity, names, range(len(images)), strict=True))
-        }
+        places = sorted(zip(labels, similarity, names, range(len(images)), strict=True))
+        nearest = {label: k for label, _, _, k in places}
         shown = [nearest[label] for label in range(len(classes))]
         examples = [self.read(images[k], k) for k in shown]
         return Prototypes(proto, classes, examples, [Path(names[k]).name for k in shown])
@@ -249,10 +248,11 @@ class Model(NamedTuple):
     def read(self, image: Picture, place: Any = 0) -> ViewedImage:
         """An image as the network sees it. The random draws of a view depend on its name, or without one on its place."""
         if isinstance(image, str | Path):
-            seed = named_generator(self.seed, "predict", *(place if isinstance(place, tuple) else (Path(image).name,)))
-            return view_file(str(image), self.view, seed.initial_seed(), advice="")
-        seed = named_generator(self.seed, "predict", *(place if isinstance(place, tuple) else ("", place)))
-        return view_image(picture_of(image), self.view, seed.initial_seed())
+            name = place if isinstance(place, tuple) else (Path(image).name,)
+            seed = named_generator(self.seed, "predict", *name).initial_seed()
+            return view_file(str(image), self.view, seed, advice="")
+        name = place if isinstance(place, tuple) else ("", place)
+        return view_image(picture_of(image), self.view, named_generator(self.seed, "predict", *name).initial_seed())
 
     def read_all(
         self, images: Iterable[Picture], *, skip: bool = False

@@ -170,9 +170,8 @@ def load_prototypes(path: str, model: DeepEMD | None = None, *, settings: dict[s
     if different := {name: value for name, value in made_with.items() if settings.get(name) != value}:
         raise InputError(f"-prototypes {path}: made with other flags; set {as_words(different)}")
     if model and statistics and model.settings.statistics and statistics.sha256 != model.statistics_hash:
-        raise InputError(
-            f"-prototypes {path}: made with other statistics, which are in the file. Leave -statistics out"
-        )
+        advice = "which are in the file. Leave -statistics out"
+        raise InputError(f"-prototypes {path}: made with other statistics, {advice}")
     if model and statistics:
         model.use_statistics(statistics)
     return prototypes

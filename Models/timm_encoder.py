@@ -174,9 +174,8 @@ def _network(model: str) -> _Network:
 def _index(model: str, layer: int | None) -> int:
     count = len(_network(model).channels)
     if not -count <= (layer or 0) < count:
-        raise InputError(
-            f"-backbone_layer {layer}: timm:{model} has {count} layers, 0 to {count - 1} or -1 to -{count}"
-        )
+        there = f"{count} layers, 0 to {count - 1} or -1 to -{count}"
+        raise InputError(f"-backbone_layer {layer}: timm:{model} has {there}")
     return (-1 if layer is None else layer) % count
 
 

@@ -134,9 +134,8 @@ def add_json_argument(group: Any, what: str = "the results") -> None:
 
 
 def add_csv_argument(group: Any, what: str) -> None:
-    group.add_argument(
-        "-csv", type=_table_file, metavar="FILE", help=f"also write a table to FILE: a row for each {what}"
-    )
+    table = f"also write a table to FILE: a row for each {what}"
+    group.add_argument("-csv", type=_table_file, metavar="FILE", help=table)
 
 
 def _table_file(text: str) -> str:

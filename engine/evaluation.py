@@ -335,28 +335,23 @@ def encode_dataset(
 ) -> Tensor:
     """The nodes ``(B, C, N)`` of items of a data set, on the CPU, which the ranks share the work for.
 
-    They are in float16 if their largest absolute value ``fits_half``, and in float32 otherwise. Raises DivergenceError if they
-    are not finite, and Stopped.
+    They are in float16 if the largest absolute value of every batch ``fits_half``, and in float32 otherwise. Raises
+    DivergenceError if they are not finite, and Stopped.
     """
     model, size = model.folded(), _encode_batch(model, device, dataset.view.patches)
     batches = [items[first : first + size] for first in range(0, len(items), size)]
     loader = make_loader(dataset, batches[ranks.rank :: ranks.size], num_workers=num_workers, device=device)
-    for dtype in (torch.float16, torch.float32):
-        own: list[Tensor] = []
-        largest = 0.0
-        with progress_bar(title, total=len(batches), disable=not ranks.is_first) as bar:
-            for images, _ in stream(loader):
-                nodes = encode_images(model, images, device=device)
-                largest = max(largest, float(nodes.abs().max()))
-                own.append(nodes.to(dtype).cpu())
-                bar.update(ranks.size)
-                if stop.signal_number:
-                    break
-        numbers, bounds, parts = zip(*ranks.gather((stop.signal_number, largest, own)), strict=True)
-        if signal_number := max(numbers):
-            raise Stopped(signal_number)
-        if dtype == torch.float32 or fits_half(max(bounds)):
-            break
+    own: list[Tensor] = []
+    with progress_bar(title, total=len(batches), disable=not ranks.is_first) as bar:
+        for images, _ in stream(loader):
+            nodes = encode_images(model, images, device=device)
+            own.append((nodes.half() if fits_half(float(nodes.abs().max())) else nodes).cpu())
+            bar.update(ranks.size)
+            if stop.signal_number:
+                break
+    numbers, parts = zip(*ranks.gather((stop.signal_number, own)), strict=True)
+    if signal_number := max(numbers):
+        raise Stopped(signal_number)
     # Rank r has batches r, r + size, ..
     return torch.cat([part for row in itertools.zip_longest(*parts) for part in row if part is not None])
 

@@ -36,9 +36,8 @@ def confusion_lines(names: Sequence[str], counts: Sequence[Sequence[int]]) -> li
     rows = []
     for true, (name, row) in enumerate(zip(names, counts, strict=True)):
         if total := sum(row):
-            others = sorted(
-                (found for found, count in enumerate(row) if count and found != true), key=lambda k: -row[k]
-            )
+            others = [found for found, count in enumerate(row) if count and found != true]
+            others.sort(key=lambda found: -row[found])
             taken = first_few([f"{printable(names[found])} ({row[found]})" for found in others]) if others else ""
             rows.append((printable(name), 100 * row[true] / total, total, taken))
     width = max(len("class"), *(len(name) for name, *_ in rows))

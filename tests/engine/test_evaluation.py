@@ -447,7 +447,7 @@ def test_ranks_share_the_encoding_of_a_data_set(monkeypatch):
         with pytest.raises(Sent) as raised:
             encode_all(range(60), ranks=Ranks(rank, 3))
         sent.append(raised.value.args[0])
-    assert [sum(map(len, own)) for _, _, own in sent] == [24, 20, 16]  # batches of 8, in turn
+    assert [sum(map(len, own)) for _, own in sent] == [24, 20, 16]  # batches of 8, in turn
     monkeypatch.setattr(Ranks, "gather", lambda self, own: sent)
     assert encode_all(range(60), ranks=Ranks(1, 3))[:, 0, 0].tolist() == [*range(60)]
 

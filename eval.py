@@ -32,7 +32,7 @@ from engine.stopping import stop_request
 from engine.weights_flags import adopt_trained_flags, as_words
 from Models import DeepEMD
 from Models.arguments import add_model_arguments, add_weights_arguments, open_model
-from utils import InputError, append_line, check_writable, make_parser, run_script, status, write_output
+from utils import InputError, append_line, make_parser, run_script, status, write_output
 
 
 def build_parser() -> ArgumentParser:
@@ -116,9 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path("checkpoint", "eval", args.extra_dir)
     if ranks.is_first:  # a file that cannot be written is an error now, not after the evaluation
         append_line(folder / "results.txt")
-        for path in (folder / "results.json", args.json, args.csv, args.features_out, args.episodes_out):
-            if path not in (None, "-"):
-                check_writable(Path(path))
+        arguments.check_outputs(folder / "results.json", args.json, args.csv, args.features_out, args.episodes_out)
 
     model, weights = open_model(args, device=device, device_ids=device_ids, **data.pixel_statistics(args))
     dataset = data.open_dataset(args, args.set, train=False)

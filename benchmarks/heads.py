@@ -260,9 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(args.episodes) not in (1, len(args.shots)):
         raise utils.InputError(f"-episodes takes one number, or one for each of the {len(args.shots)} -shots")
     counts = args.episodes * len(args.shots) if len(args.episodes) == 1 else args.episodes
-    for path in (args.json, args.csv):
-        if path not in (None, "-"):
-            utils.check_writable(Path(path))
+    arguments.check_outputs(args.json, args.csv)
     own_lr = "sfc_lr" not in parser.given(argv)
     _, device, _ = start(args, one_process=True)
     rows = []

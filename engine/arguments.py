@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from engine.evaluation import Evaluator
 from engine.run import LAST_STATE, RECORD, read_record, result_flags
 from engine.training import FitSettings
-from utils import InputError, available_cores, flag_value, number_at_least, number_between
+from utils import InputError, available_cores, check_writable, flag_value, number_at_least, number_between
 
 # Flags that belong to one stage of training and mean nothing to the next.
 STAGE_FLAGS = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_every", "backbone_weights")
@@ -136,6 +136,13 @@ def add_json_argument(group: Any, what: str = "the results") -> None:
 def add_csv_argument(group: Any, what: str) -> None:
     table = f"also write a table to FILE: a row for each {what}"
     group.add_argument("-csv", type=_table_file, metavar="FILE", help=table)
+
+
+def check_outputs(*paths: str | Path | None) -> None:
+    """InputError for a file that cannot be written, before any work; None and "-" are none."""
+    for path in paths:
+        if path not in (None, "-"):
+            check_writable(Path(path))
 
 
 def _table_file(text: str) -> str:

@@ -31,7 +31,7 @@ from dataloader.catalog import DatasetSpec
 from dataloader.images import picture_of
 from dataloader.readers import image_files, read_split
 from dataloader.views import View
-from engine.arguments import add_run_arguments, flag_words
+from engine.arguments import add_run_arguments, flag_words, loader_processes
 from engine.evaluation import encode_images
 from engine.start import choose_device
 from engine.statistics import prepare_statistics
@@ -159,7 +159,8 @@ class Model(NamedTuple):
         """
         network, weights = open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
         if needs_statistics:
-            source = {"open_train": partial(open_base_images, args), "num_workers": 0}
+            workers = loader_processes(args) if "num_workers" in args else 0
+            source = {"open_train": partial(open_base_images, args), "num_workers": workers}
             prepare_statistics(args, network, weights, device=device, **source)
         return cls(network.folded(), view_of(args, train=False), args.seed, device), weights
 

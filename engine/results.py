@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from engine.evaluation import Confusion, Episodes, Evaluator, Model, Recorder, Score
 from engine.run import environment, fingerprint, result_flags
-from utils import duration, first_few, printable, warn, write_csv, write_json
+from utils import duration, first_few, printable, write_csv, write_json
 
 # Of more classes than this, results have no matrix: it would be larger than all else in them.
 MOST_CLASSES = 500
@@ -91,8 +91,6 @@ def final_test(
     task = f"{args.way}-way {args.shot}-shot, {len(episodes)} episodes"
     content = {**evaluation._asdict(), "flags": vars(args), "versions": environment()}
     content |= {"seconds": recorder.seconds, "weights": loaded, "encoder": encoder, "data": data, **statistics}
-    if recorder.confusion is None:
-        warn("an earlier version began this evaluation: its results have no accuracy per class")
     if recorder.confusion:
         content |= describe_confusion(recorder.confusion, evaluator.dataset.class_names)
     if ranks.is_first:

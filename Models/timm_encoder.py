@@ -100,7 +100,9 @@ class TimmEncoder(Encoder):
         if not model:
             raise InputError("-backbone timm needs a model of the library, as in timm:vit_small_patch14_dinov2.lvd142m")
         network, index = _network(model), _index(model, layer)
-        sizes = [image_size] if image_size else _default_sizes(network)
+        quick = min(LARGEST_DEFAULT, network.image_size)
+        quick = quick - quick % (network.patch or 1) or quick
+        sizes = [image_size] if image_size else [quick, network.image_size]  # which some networks insist on
         for size in sizes:
             try:
                 edge, _ = _probe(model, size, index)
@@ -177,12 +179,6 @@ def _index(model: str, layer: int | None) -> int:
         there = f"{count} layers, 0 to {count - 1} or -1 to -{count}"
         raise InputError(f"-backbone_layer {layer}: timm:{model} has {there}")
     return (-1 if layer is None else layer) % count
-
-
-def _default_sizes(network: _Network) -> list[int]:
-    """Image sizes to try: what is quick enough, else what the network was made for."""
-    size = min(LARGEST_DEFAULT, network.image_size)
-    return [size - size % (network.patch or 1) or size, network.image_size]
 
 
 @lru_cache

@@ -177,11 +177,8 @@ def encoder_suffix(args: Namespace) -> str:
     # A path has characters that a folder's name cannot have; without them, two paths may read alike.
     backbone, _, model = name.partition(":")
     plain = re.sub(r"[^\w.-]+", "-", model)
-    return "-".join(["", backbone, *filter(None, [plain])]) + (f"-{_digest(name)}" if plain != model else "")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:6]
+    digest = hashlib.sha256(name.encode()).hexdigest()[:6] if plain != model else ""
+    return "-".join(["", backbone, *filter(None, [plain, digest])])
 
 
 def resume_command(script: str, argv: Sequence[str] | None, args: Namespace) -> str:

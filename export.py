@@ -97,7 +97,8 @@ def read_results(files: Sequence[str], hashes: set[str]) -> list[dict[str, Any]]
         flags = dict(content["flags"])
         if "val_solver" in flags:  # of train_meta.py, whose -set is the validation split
             flags |= {"set": "test", "solver": flags["val_solver"]}
-        flags = {name: flags[name] for name in OF_EVALUATION if flags.get(name) not in (None, False)}
+        is_set = {name for name, value in flags.items() if value is not None and value is not False}  # 0 is a value
+        flags = {name: flags[name] for name in OF_EVALUATION if name in is_set}
         numbers = {name: float(content[name]) for name in ("accuracy", "interval", "loss")}
         if not all(map(math.isfinite, numbers.values())) or not 0 <= numbers["accuracy"] <= 100:
             raise ValueError("its accuracies are not numbers in percent")

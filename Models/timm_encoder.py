@@ -256,7 +256,9 @@ def _create(model: str, **settings: Any) -> nn.Module:
         if model.startswith(ELSEWHERE):
             is_here = model.startswith("local-dir:")
             advice = "Check the name" + (
-                " of the folder" if is_here else " and the network, or set -backbone_weights to a file"
+                " of the folder"
+                if is_here
+                else " and the network, or give a name of timm and set -backbone_weights to a file"
             )
         raise InputError(f"timm:{model} cannot be opened: {fault.strip().rstrip('.')}. {advice}".strip(". ")) from error
     if not hasattr(network, "forward_intermediates"):

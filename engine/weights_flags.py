@@ -82,7 +82,9 @@ def as_words(flags: dict[str, Any]) -> str:
     words = []
     for name, value in flags.items():
         text = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-        words.append(f"no -{name}" if value in (None, False) else f"-{name}" if value is True else f"-{name} {text}")
+        words.append(
+            f"no -{name}" if value is None or value is False else f"-{name}" if value is True else f"-{name} {text}"
+        )
     return " ".join(words)
 
 

@@ -236,5 +236,5 @@ def test_defaults_that_depend_on_other_flags_follow_them(package, monkeypatch):
 
 
 def test_flags_as_words():
-    flags = {"sizes": (2, 1), "rate": 0.5, "compile": True, "amp": False, "gpu": None, "levels": [3]}
-    assert as_words(flags) == "-sizes 2,1 -rate 0.5 -compile no -amp no -gpu -levels 3"
+    flags = {"sizes": (2, 1), "rate": 0.5, "compile": True, "amp": False, "gpu": None, "levels": [3], "power": 0.0}
+    assert as_words(flags) == "-sizes 2,1 -rate 0.5 -compile no -amp no -gpu -levels 3 -power 0.0"

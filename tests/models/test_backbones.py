@@ -318,7 +318,10 @@ def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch):
             "-backbone timm:local-dir:nowhere",
             "Config file not found: nowhere/config.json. Check the name of the folder",
         ),
-        ("-backbone timm:hf-hub:nobody/nothing", "Check the name and the network, or set -backbone_weights to a file"),
+        (
+            "-backbone timm:hf-hub:nobody/nothing",
+            "Check the name and the network, or give a name of timm and set -back",
+        ),
         (
             "-backbone timm:test_vit -image_size 100",
             "takes multiples of 16, the size of its patches, such as 96 or 112",

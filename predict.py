@@ -118,7 +118,7 @@ def write_table(listed: Sequence[dict[str, Any]], path: str, top: int) -> None:
     write_csv(Path(path), header + more, rows)
 
 
-def as_json(answer: Answer, top: int, truth: str | None) -> dict[str, Any]:
+def as_json(answer: Answer, top: int, truth: str | None = None) -> dict[str, Any]:
     """An answer as an entry of the list of -json, with the true class where that is known."""
     content = {"file": answer.file, "class": answer.class_name, "probability": answer.probability}
     content |= {"cost": answer.cost, "runner_up": answer.runner_up}

@@ -18,6 +18,7 @@ from Models import DeepEMD, timm_encoder
 from Models.arguments import add_model_arguments, add_weights_arguments, build_model, open_model
 from Models.backbones import make_encoder, plan_backbone
 from Models.conv4 import Conv4
+from Models.weights import load_encoder_weights
 from utils import InputError, make_parser
 
 timm = pytest.importorskip("timm")
@@ -144,6 +145,14 @@ def test_weights_in_a_file(tmp_path, kind):
     assert encoder.weights == str(file)
     assert all(torch.equal(value, state[key]) for key, value in encoder.network.state_dict().items())
     assert "state_dict" not in encoder.network.pretrained_cfg  # which every copy would copy
+
+
+def test_a_checkpoint_for_another_image_size_is_refused_with_the_reason(tmp_path):
+    path = saved(tmp_path / "w.pth", {"params": encoder_of("test_vit", 64).state_dict()})
+    with pytest.raises(
+        InputError, match="timm:test_vit: .*pos_embed is .*; such a network takes images of the -image_size"
+    ):
+        load_encoder_weights(encoder_of("test_vit", 96), path)
 
 
 def test_a_position_table_is_resampled_for_another_image_size(tmp_path):

@@ -117,7 +117,8 @@ def _parse(episode: Any, dataset: NamedImages, number_of: dict[str, int]) -> tup
     for name, row in zip(classes, rows, strict=True):
         for file in row:
             if file not in number_of:
-                raise InputError(f"there is no file {printable(file)!r} in the data; names are relative to the split")
+                example = printable(next(iter(number_of)))
+                raise InputError(f"there is no file {printable(file)!r} in the data, whose names are like {example!r}")
             if (found := dataset.class_names[dataset.labels[number_of[file]]]) != name:
                 raise InputError(f"{printable(file)!r} is of class {printable(found)!r}, not of {printable(name)!r}")
     files = list(chain.from_iterable(zip(*rows, strict=True)))  # class-interleaved

@@ -21,9 +21,6 @@ from utils import InputError, check_node_count, file_hash, first_few, printable,
 
 REQUIRED = ("nodes", "labels")
 ARRAYS = (*REQUIRED, "class_names", "files", "train_nodes", "train_labels")
-LARGEST_HALF = 65504  # of float16
-# float16 has steps of 6e-8 near 0: nodes whose largest value is below this would lose digits.
-SMALLEST_HALF = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +49,6 @@ class FeatureSet:
     def fingerprint(self) -> dict[str, Any]:
         """Counts, and the hash of the file."""
         return {"classes": len(self.class_names), "images": len(self), "sha256": self.sha256}
-
-
-def fits_half(largest: float) -> bool:
-    """Whether nodes whose largest absolute value is that can be kept in float16, to its precision."""
-    return SMALLEST_HALF <= largest < LARGEST_HALF
 
 
 def write_features(path: str | Path, features: FeatureSet) -> None:

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -329,14 +329,13 @@ def encode_dataset(
     device: torch.device,
     ranks: Ranks,
     stop: StopRequest,
-    fits_half: Callable[[float], bool],
     num_workers: int = 0,
     title: str = "",
 ) -> Tensor:
     """The nodes ``(B, C, N)`` of items of a data set, on the CPU, which the ranks share the work for.
 
-    They are in float16 if their largest absolute value ``fits_half``, and in float32 otherwise. Raises DivergenceError if they
-    are not finite, and Stopped.
+    They are in float16 if that can hold them, and in float32 otherwise. Raises DivergenceError if they are not finite, and
+    Stopped.
     """
     model, size = model.folded(), _encode_batch(model, device, dataset.view.patches)
     batches = [items[first : first + size] for first in range(0, len(items), size)]
@@ -355,7 +354,7 @@ def encode_dataset(
         numbers, bounds, parts = zip(*ranks.gather((stop.signal_number, largest, own)), strict=True)
         if signal_number := max(numbers):
             raise Stopped(signal_number)
-        if dtype == torch.float32 or fits_half(max(bounds)):
+        if dtype == torch.float32 or cache.fits_half(max(bounds)):
             break
     # Rank r has batches r, r + size, ..
     return torch.cat([part for row in itertools.zip_longest(*parts) for part in row if part is not None])

@@ -139,7 +139,8 @@ def _check_name(model: str) -> None:
         return
     architecture, dot, _ = model.partition(".")
     if not timm.is_model(architecture):
-        near, what = difflib.get_close_matches(architecture, timm.list_models(), n=3), "model"
+        known, what = timm.list_models(), "model"
+        near = difflib.get_close_matches(architecture, known, n=3) or [name for name in known if architecture in name]
     else:
         try:
             timm.get_pretrained_cfg(model)
@@ -212,8 +213,8 @@ def _probe(model: str, size: int, index: int) -> tuple[int, tuple[tuple[str, Any
         try:
             with torch.no_grad():
                 edge = min(bare.eval().forward_intermediates(images, **options)[-1].shape[-2:])
-            if edge < 1:
-                raise ValueError("its map would be empty")
+            if edge < 1 or size < network.strides[index]:
+                raise ValueError(f"a cell of its map is {network.strides[index]} pixels wide")
             return edge, tuple(options.items())
         except Exception as error:  # each network refuses in its own way
             fault = error

@@ -21,7 +21,7 @@ from dataloader import ImageDataset
 from dataloader import arguments as data
 from dataloader.episode_files import episodes_digest, images_digest, write_episodes
 from dataloader.episodes import ListedEpisodes, SeededEpisodes
-from dataloader.features import FeatureSet, fits_half, write_features
+from dataloader.features import FeatureSet, write_features
 from engine import arguments
 from engine.evaluation import encode_dataset
 from engine.results import final_test
@@ -86,7 +86,7 @@ def encode_split(
 
     def encode(images: ImageDataset, items: Sequence[Any], title: str) -> Tensor:
         workers = arguments.loader_processes(args)
-        return encode_dataset(model, images, items, fits_half=fits_half, num_workers=workers, title=title, **shared)
+        return encode_dataset(model, images, items, num_workers=workers, title=title, **shared)
 
     items = range(len(dataset)) if seeds is None else list(enumerate(seeds.tolist()))
     nodes = encode(dataset, items, f"encoding {args.set}")
@@ -110,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.features and args.features_out:
         parser.error("-features are nodes already: leave out -features_out, which writes those of an encoder")
+    if "-" in (args.features_out, args.episodes_out):
+        parser.error('-features_out and -episodes_out expect the name of a file; "-" is for -json')
 
     ranks, device, device_ids = start(args)
     adopt_trained_flags(parser, args, argv)

@@ -38,6 +38,16 @@ class InputError(ValueError):
     is_user_error = True  # run_script prints errors with this attribute as one line
 
 
+MOST_NODES = 400
+
+
+def check_node_count(nodes: int, advice: str = "") -> None:
+    """Raise InputError if an image has so many nodes that its match takes a second, and an episode's a gigabyte."""
+    if nodes > MOST_NODES:
+        advice = f"Pool the map with -map_size, as in -map_size 5{advice}"
+        raise InputError(f"{nodes} nodes of an image are too many to match; at most {MOST_NODES} are allowed. {advice}")
+
+
 # --- Command line -----------------------------------------------------------------------------------------------------
 
 

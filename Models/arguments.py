@@ -18,7 +18,7 @@ from Models.matching import METRICS, NORMS, WEIGHTS
 from Models.package import is_package, locate, read_config, weights_file
 from Models.sfc import KSHOT
 from Models.weights import load_encoder_weights
-from utils import STATISTICS_FILE, InputError, available_cores, number_between, status, whole_numbers
+from utils import STATISTICS_FILE, InputError, available_cores, check_node_count, number_between, status, whole_numbers
 
 # The flags that are arguments of DeepEMD by the same name.
 OF_DEEPEMD = (
@@ -26,8 +26,6 @@ OF_DEEPEMD = (
     *("solver", "form", "l2_strength", "emd_gradient"),
     *("kshot", "sfc_lr", "sfc_wd", "sfc_update_step", "sfc_bs"),
 )
-# More nodes than these make an image's match take a second, and an episode's a gigabyte.
-MOST_NODES = 400
 # In spaces where the deviations of all channels are alike, the rate for raw features overshoots.
 SCALED_SFC_LR = 0.1
 
@@ -135,25 +133,29 @@ def _complete(args: argparse.Namespace, *, sfc_lr: float) -> None:
         args.sfc_lr = SCALED_SFC_LR if args.norm in ("base", "standard") else sfc_lr
     if getattr(args, "features", None):  # nodes, which no backbone has to make
         return
-    plan, pooled, is_given = _plan(args), args.map_size, args.map_size is not None
+    # Beside a checkpoint, whose record may name another backbone, flags are checked when it is opened.
+    waits = args.backbone == "resnet12" and getattr(args, "model_dir", None) not in (None, "none")
+    plan = plan_backbone(args.backbone, image_size=getattr(args, "image_size", None)) if waits else _plan(args)
+    is_given = args.map_size is not None
     for name in ("image_size", "map_size", "interpolation"):
         if name in args and getattr(args, name) is None:
             setattr(args, name, getattr(plan, name))
+    if getattr(args, "deepemd", "fcn") != "fcn" and not is_given:
+        args.map_size = 0
+    if not waits:
+        _check_map(args, plan)
+
+
+def _check_map(args: argparse.Namespace, plan: Plan) -> None:
+    """Raise InputError unless the map can be pooled as ``-map_size`` says, to nodes that are not too many."""
     if getattr(args, "deepemd", "fcn") != "fcn":
-        if pooled:
+        if args.map_size:
             raise InputError(f"-map_size requires -deepemd fcn; with -deepemd {args.deepemd}, the nodes are patches")
-        args.map_size = pooled if is_given else 0
         return
-    where = f"the feature map, which is {plan.edge} x {plan.edge} for -image_size {plan.image_size}"
     if args.map_size > plan.edge:
+        where = f"the feature map, which is {plan.edge} x {plan.edge} for -image_size {plan.image_size}"
         raise InputError(f"-map_size {args.map_size} is larger than {where}")
-    _check_nodes((args.map_size or plan.edge) ** 2)
-
-
-def _check_nodes(nodes: int, advice: str = "") -> None:
-    if nodes > MOST_NODES:
-        advice = f"Pool the map with -map_size, as in -map_size 5{advice}"
-        raise InputError(f"{nodes} nodes of an image are too many to match; at most {MOST_NODES} are allowed. {advice}")
+    check_node_count((args.map_size or plan.edge) ** 2)
 
 
 def build_model(
@@ -208,9 +210,10 @@ def _encoder(
     if size > edge:
         maps = f"the feature map, which is {edge} x {edge} for -image_size {args.image_size}"
         raise InputError(f"-feature_pyramid {size} is larger than {maps}")
+    _check_map(args, plan)
     if args.feature_pyramid:
         pooled = sum(size**2 for size in args.feature_pyramid)
-        _check_nodes((args.map_size or plan.edge) ** 2 + pooled, ", and shorten -feature_pyramid")
+        check_node_count((args.map_size or plan.edge) ** 2 + pooled, ", and shorten -feature_pyramid")
     if encoder is None:
         settings = {"layer": args.backbone_layer, "weights": weights or args.backbone_weights, **statistics}
         settings |= {"amp": args.amp, "checkpoint_activations": args.checkpoint_activations}

@@ -58,20 +58,20 @@ class NodeStatistics:
         deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
         deviation = deviation.clamp_min(DEVIATION_FLOOR * float(deviation.mean()))
         if not deviation.max() > 1e-12 * mean.abs().max():
-            raise ValueError("all nodes are the same: an encoder that does not see images has no statistics")
+            raise InputError("all nodes of the training images are the same, so that norms have nothing to divide by")
         return cls(mean.float(), deviation.float())
 
     @classmethod
     def read(cls, path: Path) -> "NodeStatistics":
         """From a file of :meth:`write`, or any with arrays ``mean`` and ``deviation``; InputError for another file."""
-        needed = "arrays mean and deviation, one number a channel"
+        needed = "the arrays mean and deviation, one number a channel"
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(*(torch.from_numpy(arrays[name]).float() for name in ("mean", "deviation")))
         except OSError as error:
             raise InputError(f"cannot read the statistics in {path} ({error.strerror or error})") from error
         except KeyError as error:
-            raise InputError(f"{path} is no file of statistics: it lacks an array of {needed}") from error
+            raise InputError(f"{path} is no file of statistics: it lacks an array; needed are {needed}") from error
         except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{path} is no file of statistics, which has {needed} ({reason})") from error

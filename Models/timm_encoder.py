@@ -142,7 +142,8 @@ def _check_name(model: str) -> None:
         return
     architecture, dot, _ = model.partition(".")
     if not timm.is_model(architecture):
-        near, what = difflib.get_close_matches(architecture, timm.list_models(), n=3), "model"
+        known, what = timm.list_models(), "model"
+        near = difflib.get_close_matches(architecture, known, n=3) or [name for name in known if architecture in name]
     else:
         try:
             timm.get_pretrained_cfg(model)
@@ -201,8 +202,8 @@ def _probe(model: str, size: int, index: int) -> tuple[int, tuple[tuple[str, Any
             images = torch.zeros(1, 3, size, size, device=next(bare.parameters()).device)
             with torch.no_grad():
                 edge = min(bare.forward_intermediates(images, **options)[-1].shape[-2:])
-            if edge < 1:
-                raise ValueError("its map would be empty")
+            if edge < 1 or size < network.strides[index]:
+                raise ValueError(f"a cell of its map is {network.strides[index]} pixels wide")
             return edge, tuple(options.items())
         except Exception as error:  # each network refuses in its own way
             fault = error.__cause__ or error
@@ -235,6 +236,8 @@ def _create(model: str, *, pretrained: bool = False, **settings: Any) -> nn.Modu
         advice = "Check the name and the network, or set -backbone_weights to a file, or to none for random weights"
         if model.startswith("local-dir:"):
             advice = "Check the name of the folder, and what is in it"
+        elif model.startswith(ELSEWHERE):
+            advice = "Check the name and the network, or give a name of timm and set -backbone_weights to a file"
         raise InputError(f"timm:{model} cannot be opened: {_first_line(error).rstrip('.')}. {advice}") from error
     if not hasattr(network, "forward_intermediates"):
         raise InputError(f"timm:{model} gives no feature maps (forward_intermediates); choose another model")

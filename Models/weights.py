@@ -47,6 +47,8 @@ def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") 
         faults = [f"it lacks {first_few(missing)}"] if missing else []
         faults += [f"it has unknown {first_few(unknown)}"] if unknown else []
         faults += [f"{key} is {tuple(given[key].shape)}, not {tuple(wanted[key].shape)}" for key in misshapen[:1]]
+        if misshapen and getattr(encoder, "fixed_size", None):
+            faults += ["such a network takes images of the -image_size that it was trained with alone"]
         raise InputError(f"{path} does not hold the weights of {name}: {'; '.join(faults)}")
     for key, value in given.items():
         given[key] = value = value.detach().to(wanted[key].dtype)  # in which a large number may be infinite

@@ -86,13 +86,13 @@ def add_episode_file_arguments(group: Any) -> None:
 def add_features_argument(group: Any) -> None:
     """The flag that makes :func:`open_dataset` read nodes instead of images."""
     what = "nodes of an .npz file, from -features_out or another program, instead of images and an encoder"
-    group.add_argument("-features", metavar="FILE", help=f"{what}; flags of either are ignored")
+    group.add_argument("-features", metavar="FILE", help=f"{what}; flags of either are ignored, except -map_size")
 
 
 def open_dataset(args: Namespace, split: str, *, train: bool, deepemd: str | None = None) -> ImageDataset | FeatureSet:
     """One split as the flags say, or the file of ``-features``; ``deepemd`` overrides the flag of that name."""
     if getattr(args, "features", None):
-        return _open_features(args.features)
+        return _open_features(args.features, args.map_size or 0)
     view = view_of(args, train=train, deepemd=deepemd)
     return ImageDataset(args.dataset, split, data_dir=args.data_dir, view=view, verify=args.verify_images)
 
@@ -101,6 +101,9 @@ def open_base_images(args: Namespace) -> ImageDataset:
     """The images that statistics of training nodes are taken from, as evaluation sees them: those in the folder
     ``-statistics``, at any depth, else the training split. InputError if there are none."""
     if getattr(args, "features", None):
+        if args.statistics:
+            advice = "name a file of statistics, or leave it out for the train_nodes of the file"
+            raise InputError(f"-statistics {args.statistics}: with -features, no encoder sees images; {advice}")
         given = f"-norm {args.norm} needs statistics of training nodes: {printable(args.features)}"
         raise InputError(f"{given} must have train_nodes, or -statistics name a file of statistics")
     if args.statistics:
@@ -119,8 +122,8 @@ def open_base_images(args: Namespace) -> ImageDataset:
         raise InputError(f"-norm {args.norm} needs statistics of training images: {error}. {sources}") from None
 
 
-def _open_features(path: str) -> FeatureSet:
-    features = read_features(path)
+def _open_features(path: str, map_size: int) -> FeatureSet:
+    features = read_features(path, map_size=map_size)
     images, channels, nodes = features.nodes.shape
     found = f"{images} images of {len(features.class_names)} classes, {nodes} nodes of {channels} channels"
     status(f"features: {printable(path)} ({found})")

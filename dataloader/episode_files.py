@@ -50,7 +50,7 @@ def write_episodes(
     with_seeds: bool,
 ) -> None:
     """Write episodes of pairs (index, view seed), class-interleaved; ``with_seeds`` for views that are random."""
-    files, lines = dataset.relative_paths(), []
+    files, lines = _names(dataset, "-episodes_out"), []
     for episode in episodes:
         rows = [[files[index] for index, _ in episode[number::way]] for number in range(way)]
         content = {"classes": [dataset.class_names[dataset.labels[index]] for index, _ in episode[:way]]}
@@ -67,10 +67,8 @@ def read_episodes(path: str | Path, dataset: NamedImages, **settings: Any) -> Li
     InputError for a file that cannot be read, names that the data set does not have, or episodes of several shapes.
     """
     content = read_json(Path(path), "a list of episodes")
-    number_of = {file: number for number, file in enumerate(dataset.relative_paths())}
     where = f"-episodes_in {printable(str(path))}"
-    if len(number_of) < len(dataset.labels):
-        raise InputError(f"{where}: some images of the data have the same name, so that names do not tell them apart")
+    number_of = {file: number for number, file in enumerate(_names(dataset, where))}
     if not isinstance(content, list) or not content:
         raise InputError(f"{where}: it must be a list of one or more episodes")
     indices, shapes = [], []
@@ -92,6 +90,13 @@ def read_episodes(path: str | Path, dataset: NamedImages, **settings: Any) -> Li
     return ListedEpisodes(indices, way=way, shot=shot, query=query, view_seeds=seeds, **settings)
 
 
+def _names(dataset: NamedImages, flag: str) -> list[str]:
+    files = dataset.relative_paths()
+    if len(set(files)) < len(files):
+        raise InputError(f"{flag}: some images of the data have the same name, so that names do not tell them apart")
+    return files
+
+
 def _are_seeds(seeds: Any, count: int) -> bool:
     are_seeds = isinstance(seeds, list) and len(seeds) == count
     return are_seeds and all(type(one) is int and 0 <= one < 2**62 for one in seeds)
@@ -110,7 +115,8 @@ def _parse(episode: Any, dataset: NamedImages, number_of: dict[str, int]) -> tup
     for name, row in zip(classes, rows, strict=True):
         for file in row:
             if file not in number_of:
-                raise InputError(f"there is no file {printable(file)!r} in the data; names are relative to the split")
+                example = printable(next(iter(number_of)))
+                raise InputError(f"there is no file {printable(file)!r} in the data, whose names are like {example!r}")
             if (found := dataset.class_names[dataset.labels[number_of[file]]]) != name:
                 raise InputError(f"{printable(file)!r} is of class {printable(found)!r}, not of {printable(name)!r}")
     files = list(chain.from_iterable(zip(*rows, strict=True)))  # class-interleaved

@@ -1,11 +1,12 @@
 """Nodes in a file, from any encoder: what is evaluated instead of images.
 
-A file of numpy (.npz) has the arrays ``nodes (B, C, N)``, or ``(B, C)`` for one node an image, and ``labels (B,)``;
-optionally ``class_names``, by label, ``files (B,)``, relative to the split, and ``train_nodes`` and ``train_labels``, images of
-the training classes. Nothing in it is executed.
+A file of numpy (.npz) has the arrays ``nodes (B, C, N)``, or ``(B, C)`` for one node an image, and ``labels (B,)``, whole
+numbers or names of classes; optionally ``class_names``, by label, ``files (B,)``, relative to the split, and ``train_nodes``
+and ``train_labels``, images of the training classes. Nothing in it is executed.
 """
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dataloader.views import FcnView
-from utils import InputError, file_hash, first_few, printable, write_output
+from utils import InputError, check_node_count, file_hash, first_few, printable, write_output
 
 REQUIRED = ("nodes", "labels")
 ARRAYS = (*REQUIRED, "class_names", "files", "train_nodes", "train_labels")
-LARGEST_HALF = 65504  # of float16
-# float16 has steps of 6e-8 near 0: nodes whose largest value is below this would lose digits.
-SMALLEST_HALF = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +51,6 @@ class FeatureSet:
         return {"classes": len(self.class_names), "images": len(self), "sha256": self.sha256}
 
 
-def fits_half(largest: float) -> bool:
-    """Whether nodes whose largest absolute value is that can be kept in float16, to its precision."""
-    return SMALLEST_HALF <= largest < LARGEST_HALF
-
-
 def write_features(path: str | Path, features: FeatureSet) -> None:
     """Write the file that :func:`read_features` reads, atomically."""
     arrays = {"nodes": features.nodes.numpy(), "labels": np.array(features.labels)}
@@ -68,10 +62,13 @@ def write_features(path: str | Path, features: FeatureSet) -> None:
     write_output(Path(path), buffer.getbuffer())
 
 
-def read_features(path: str | Path) -> FeatureSet:
-    """The content of such a file; InputError for one that cannot be used, which names the array at fault."""
+def read_features(path: str | Path, *, map_size: int = 0) -> FeatureSet:
+    """The content of such a file; InputError for one that cannot be used, which names the array at fault.
+
+    With ``map_size``, nodes are the cells of a square map, row by row, which is pooled to so many cells along an edge.
+    """
     try:
-        return _parse(_read_arrays(Path(path)), file_hash(path))
+        return _parse(_read_arrays(Path(path)), file_hash(path), map_size)
     except InputError as error:
         raise InputError(f"-features {printable(str(path))}: {error}") from None
 
@@ -107,8 +104,9 @@ def _read_array(archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
         raise InputError(f"{name} is damaged ({type(error).__name__})") from error
 
 
-def _parse(arrays: dict[str, np.ndarray], sha256: str) -> FeatureSet:
-    nodes = _nodes(arrays, "nodes")
+def _parse(arrays: dict[str, np.ndarray], sha256: str, map_size: int) -> FeatureSet:
+    nodes = _nodes(arrays, "nodes", map_size)
+    check_node_count(nodes.shape[-1])
     labels = _labels(arrays, "labels", len(nodes), "nodes")
     found, numbers = np.unique(labels, return_inverse=True)
     paths = _text(arrays, "files")
@@ -116,19 +114,20 @@ def _parse(arrays: dict[str, np.ndarray], sha256: str) -> FeatureSet:
         raise InputError(f"files has {len(paths)} names for the {len(nodes)} images of nodes")
     train_nodes, train_labels = None, None
     if "train_nodes" in arrays:
-        train_nodes = _nodes(arrays, "train_nodes")
+        train_nodes = _nodes(arrays, "train_nodes", map_size)
         if train_nodes.shape[1] != nodes.shape[1]:
             raise InputError(f"train_nodes has {train_nodes.shape[1]} channels; nodes has {nodes.shape[1]}")
         if "train_labels" in arrays:
-            train_labels = _labels(arrays, "train_labels", len(train_nodes), "train_nodes").tolist()
+            of_train = _labels(arrays, "train_labels", len(train_nodes), "train_nodes")
+            train_labels = np.unique(of_train, return_inverse=True)[1].tolist()
     elif "train_labels" in arrays:
         raise InputError("train_labels requires train_nodes, which is not there")
     names = _class_names(arrays, found)
     return FeatureSet(nodes, numbers.tolist(), names, paths, train_nodes, train_labels, sha256)
 
 
-def _nodes(arrays: dict[str, np.ndarray], name: str) -> Tensor:
-    """``(B, C, N)``, native float16 or float32, all of them finite."""
+def _nodes(arrays: dict[str, np.ndarray], name: str, map_size: int) -> Tensor:
+    """``(B, C, N)``, native float16 or float32, all of them finite; pooled if there is a ``map_size``."""
     nodes = arrays[name]
     if nodes.dtype.kind != "f":
         raise InputError(f"{name} must hold floating-point numbers; its type is {nodes.dtype}")
@@ -139,17 +138,25 @@ def _nodes(arrays: dict[str, np.ndarray], name: str) -> Tensor:
     broken = next((number for number, image in enumerate(nodes) if not np.isfinite(image).all()), None)
     if broken is not None:
         raise InputError(f"{name} has values that are not finite in {nodes.dtype}, first in image {broken}")
-    return torch.from_numpy(nodes.reshape(*nodes.shape[:2], -1))
+    nodes = torch.from_numpy(nodes.reshape(*nodes.shape[:2], -1))
+    if not map_size:
+        return nodes
+    edge = math.isqrt(nodes.shape[-1])
+    if edge**2 != nodes.shape[-1] or map_size > edge:
+        found = f"{name} has {nodes.shape[-1]} nodes an image; class tokens must be left out"
+        raise InputError(f"-map_size {map_size} needs the cells of a square map of that size or more: {found}")
+    pooled = [F.adaptive_avg_pool2d(part.float().unflatten(-1, (edge, edge)), map_size) for part in nodes.split(64)]
+    return torch.cat(pooled).flatten(2)
 
 
 def _labels(arrays: dict[str, np.ndarray], name: str, images: int, of: str) -> np.ndarray:
     labels = arrays[name]
-    if labels.dtype.kind not in "iu":
-        raise InputError(f"{name} must hold whole numbers; its type is {labels.dtype}")
+    if labels.dtype.kind not in "iuUS":
+        raise InputError(f"{name} must hold whole numbers, or the names of classes; its type is {labels.dtype}")
     if labels.shape != (images,):
         needed = f"({images},), one for each image of {of}"
         raise InputError(f"{name} must have the shape {needed}; its shape is {labels.shape}")
-    return labels
+    return np.array(_text(arrays, name)) if labels.dtype.kind in "US" else labels
 
 
 def _text(arrays: dict[str, np.ndarray], name: str) -> list[str]:
@@ -166,6 +173,8 @@ def _class_names(arrays: dict[str, np.ndarray], labels: np.ndarray) -> list[str]
     """The names of labels: the labels themselves where there are none."""
     if "class_names" not in arrays:
         return [str(label) for label in labels.tolist()]
+    if labels.dtype.kind == "U":
+        raise InputError("labels are names of classes, so that class_names has no meaning: leave it out")
     names, (lowest, *_, highest) = _text(arrays, "class_names"), [labels[0], *labels]
     if lowest < 0 or highest >= len(names):
         needed = f"the labels are {lowest} to {highest}. It needs a name for each number from 0 to the largest label"

@@ -24,6 +24,13 @@ CACHE_SHARE = 1 / 4
 # Nodes that would take more bytes than this are kept in float16, unless their values do not fit.
 LARGE_TABLE = 2**30
 LARGEST_HALF = 65504.0
+# float16 has steps of 6e-8 near 0: nodes whose largest value is below this would lose digits.
+SMALLEST_HALF = 1e-2
+
+
+def fits_half(largest: float) -> bool:
+    """Whether nodes whose largest absolute value is that can be kept in float16, to its precision."""
+    return SMALLEST_HALF <= largest <= LARGEST_HALF
 
 
 class Batch(NamedTuple):
@@ -90,7 +97,7 @@ class NodeTable:
 
     def _make(self, nodes: Tensor, least: int) -> None:
         size, dtype = nodes[0].numel() * nodes.element_size(), nodes.dtype
-        if self.most * size > LARGE_TABLE and float(nodes.abs().max()) <= LARGEST_HALF:
+        if self.most * size > LARGE_TABLE and fits_half(float(nodes.abs().max())):
             status(f"nodes are kept in float16; in full they would take {self.most * size / 2**30:.1f} GiB")
             size, dtype = size * 2 // nodes.element_size(), torch.float16
         here, host = (int(self.share * free_memory(place)) // size for place in (self.device, torch.device("cpu")))

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -323,14 +323,13 @@ def encode_dataset(
     device: torch.device,
     ranks: Ranks,
     stop: StopRequest,
-    fits_half: Callable[[float], bool],
     num_workers: int = 0,
     title: str = "",
 ) -> Tensor:
     """The nodes ``(B, C, N)`` of items of a data set, on the CPU, which the ranks share the work for.
 
-    They are in float16 if the largest absolute value of every batch ``fits_half``, and in float32 otherwise. Raises
-    DivergenceError if they are not finite, and Stopped.
+    They are in float16 if that can hold every batch, and in float32 otherwise. Raises DivergenceError if they are not finite, and
+    Stopped.
     """
     model, size = model.folded(), _encode_batch(model, device, dataset.view.patches)
     batches = [items[first : first + size] for first in range(0, len(items), size)]
@@ -339,7 +338,7 @@ def encode_dataset(
     with progress_bar(title, total=len(batches), disable=not ranks.is_first) as bar:
         for images, _ in stream(loader):
             nodes = encode_images(model, images, device=device)
-            own.append((nodes.half() if fits_half(float(nodes.abs().max())) else nodes).cpu())
+            own.append((nodes.half() if cache.fits_half(float(nodes.abs().max())) else nodes).cpu())
             bar.update(ranks.size)
             if stop.signal_number:
                 break

@@ -60,6 +60,12 @@ def test_nodes_with_files_have_the_same_episodes(path, images, episodes):
         assert [paths[index] for index, _ in one] == [images.relative_paths()[index] for index, _ in other]
 
 
+def test_images_of_one_name_are_refused_before_a_file_is_written(path, images, episodes):
+    nodes = FeatureSet(torch.ones(len(images), 1, 1), images.labels, images.class_names, ["a.png"] * len(images))
+    with pytest.raises(InputError, match="-episodes_out: some images of the data have the same name"):
+        write_episodes(path, episodes, nodes, way=3, shot=2, with_seeds=False)
+
+
 def test_views_have_seeds_without_those_of_the_file(path, images):
     content = json.loads(path.read_text())
     for episode in content:

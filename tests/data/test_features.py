@@ -47,6 +47,28 @@ def test_class_names_are_by_label(tmp_path):
     assert read_features(tmp_path / "f.npz").class_names == ["a", "c", "e"]
 
 
+@pytest.mark.parametrize("kind", ["U", "S"])
+def test_labels_may_be_names(tmp_path, kind):
+    names = np.array(["bird", "ant", "cat"]).astype(kind)
+    np.savez(tmp_path / "f.npz", nodes=NODES, labels=names[LABELS], train_nodes=NODES, train_labels=names[LABELS])
+    found = read_features(tmp_path / "f.npz")
+    assert (found.labels, found.class_names) == ([1, 1, 0, 0, 2, 2], ["ant", "bird", "cat"])
+    assert found.train_labels == found.labels
+
+
+def test_square_maps_are_pooled(tmp_path):
+    nodes = np.random.RandomState(0).standard_normal((6, 4, 22, 22)).astype(np.float16)
+    np.savez(tmp_path / "f.npz", nodes=nodes.reshape(6, 4, -1), labels=LABELS, train_nodes=nodes.reshape(6, 4, -1)[:2])
+    found = read_features(tmp_path / "f.npz", map_size=2)
+    cells = nodes.astype(np.float64).reshape(6, 4, 2, 11, 2, 11).mean((3, 5)).reshape(6, 4, 4)
+    assert np.allclose(found.nodes.numpy(), cells, atol=1e-6)
+    assert torch.equal(found.train_nodes, found.nodes[:2])
+    np.savez(tmp_path / "token.npz", nodes=nodes.reshape(6, 4, -1)[:, :, 1:], labels=LABELS)
+    for file, size in (("f.npz", 23), ("token.npz", 2)):
+        with pytest.raises(InputError, match=f"-map_size {size} needs the cells of a square map"):
+            read_features(tmp_path / file, map_size=size)
+
+
 BROKEN = NODES.copy()
 BROKEN[3, 0, 0] = np.inf
 FAULTS = [
@@ -60,7 +82,9 @@ FAULTS = [
     ({"nodes": NODES.astype(object)}, "nodes is an array of Python objects"),
     ({"labels": LABELS[:5]}, r"labels must have the shape \(6,\)"),
     ({"labels": LABELS[:, None]}, r"labels must have the shape \(6,\)"),
-    ({"labels": LABELS / 2}, "labels must hold whole numbers; its type is float64"),
+    ({"labels": LABELS / 2}, "labels must hold whole numbers, or the names of classes; its type is float64"),
+    ({"labels": np.array(list("aabbcc")), "class_names": ["a", "b", "c"]}, "names of classes.*leave it out"),
+    ({"nodes": np.ones((6, 4, 441), np.float32)}, "441 nodes of an image are too many to match.*Pool.*-map_size"),
     ({"class_names": ["a", "b"]}, "class_names has 2 names, and the labels are 0 to 2"),
     ({"class_names": ["a", "b", "c"], "labels": LABELS - 1}, "the labels are -1 to 1"),
     ({"class_names": ["a", "b", "b"]}, "class_names has 'b' for two labels"),

@@ -120,6 +120,13 @@ def test_flags_that_exclude_each_other_are_refused(tmp_path, monkeypatch, flags,
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("flags", ["-map_size 7", "-backbone_layer -2", "-backbone_weights none -map_size 21"])
+def test_flags_beside_a_checkpoint_are_checked_when_its_backbone_is_known(flags):
+    args = parse("-model_dir", "checkpoint/of/another/backbone", *flags.split())
+    with pytest.raises(InputError, match=r"-map_size \d+ is larger than|-backbone_layer is for timm"):
+        build_model(args)
+
+
 def test_a_pyramid_may_be_as_large_as_the_map():
     assert build_model(parse("-feature_pyramid", "5,2,1")).feature_pyramid == (5, 2, 1)
 

@@ -18,6 +18,7 @@ from Models import DeepEMD, timm_encoder
 from Models.arguments import add_model_arguments, add_weights_arguments, build_model, open_model
 from Models.backbones import make_encoder, plan_backbone
 from Models.conv4 import Conv4
+from Models.weights import load_encoder_weights
 from utils import InputError, make_parser
 
 timm = pytest.importorskip("timm")
@@ -143,6 +144,14 @@ def test_weights_in_a_file(tmp_path, kind):
     encoder = TimmEncoder("test_vit", image_size=64, weights=str(file)).eval()
     assert encoder.weights == str(file)
     assert all(torch.equal(value, state[key]) for key, value in encoder.network.state_dict().items())
+
+
+def test_a_checkpoint_for_another_image_size_is_refused_with_the_reason(tmp_path):
+    path = saved(tmp_path / "w.pth", {"params": encoder_of("test_vit", 64).state_dict()})
+    with pytest.raises(
+        InputError, match="timm:test_vit: .*pos_embed is .*; such a network takes images of the -image_size"
+    ):
+        load_encoder_weights(encoder_of("test_vit", 96), path)
 
 
 def test_a_position_table_is_resampled_for_another_image_size(tmp_path):
@@ -312,12 +321,20 @@ def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch):
         ("-backbone conv4:x", "Conv4 is one network: leave out ':x'"),
         ("-backbone timm:test_vot", "has no model 'test_vot'; the nearest: test_vit"),
         ("-backbone timm:test_vit.r161", "has no weights 'test_vit.r161'; the nearest: test_vit.r160_in1k"),
+        ("-backbone timm:dinov2", "has no model 'dinov2'; the nearest: vit_base_patch14_dinov2"),
+        (
+            "-backbone timm:test_resnet -image_size 16",
+            "-image_size 16 does not suit timm:test_resnet, which was made for 160",
+        ),
         ("-backbone timm:zzzzzzzz", "has no model 'zzzzzzzz'; list them with timm.list_models"),
         (
             "-backbone timm:local-dir:nowhere",
             "Config file not found: nowhere/config.json. Check the name of the folder",
         ),
-        ("-backbone timm:hf-hub:nobody/nothing", "Check the name and the network, or set -backbone_weights to a file"),
+        (
+            "-backbone timm:hf-hub:nobody/nothing",
+            "Check the name and the network, or give a name of timm and set -back",
+        ),
         (
             "-backbone timm:test_vit -image_size 100",
             "takes multiples of 16, the size of its patches, such as 96 or 112",

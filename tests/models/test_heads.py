@@ -598,6 +598,7 @@ def test_a_table_without_training_images_leaves_rows_out(table, flags, capsys, t
         ({"backbone": "timm:test_vit", "backbone_weights": None}, True),
         ({"backbone": "timm:test_vit", "backbone_weights": "none"}, False),
         ({"backbone": "timm:test_vit", "backbone_weights": "hub", "dataset": "glyphs"}, False),
+        ({"backbone": "timm:test_vit", "backbone_weights": "hub", "dataset": "folder"}, True),
         ({"features": "dino.npz"}, True),
     ],
 )

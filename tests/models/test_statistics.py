@@ -119,7 +119,7 @@ def test_other_files_are_refused_and_nothing_in_them_is_executed(tmp_path, monke
 
 def test_nodes_without_statistics_are_refused():
     for given in (torch.zeros(0, 3, 4), [], nodes(1, 3, 1).expand(5, 3, 4)):
-        with pytest.raises(ValueError, match=r"no nodes|all nodes are the same"):
+        with pytest.raises(ValueError, match=r"no nodes|all nodes of the training images are the same"):
             NodeStatistics.of(given)
     with pytest.raises(InputError, match=r"^-norm base needs the mean and deviation .*-statistics FOLDER or FILE"):
         normalised(nodes(2, 3, 4), "base", None)

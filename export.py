@@ -31,7 +31,7 @@ from engine.evaluation import encode_images
 from engine.run import RECORD, environment
 from engine.start import start
 from engine.statistics import prepare_statistics
-from engine.weights_flags import TRAINED_FLAGS, adopt_trained_flags, as_words
+from engine.weights_flags import adopt_trained_flags, as_words
 from Models import DeepEMD
 from Models.arguments import OF_DEEPEMD, add_model_arguments, add_weights_arguments, open_model
 from Models.package import FORMAT, PACKAGE_CONFIG, PACKAGE_WEIGHTS, STATISTICS, is_package, read_config
@@ -39,6 +39,7 @@ from Models.weights import load_encoder_weights
 from pictures.canvas import save
 from pictures.matches import ViewedImage, match_episode, view_items
 from utils import (
+    TRAINED_FLAGS,
     InputError,
     file_hash,
     make_parser,
@@ -104,7 +105,7 @@ def read_results(files: Sequence[str], hashes: set[str]) -> list[dict[str, Any]]
         flags = dict(content["flags"])
         if "val_solver" in flags:  # of train_meta.py, whose -set is the validation split
             flags |= {"set": "test", "solver": flags["val_solver"]}
-        flags = {name: flags[name] for name in OF_EVALUATION if flags.get(name) not in (None, False)}
+        flags = {name: flags[name] for name in OF_EVALUATION if not (flags.get(name) is None or flags[name] is False)}
         numbers = {name: float(content[name]) for name in ("accuracy", "interval", "loss")}
         if not all(map(math.isfinite, numbers.values())) or not 0 <= numbers["accuracy"] <= 100:
             raise ValueError("its accuracies are not numbers in percent")
@@ -247,21 +248,30 @@ def card(args: Namespace, config: dict[str, Any], name: str, notes: Sequence[str
     """The README.md of a package, as the Hub reads it."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    rows, flags = config["results"], config["flags"]
-    shared = {"task_type": "image-classification", "metric_type": "accuracy"}
-    results = [
-        EvalResult(
-            **shared,
-            task_name=f"{row['way']}-way {row['shot']}-shot",
-            dataset_type=row["dataset"],
-            dataset_name=row["dataset"],
-            dataset_split=row["set"],
-            dataset_config=f"{row['way']}-way {row['shot']}-shot, {as_words(row['flags'])}",  # rows of one task are merged
-            metric_value=round(row["accuracy"], 2),
-            metric_name=f"accuracy, 95 % interval +- {row['interval']:.2f}",
-        )
-        for row in rows
-    ]
+    rows, flags, results, table = config["results"], config["flags"], [], []
+    usual = {**vars(build_parser().parse_args(["-out", "."])), **flags, "query": 15, "seed": 1}
+    for row in rows:
+        named = ("dataset", "set", "way", "shot", "head", "test_episode")
+        others = {key: value for key, value in row["flags"].items() if key not in named}
+        words = as_words({key: value for key, value in others.items() if _plain(value) != _plain(usual.get(key))})
+        task, head = f"{row['way']}-way {row['shot']}-shot", row["flags"].get("head", "")
+        found = f"{row['accuracy']:.2f} ± {row['interval']:.2f}"
+        cells = (row["dataset"], row["set"], task, head, row["episodes"], found, words)
+        table += [f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"]
+        results += [
+            EvalResult(
+                task_type="image-classification",
+                task_name=task,
+                dataset_type=row["dataset"],
+                dataset_name=row["dataset"],
+                dataset_split=row["set"],
+                # Rows that differ in nothing but their metric are merged.
+                dataset_config=f"{task}, {head}, {row['episodes']} episodes {words}".strip(),
+                metric_type="accuracy",
+                metric_value=round(row["accuracy"], 2),
+                metric_name=f"accuracy, 95 % interval +- {row['interval']:.2f}",
+            )
+        ]
     tags = ["few-shot-learning", "earth-movers-distance", "deepemd"]
     known = {
         "license": config["license"],
@@ -294,14 +304,7 @@ def card(args: Namespace, config: dict[str, Any], name: str, notes: Sequence[str
             "| data set | split | task | head | episodes | accuracy | further flags |",
             "|---|---|---|---|---|---|---|",
         ]
-        usual = {**vars(build_parser().parse_args(["-out", "."])), **flags, "query": 15, "seed": 1}
-        for row in rows:
-            named = ("dataset", "set", "way", "shot", "head", "test_episode")
-            others = {key: value for key, value in row["flags"].items() if key not in named}
-            words = as_words({key: value for key, value in others.items() if _plain(value) != _plain(usual.get(key))})
-            task, found = f"{row['way']}-way {row['shot']}-shot", f"{row['accuracy']:.2f} ± {row['interval']:.2f}"
-            cells = (row["dataset"], row["set"], task, row["flags"].get("head", ""), row["episodes"], found, words)
-            lines += [f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"]
+        lines += table
     else:
         lines += ["None are recorded. `python eval.py` measures them, and `export.py -results` puts them here."]
     trained = as_words({key: value for key, value in flags.items() if value is not None})

@@ -52,8 +52,8 @@ class _Parser(argparse.ArgumentParser):
         # Called with the parsed flags, in this order: they fill in defaults that depend on other flags, and check those that do.
         self.completions: list[Callable[[argparse.Namespace], None]] = []
         text = "take flags that are not given from a JSON file: a run.json, a package's config.json, or {flag: value}"
-        # Not in the namespace: the flags that it stands for are.
-        self.add_argument("-config", action=_Config, metavar="FILE", default=argparse.SUPPRESS, help=text)
+        # Never in the namespace: expand() replaces it by the flags that it stands for.
+        self.add_argument("-config", metavar="FILE", default=argparse.SUPPRESS, help=text)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
         parsed = super().parse_args(args, namespace)
@@ -88,59 +88,66 @@ class _Parser(argparse.ArgumentParser):
                 del words[place]
             elif words[place].startswith("-config="):
                 files.insert(0, words.pop(place).removeprefix("-config="))
-        parser, start = self, 0
+        parser, start, flags = self, 0, {word.partition("=")[0] for word in words}
         for commands in (action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)):
             start = next((k + 1 for k, word in enumerate(words) if files and word in commands), 0)
-            parser = commands[words[start - 1]] if start else self
-        return [*words[:start], *(word for file in files for word in parser._words_of(file)), *words[start:]]
+            if not start:
+                return words  # without a command, which is an error
+            parser = commands[words[start - 1]]
+        return [*words[:start], *(word for file in files for word in parser._words_of(file, flags)), *words[start:]]
 
-    def _words_of(self, file: str) -> list[str]:
-        """The flags of a ``-config`` file as words of a command line."""
-
-        def check(content: Any) -> tuple[dict[str, Any], bool, Any]:
-            if not isinstance(content, dict):
-                raise TypeError("it must be an object, {flag: value}")
-            is_record = isinstance(content.get("flags"), dict)  # of a run, an evaluation or a package
-            return content["flags"] if is_record else content, is_record, content.get("script")
-
+    def _words_of(self, file: str, given: set[str]) -> list[str]:
+        """The flags of a ``-config`` file, but for the ``given`` ones, as words of a command line."""
         try:
-            flags, is_record, script = read_json(Path(file), "flags", check)
+            content = read_json(Path(file), "flags")
         except InputError as error:
             self.error(f"-config: {error}")
-        known = {action.dest: action for action in self._actions if action.option_strings}
-        known = {name: action for name, action in known.items() if action.default is not argparse.SUPPRESS}
-        unknown = [name for name in flags if name.lstrip("-") not in known]
-        if unknown and not is_record:
-            name = unknown[0].lstrip("-")
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-            self.error(f"-config {file}: there is no flag -{printable(name)}; the nearest is -{near}")
+        if not isinstance(content, dict):
+            self.error(f"-config: {file} is damaged, or not flags (TypeError: it must be an object, {{flag: value}})")
+        is_record = isinstance(content.get("flags"), dict)  # of a run, an evaluation or a package
+        flags = content["flags"] if is_record else content
+        is_package, actions = is_record and "format" in content, [a for a in self._actions if a.option_strings]
+        known = {action.dest: action for action in actions if action.default is not argparse.SUPPRESS}
         if is_record:
-            is_other = script != self.prog.split()[0] if script else bool(unknown)
-            left_out = {*unknown, "resume", *(SCRIPT_FLAGS if is_other else ())}
-            flags = {name: value for name, value in flags.items() if name not in left_out}
+            script, wanted = content.get("script"), set(TRAINED_FLAGS if is_package else known)
+            is_other = script != self.prog.split()[0] if script else not flags.keys() <= known.keys()
+            wanted = wanted & known.keys() - {*OF_ONE_START, *(SCRIPT_FLAGS if is_other else ())}
+            flags = {name: value for name, value in flags.items() if name in wanted}
         words: list[str] = []
         for name, value in flags.items():
-            action = known[name.lstrip("-")]
-            try:
-                if value is not None and value is not False and value != []:  # 0 is a value
-                    flag_value(action, value)
-                    words += _as_words(action, value)
-            except ValueError as error:
-                self.error(f"-config {file}: {printable(str(error))}")
+            action = known.get(name.lstrip("-"))
+            if not action:
+                near = difflib.get_close_matches(name.lstrip("-"), known, n=1, cutoff=0)[0]
+                self.error(f"-config {file}: there is no flag -{printable(name.lstrip('-'))}; the nearest is -{near}")
+            is_set = value is not None and value is not False and value != []  # 0 is a value
+            if is_set and not given & set(action.option_strings):
+                try:
+                    flag_value(action, value, is_of_package=is_package)
+                except ValueError as error:
+                    self.error(f"-config {file}: {printable(str(error))}")
+                words += _as_words(action, value)
         return words
 
 
-class _Config(argparse.Action):
-    def __call__(self, *_: Any) -> None:
-        """Nothing: :meth:`_Parser.expand` has replaced it."""
-
-
+# Flags that weights should be used with as they were trained. Those of one view mean nothing to another.
+VIEW_FLAGS = ("patch_list", "patch_ratio", "num_patch", "feature_pyramid", "map_size")
+TRAINED_FLAGS = (
+    *("dataset", "backbone", "backbone_layer", "deepemd", "image_size", "interpolation", *VIEW_FLAGS),
+    *("head", "temperature", "metric", "norm", "weights", "weight_power", "kshot"),
+)
+# Flags that no record passes on: it would resume that run, or overwrite its files.
+OF_ONE_START = ("resume", "json", "csv", "save", "picture", "out")
 # Flags that mean something else in another script, or whose default is each script's own.
 SCRIPT_FLAGS = ("set", "sfc_lr", "max_epoch", "bs", "lr", "step_size", "gamma", "save_every", "extra_dir")
 
 
-def flag_value(action: argparse.Action, value: Any) -> Any:
-    """A value from a JSON file as the flag's action would have it; ValueError, which names the flag, if it is refused."""
+def flag_value(action: argparse.Action, value: Any, *, is_of_package: bool = False) -> Any:
+    """A value from a JSON file as the flag's action would have it; ValueError, which names the flag, if it is refused.
+
+    A package may come from a stranger: it may not name a network that is fetched from, or read at, another place.
+    """
+    if is_of_package and re.match(r"timm:(hf[-_]hub|local-dir):", str(value)):
+        raise ValueError(f"-{action.dest}: {value} is at another place. If you trust it, give it on the command line")
     if value is None and action.default is None or action.nargs in (0, "?") and isinstance(value, bool):
         return value
     try:
@@ -232,7 +239,7 @@ def run_script(main: Callable[[], None]) -> None:
         if exit_status := getattr(error, "exit_status", None):  # of exceptions that are not errors
             status(message)
             sys.exit(exit_status)
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -261,7 +268,7 @@ def warn(message: str) -> None:
 def status(message: str) -> None:
     """Print a line on standard error; of the processes of a run, the first does."""
     if process.rank == 0:
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 # This process among those of a run, of which ``local_size`` share this machine; engine.start sets it.
@@ -387,8 +394,9 @@ def read_json(path: Path, what: str, parse: Callable[[Any], T] = lambda content:
         raise
     except OSError as error:
         raise InputError(f"cannot read {what} from {path} ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise InputError(f"{path} is damaged, or not {what} ({type(error).__name__}: {error})") from error
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        reason = printable(str(error))[:300]
+        raise InputError(f"{path} is damaged, or not {what} ({type(error).__name__}: {reason})") from error
 
 
 def load_plain(path: Path, what: str) -> Any:

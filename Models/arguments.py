@@ -175,7 +175,7 @@ def build_model(
         settings |= {"map_size": 0, "feature_pyramid": None, "encoder": NoEncoder()}
     else:
         settings |= {"encoder": _encoder(args, device_ids, encoder, weights, statistics), "compiled": args.compile}
-    model = DeepEMD(**settings, device_ids=device_ids)
+    model = DeepEMD(**settings, device_ids=device_ids).float()  # whatever the default of the caller's torch
     if model.settings.uses_solver:
         for solver in {args.solver, val_solver or args.solver}:
             check_solver(model.settings.with_solver(solver, model.solver_options))
@@ -246,7 +246,9 @@ def open_model(
             status("weights: none")
         return model, model.encoder.weights
     status(f"weights: {source}" + (f" ({weights})" if "://" in source else ""))
-    hint = "Set -model_dir, download the published weights (bash download_trained_model.sh), or use a pretrained network "
+    hint = (
+        "Set -model_dir, download the published weights (bash download_trained_model.sh), or use a pretrained network "
+    )
     hint += "instead, which is downloaded once: -backbone timm:tf_efficientnet_lite0"
     load_encoder_weights(model, weights, hint=hint)
     return model, str(weights)

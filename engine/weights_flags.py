@@ -5,14 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import InputError, flag_value, read_json, status, warn
-
-# Flags that weights should be used with as they were trained. Those of one view mean nothing to another.
-VIEW_FLAGS = ("patch_list", "patch_ratio", "num_patch", "feature_pyramid", "map_size")
-TRAINED_FLAGS = (
-    *("dataset", "backbone", "backbone_layer", "deepemd", "image_size", "interpolation", *VIEW_FLAGS),
-    *("head", "temperature", "metric", "norm", "weights", "weight_power", "kshot"),
-)
+from utils import TRAINED_FLAGS, VIEW_FLAGS, InputError, flag_value, read_json, status, warn
 
 
 def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, ignore: Sequence[str] = ()) -> None:
@@ -37,9 +30,14 @@ def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, i
     else:
         return
     names = [name for name in TRAINED_FLAGS if name in actions and name not in ignore]
+    words = parser.expand(argv)
+    flags = {word.partition("=")[0] for word in words}
+    given = {name for name in names if flags & set(actions[name].option_strings)}
 
     def parse(record: Any) -> dict[str, Any]:
-        return {name: flag_value(actions[name], value) for name, value in record["flags"].items() if name in names}
+        found = {name: value for name, value in record["flags"].items() if name in names}
+        foreign = set(found) - given if path == package else ()
+        return {name: flag_value(actions[name], value, is_of_package=name in foreign) for name, value in found.items()}
 
     try:
         trained = read_json(path, f"the flags of a {owner.partition(' ')[0]}", parse)
@@ -48,10 +46,7 @@ def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, i
             raise
         warn(f"{error}. It is ignored: flags that are not given keep their defaults")
         return
-    words = parser.expand(argv)
-    flags = {word.partition("=")[0] for word in words}
-    given = {name for name in trained if flags & set(actions[name].option_strings)}
-    if "deepemd" in given and args.deepemd != trained["deepemd"]:
+    if "deepemd" in given & set(trained) and args.deepemd != trained["deepemd"]:
         trained = {name: value for name, value in trained.items() if name not in VIEW_FLAGS}
     changed = {name: value for name, value in trained.items() if value != getattr(args, name)}
     adopted = {name: value for name, value in changed.items() if name not in given}
@@ -82,7 +77,9 @@ def as_words(flags: dict[str, Any]) -> str:
     words = []
     for name, value in flags.items():
         text = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-        words.append(f"no -{name}" if value in (None, False) else f"-{name}" if value is True else f"-{name} {text}")
+        words.append(
+            f"no -{name}" if value is None or value is False else f"-{name}" if value is True else f"-{name} {text}"
+        )
     return " ".join(words)
 
 

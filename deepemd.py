@@ -31,7 +31,7 @@ from dataloader.catalog import DatasetSpec
 from dataloader.images import picture_of
 from dataloader.readers import image_files, read_split
 from dataloader.views import View
-from engine.arguments import add_run_arguments
+from engine.arguments import add_run_arguments, flag_words, loader_processes
 from engine.evaluation import encode_images
 from engine.start import choose_device
 from engine.statistics import prepare_statistics
@@ -65,7 +65,7 @@ def load(source: str | Path, *, device: str | int | torch.device | None = None, 
     parser.error = _refuse  # an exception, where a script ends
     kind = "backbone" if str(source).partition(":")[0] in BACKBONES else "model_dir"
     gpu = None if device is None else str(device).removeprefix("cuda").removeprefix(":") or "0"
-    words = _words({kind: str(source), "gpu": gpu, **flags})
+    words = flag_words({kind: str(source), "gpu": gpu, **flags})
     args = parser.parse_args(words)
     adopt_trained_flags(parser, args, words)
     chosen, device_ids = choose_device(args.gpu)
@@ -160,7 +160,8 @@ class Model(NamedTuple):
         """
         network, weights = open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
         if needs_statistics:
-            source = {"open_train": partial(open_base_images, args), "num_workers": 0}
+            workers = loader_processes(args) if "num_workers" in args else 0
+            source = {"open_train": partial(open_base_images, args), "num_workers": workers}
             prepare_statistics(args, network, weights, device=device, **source)
         return cls(network.folded(), view_of(args, train=False), args.seed, device), weights
 
@@ -214,9 +215,8 @@ class Model(NamedTuple):
         similarity = torch.cosine_similarity(nodes, proto[label.to(nodes.device)], dim=1).mean(1).tolist()
         # A class is shown by the example whose nodes are nearest to those of its prototype.
         names = [_name(image, k) for k, image in enumerate(images)]
-        nearest = {
-            label: k for label, _, _, k in sorted(zip(labels, similarity, names, range(len(images)), strict=True))
-        }
+        places = sorted(zip(labels, similarity, names, range(len(images)), strict=True))
+        nearest = {label: k for label, _, _, k in places}
         shown = [nearest[label] for label in range(len(classes))]
         examples = [self.read(images[k], k) for k in shown]
         return Prototypes(proto, classes, examples, [Path(names[k]).name for k in shown])
@@ -252,10 +252,11 @@ class Model(NamedTuple):
     def read(self, image: Picture, place: Any = 0) -> ViewedImage:
         """An image as the network sees it. The random draws of a view depend on its name, or without one on its place."""
         if isinstance(image, str | Path):
-            seed = named_generator(self.seed, "predict", *(place if isinstance(place, tuple) else (Path(image).name,)))
-            return view_file(str(image), self.view, seed.initial_seed(), advice="")
-        seed = named_generator(self.seed, "predict", *(place if isinstance(place, tuple) else ("", place)))
-        return view_image(picture_of(image), self.view, seed.initial_seed())
+            name = place if isinstance(place, tuple) else (Path(image).name,)
+            seed = named_generator(self.seed, "predict", *name).initial_seed()
+            return view_file(str(image), self.view, seed, advice="")
+        name = place if isinstance(place, tuple) else ("", place)
+        return view_image(picture_of(image), self.view, named_generator(self.seed, "predict", *name).initial_seed())
 
     def read_all(
         self, images: Iterable[Picture], *, skip: bool = False
@@ -309,18 +310,6 @@ def _examples(support: str | Path | Mapping[str, Pictures]) -> tuple[list[Pictur
 
 def _name(image: Picture, place: int) -> str:
     return str(image) if isinstance(image, str | Path) else f"image {place}"
-
-
-def _words(flags: Mapping[str, Any]) -> list[str]:
-    """Flags by name as words of a command line; None and False leave a flag out."""
-    words = []
-    for name, value in flags.items():
-        if value is True:
-            words.append(f"-{name}")
-        elif value is not None and value is not False:
-            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            words.append(f"-{name}={text}")
-    return words
 
 
 def _refuse(message: str) -> None:

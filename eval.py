@@ -32,7 +32,7 @@ from engine.stopping import stop_request
 from engine.weights_flags import adopt_trained_flags, as_words
 from Models import DeepEMD
 from Models.arguments import add_model_arguments, add_weights_arguments, open_model
-from utils import InputError, append_line, check_writable, make_parser, run_script, status, write_output
+from utils import InputError, append_line, make_parser, run_script, status, write_output
 
 
 def build_parser() -> ArgumentParser:
@@ -116,17 +116,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path("checkpoint", "eval", args.extra_dir)
     if ranks.is_first:  # a file that cannot be written is an error now, not after the evaluation
         append_line(folder / "results.txt")
-        for path in (folder / "results.json", args.json, args.csv, args.features_out, args.episodes_out):
-            if path not in (None, "-"):
-                check_writable(Path(path))
+        arguments.check_outputs(folder / "results.json", args.json, args.csv, args.features_out, args.episodes_out)
 
     model, weights = open_model(args, device=device, device_ids=device_ids, **data.pixel_statistics(args))
     dataset = data.open_dataset(args, args.set, train=False)
     if args.features_out and dataset.view.is_random and not args.fixed_patches:
         status("-features_out: the patches of an image are drawn once, as with -fixed_patches")
         args.fixed_patches = True
-    words = {word.partition("=")[0] for word in parser.expand(argv)}
-    most = args.test_episode if "-test_episode" in words else None
+    most = args.test_episode if "test_episode" in parser.given(argv) else None
     episodes = data.choose_episodes(args, dataset, seed=args.seed, name=args.set, most=most)
     found = describe_data(args, dataset, episodes)
     if args.episodes_out and ranks.is_first:

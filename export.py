@@ -52,13 +52,7 @@ from utils import (
 )
 
 CARD, PICTURE, GRAPH = "README.md", "match.png", "encoder.onnx"
-FILES = (
-    PACKAGE_WEIGHTS,
-    CARD,
-    PICTURE,
-    GRAPH,
-    PACKAGE_CONFIG,
-)  # of a package, in the order in which they are put there
+FILES = (PACKAGE_WEIGHTS, CARD, PICTURE, GRAPH, PACKAGE_CONFIG)  # in the order in which they are put in a package
 # What a package tells of an evaluation: the flags that decide its result, and name no file of its author.
 OF_HEAD = tuple(name for name in OF_DEEPEMD if name not in ("map_size", "feature_pyramid"))
 OF_EVALUATION = (*TRAINED_FLAGS, *OF_HEAD, "set", "way", "shot", "query", "seed", "test_episode", "fixed_patches")
@@ -73,9 +67,8 @@ def build_parser() -> ArgumentParser:
     group.add_argument("-out", metavar="DIR", required=True, help=out)
     results = "results.json of eval.py or train_meta.py for these weights: rows of the card's table"
     group.add_argument("-results", nargs="+", default=[], metavar="FILE", help=results)
-    group.add_argument(
-        "-license", metavar="NAME", help="of the weights, as the Hub spells it: mit, apache-2.0, cc-by-nc-4.0"
-    )
+    spelled = "of the weights, as the Hub spells it: mit, apache-2.0, cc-by-nc-4.0"
+    group.add_argument("-license", metavar="NAME", help=spelled)
     group.add_argument("-half", action="store_true", help="store float16; the change in logits is measured")
     onnx = f"add {GRAPH}, from 8-bit images to nodes, checked against onnxruntime"
     group.add_argument("-onnx", action="store_true", help=onnx)
@@ -105,19 +98,15 @@ def read_results(files: Sequence[str], hashes: set[str]) -> list[dict[str, Any]]
         flags = dict(content["flags"])
         if "val_solver" in flags:  # of train_meta.py, whose -set is the validation split
             flags |= {"set": "test", "solver": flags["val_solver"]}
-        flags = {name: flags[name] for name in OF_EVALUATION if not (flags.get(name) is None or flags[name] is False)}
+        is_set = {name for name, value in flags.items() if value is not None and value is not False}  # 0 is a value
+        flags = {name: flags[name] for name in OF_EVALUATION if name in is_set}
         numbers = {name: float(content[name]) for name in ("accuracy", "interval", "loss")}
         if not all(map(math.isfinite, numbers.values())) or not 0 <= numbers["accuracy"] <= 100:
             raise ValueError("its accuracies are not numbers in percent")
-        task = {name: int(flags[name]) for name in ("way", "shot")}
-        row = {
-            "dataset": str(flags["dataset"]),
-            "set": str(flags["set"]),
-            **task,
-            "episodes": len(content["accuracies"]),
-        }
+        names = {"dataset": str, "set": str, "way": int, "shot": int}
+        task = {name: kind(flags[name]) for name, kind in names.items()} | {"episodes": len(content["accuracies"])}
         weights = (content.get("weights") or {}).get("sha256")
-        return {**row, **numbers, "flags": flags, "data": content.get("data"), "weights": weights}
+        return {**task, **numbers, "flags": flags, "data": content.get("data"), "weights": weights}
 
     rows = []
     for file in files:
@@ -189,9 +178,8 @@ def make_probe(args: Namespace, view: View) -> Probe:
         pixels = torch.randint(0, 256, shape, generator=named_generator(args.seed, "export"), dtype=torch.uint8)
         return Probe(pixels, [], [], f"{count} random images")
     names = [dataset.class_names[dataset.labels[index]] for index, _ in items[:way]]
-    return Probe(
-        torch.stack([one.pixels for one in viewed]), viewed, names, f"an episode of the {args.dataset} test split"
-    )
+    pixels = torch.stack([one.pixels for one in viewed])
+    return Probe(pixels, viewed, names, f"an episode of the {args.dataset} test split")
 
 
 def draw_picture(probe: Probe, model: DeepEMD, view: View, device: torch.device, path: Path, title: str) -> bool:
@@ -246,77 +234,99 @@ def write_graph(model: DeepEMD, probe: Probe, nodes: Tensor, path: Path) -> str:
 
 def card(args: Namespace, config: dict[str, Any], name: str, notes: Sequence[str], *, has_picture: bool) -> str:
     """The README.md of a package, as the Hub reads it."""
+    picture = f"![A query, its classes, and what was matched with what]({PICTURE})\n\n"
+    picture += "The query of a test episode that was classified right with the least doubt.\n\n"
+    flags, versions = config["flags"], (f"{library} {version}" for library, version in config["versions"].items())
+    trained = as_words({key: value for key, value in flags.items() if value is not None})
+    parameters = config["weights"]["parameters"] / 1e6
+    return f"""\
+---
+{_metadata(config, name)}
+---
+
+# {name}
+
+A few-shot image classifier: an image becomes nodes, and images are compared by the optimal transport between their nodes
+(DeepEMD). Trained on {config["data"]["set"]}, backbone {config["backbone"]}, {parameters:.1f} million parameters, images of
+{config["image_size"]} pixels.
+
+{picture if has_picture else ""}## Use
+
+From a checkout of DeepEMD; `PACKAGE` is this folder, or `hf://owner/name` where it was uploaded:
+
+```python
+import deepemd
+model = deepemd.load("PACKAGE")
+for answer in model.classify("examples", "photographs"):  # examples/<class>/<image>
+    print(answer.file, answer.class_name, answer.probability)
+```
+
+```bash
+python predict.py -model_dir PACKAGE -support examples -query photographs
+python eval.py -model_dir PACKAGE -dataset {flags["dataset"]}
+```
+
+## Results
+
+{_table(config)}
+
+## Details
+
+- flags: `{trained}`
+{"".join(f"- {note}{chr(10)}" for note in notes)}\
+- SHA-256 of {PACKAGE_WEIGHTS}: `{config["weights"]["sha256"]}`
+- versions: {", ".join(versions)}
+- licence of the weights: {config["license"] or "not stated"}
+"""
+
+
+def _metadata(config: dict[str, Any], name: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    rows, flags, results, table = config["results"], config["flags"], [], []
-    usual = {**vars(build_parser().parse_args(["-out", "."])), **flags, "query": 15, "seed": 1}
-    for row in rows:
-        named = ("dataset", "set", "way", "shot", "head", "test_episode")
-        others = {key: value for key, value in row["flags"].items() if key not in named}
-        words = as_words({key: value for key, value in others.items() if _plain(value) != _plain(usual.get(key))})
-        task, head = f"{row['way']}-way {row['shot']}-shot", row["flags"].get("head", "")
-        found = f"{row['accuracy']:.2f} ± {row['interval']:.2f}"
-        cells = (row["dataset"], row["set"], task, head, row["episodes"], found, words)
-        table += [f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"]
-        results += [
-            EvalResult(
-                task_type="image-classification",
-                task_name=task,
-                dataset_type=row["dataset"],
-                dataset_name=row["dataset"],
-                dataset_split=row["set"],
-                # Rows that differ in nothing but their metric are merged.
-                dataset_config=f"{task}, {head}, {row['episodes']} episodes {words}".strip(),
-                metric_type="accuracy",
-                metric_value=round(row["accuracy"], 2),
-                metric_name=f"accuracy, 95 % interval +- {row['interval']:.2f}",
-            )
-        ]
-    tags = ["few-shot-learning", "earth-movers-distance", "deepemd"]
-    known = {
-        "license": config["license"],
-        "tags": tags,
-        "library_name": "deepemd",
-        "pipeline_tag": "image-classification",
-    }
-    head = ModelCardData(**known, **({"model_name": name, "eval_results": results} if results else {})).to_yaml()
-    lines = [f"---\n{head}\n---\n", f"# {name}\n"]
-    lines += [
-        "A few-shot image classifier: an image becomes nodes, and images are compared by the optimal transport between their "
-        f"nodes (DeepEMD). Trained on {config['data']['set']}, backbone {config['backbone']}, "
-        f"{config['weights']['parameters'] / 1e6:.1f} million parameters, images of {config['image_size']} pixels.\n"
-    ]
-    if has_picture:
-        lines += [f"![A query, its classes, and what was matched with what]({PICTURE})\n"]
-        lines += ["The query of a test episode that was classified right with the least doubt.\n"]
-    lines += [
-        "## Use\n",
-        "From a checkout of DeepEMD; `PACKAGE` is this folder, or `hf://owner/name` where it was uploaded:\n",
-    ]
-    lines += ["```python", "import deepemd", 'model = deepemd.load("PACKAGE")']
-    lines += ['for answer in model.classify("examples", "photographs"):  # examples/<class>/<image>']
-    lines += ["    print(answer.file, answer.class_name, answer.probability)", "```\n", "```bash"]
-    lines += ["python predict.py -model_dir PACKAGE -support examples -query photographs"]
-    lines += [f"python eval.py -model_dir PACKAGE -dataset {flags['dataset']}", "```\n", "## Results\n"]
-    if rows:
-        lines += ["Accuracy in percent over episodes, with its 95 % interval.\n"]
-        lines += [
-            "| data set | split | task | head | episodes | accuracy | further flags |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        lines += table
-    else:
-        lines += ["None are recorded. `python eval.py` measures them, and `export.py -results` puts them here."]
-    trained = as_words({key: value for key, value in flags.items() if value is not None})
-    lines += ["", "## Details\n", f"- flags: `{trained}`", *(f"- {note}" for note in notes)]
-    lines += [f"- SHA-256 of {PACKAGE_WEIGHTS}: `{config['weights']['sha256']}`"]
-    made = ", ".join(f"{library} {version}" for library, version in config["versions"].items())
-    lines += [f"- versions: {made}", f"- licence of the weights: {config['license'] or 'not stated'}"]
-    return "\n".join(lines) + "\n"
+    results = []
+    for row in config["results"]:
+        task = f"{row['way']}-way {row['shot']}-shot"
+        data_set = {"dataset_type": row["dataset"], "dataset_name": row["dataset"], "dataset_split": row["set"]}
+        data_set["dataset_config"] = (
+            f"{task}, {row['flags'].get('head', '')}, {row['episodes']} episodes {_further(config, row)}".strip()
+        )
+        metric = {"metric_type": "accuracy", "metric_value": round(row["accuracy"], 2)}
+        metric["metric_name"] = f"accuracy, 95 % interval +- {row['interval']:.2f}"
+        results.append(EvalResult(task_type="image-classification", task_name=task, **data_set, **metric))
+    known = {"license": config["license"], "library_name": "deepemd", "pipeline_tag": "image-classification"}
+    known["tags"] = ["few-shot-learning", "earth-movers-distance", "deepemd"]
+    return ModelCardData(**known, **({"model_name": name, "eval_results": results} if results else {})).to_yaml()
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _table(config: dict[str, Any]) -> str:
+    if not config["results"]:
+        return "None are recorded. `python eval.py` measures them, and `export.py -results` puts them here."
+    lines = ["Accuracy in percent over episodes, with its 95 % interval.\n"]
+    lines += [
+        "| data set | split | task | head | episodes | accuracy | further flags |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in config["results"]:
+        task, found = f"{row['way']}-way {row['shot']}-shot", f"{row['accuracy']:.2f} ± {row['interval']:.2f}"
+        cells = (
+            row["dataset"],
+            row["set"],
+            task,
+            row["flags"].get("head", ""),
+            row["episodes"],
+            found,
+            _further(config, row),
+        )
+        lines += [f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"]
+    return "\n".join(lines)
+
+
+def _further(config: dict[str, Any], row: dict[str, Any]) -> str:
+    """The flags of an evaluation that have no column of their own, where they are neither usual nor the package's."""
+    usual = {**vars(build_parser().parse_args(["-out", "."])), **config["flags"], "query": 15, "seed": 1}
+    others = [key for key in row["flags"] if key not in ("dataset", "set", "way", "shot", "head", "test_episode")]
+    pairs = [(as_words({key: row["flags"][key]}), as_words({key: usual.get(key)})) for key in others]
+    return " ".join(word for word, default in pairs if word != default)
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
@@ -333,9 +343,7 @@ def write_weights(model: DeepEMD, path: Path, *, half: bool) -> None:
         if not tensors[key].isfinite().all():
             raise InputError(f"-half: {key} has numbers that float16 does not. Leave -half out")
     if (statistics := model.settings.statistics) is not None:
-        tensors |= {
-            f"{STATISTICS}{name}": getattr(statistics, name).cpu().contiguous() for name in ("mean", "deviation")
-        }
+        tensors |= {f"{STATISTICS}{name}": part.cpu().contiguous() for name, part in vars(statistics).items()}
     write_atomically(path, to_bytes(tensors, metadata={"format": "pt"}))
 
 

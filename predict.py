@@ -22,7 +22,7 @@ import torch
 from dataloader.readers import image_files
 from dataloader.views import VIEWS
 from deepemd import Answer, Model, Prototypes, add_model_flags
-from engine.arguments import add_csv_argument, add_json_argument
+from engine.arguments import add_csv_argument, add_json_argument, check_outputs
 from engine.results import confusion_lines
 from engine.run import fingerprint
 from engine.start import start
@@ -33,7 +33,6 @@ from pictures.canvas import FORMATS, picture_path, save, shorten
 from pictures.matches import ViewedImage, check_head
 from utils import (
     InputError,
-    check_writable,
     load_plain,
     make_parser,
     number_at_least,
@@ -118,7 +117,7 @@ def write_table(listed: Sequence[dict[str, Any]], path: str, top: int) -> None:
     write_csv(Path(path), header + more, rows)
 
 
-def as_json(answer: Answer, top: int, truth: str | None) -> dict[str, Any]:
+def as_json(answer: Answer, top: int, truth: str | None = None) -> dict[str, Any]:
     """An answer as an entry of the list of -json, with the true class where that is known."""
     content = {"file": answer.file, "class": answer.class_name, "probability": answer.probability}
     content |= {"cost": answer.cost, "runner_up": answer.runner_up}
@@ -170,9 +169,8 @@ def load_prototypes(path: str, model: DeepEMD | None = None, *, settings: dict[s
     if different := {name: value for name, value in made_with.items() if settings.get(name) != value}:
         raise InputError(f"-prototypes {path}: made with other flags; set {as_words(different)}")
     if model and statistics and model.settings.statistics and statistics.sha256 != model.statistics_hash:
-        raise InputError(
-            f"-prototypes {path}: made with other statistics, which are in the file. Leave -statistics out"
-        )
+        advice = "which are in the file. Leave -statistics out"
+        raise InputError(f"-prototypes {path}: made with other statistics, {advice}")
     if model and statistics:
         model.use_statistics(statistics)
     return prototypes
@@ -213,8 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.picture:
         check_head(args.head)
         picture_path(Path(args.picture), "picture", args.format)
-    for path in filter(None, (args.save, args.csv, args.json if args.json != "-" else None)):
-        check_writable(Path(path))
+    check_outputs(args.save, args.csv, args.json)
     _, device, device_ids = start(args, one_process=True)
     brings_statistics = bool(args.prototypes) and not args.statistics
     model, weights = Model.open(args, device, device_ids, needs_statistics=not brings_statistics)

@@ -52,12 +52,22 @@ class _Parser(argparse.ArgumentParser):
         # Called with the parsed flags, in this order: they fill in defaults that depend on other flags, and check those that do.
         self.completions: list[Callable[[argparse.Namespace], None]] = []
         text = "take flags that are not given from a JSON file: a run.json, a package's config.json, or {flag: value}"
-        # Never in the namespace: expand() replaces it by the flags that it stands for.
+        # Not in the namespace: the flags that it stands for are.
         self.add_argument("-config", metavar="FILE", default=argparse.SUPPRESS, help=text)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
-        parsed = super().parse_args(args, namespace)
-        self._complete(parsed)
+    def parse_args(self, args: Any = None, namespace: Any = None, *, defaults: Any = None) -> argparse.Namespace:
+        """As argparse does it; ``defaults``, by flag, take the place of the parser's own, and those of ``-config`` of both."""
+        words, configured = self._configured(args)
+        values, actions = {**(defaults or {}), **configured}, self.actions(words)
+        before = {name: (actions[name].default, actions[name].required) for name in values}
+        try:
+            for name, value in values.items():
+                actions[name].default, actions[name].required = value, False
+            parsed = super().parse_args(words, namespace)
+            self._complete(parsed)
+        finally:
+            for name, settings in before.items():
+                actions[name].default, actions[name].required = settings
         return parsed
 
     def _complete(self, parsed: argparse.Namespace) -> None:
@@ -76,28 +86,40 @@ class _Parser(argparse.ArgumentParser):
     def _get_option_tuples(self, option_string: str) -> list:
         return []  # allow_abbrev=False covers flags with two dashes only: -k would still be read as -kshot
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        return super().parse_known_args(self.expand(args), namespace)
+    def actions(self, argv: Sequence[str] | None) -> dict[str, argparse.Action]:
+        """The flags by name, with those of the command that a command line chooses."""
+        found, words = {}, sys.argv[1:] if argv is None else argv
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                command = next((word for word in words if word in action.choices), None)
+                found |= action.choices[command].actions(words) if command else {}
+            elif action.option_strings and action.default is not argparse.SUPPRESS:
+                found[action.dest] = action
+        return found
 
-    def expand(self, argv: Sequence[str] | None) -> list[str]:
-        """A command line with the flags of its ``-config`` files in front of the given ones, which override them."""
-        words, files = list(sys.argv[1:] if argv is None else argv), []
-        for place in reversed(range(len(words))):
-            if words[place] == "-config" and place + 1 < len(words):
-                files.insert(0, words.pop(place + 1))
-                del words[place]
-            elif words[place].startswith("-config="):
-                files.insert(0, words.pop(place).removeprefix("-config="))
-        parser, start, flags = self, 0, {word.partition("=")[0] for word in words}
-        for commands in (action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)):
-            start = next((k + 1 for k, word in enumerate(words) if files and word in commands), 0)
-            if not start:
-                return words  # without a command, which is an error
-            parser = commands[words[start - 1]]
-        return [*words[:start], *(word for file in files for word in parser._words_of(file, flags)), *words[start:]]
+    def given(self, argv: Sequence[str] | None) -> set[str]:
+        """The names of the flags that are on a command line, or in its ``-config`` files."""
+        words, configured = self._configured(argv)
+        flags = {word.partition("=")[0] for word in words}
+        return {*configured, *(name for name, one in self.actions(words).items() if flags & set(one.option_strings))}
 
-    def _words_of(self, file: str, given: set[str]) -> list[str]:
-        """The flags of a ``-config`` file, but for the ``given`` ones, as words of a command line."""
+    def _configured(self, argv: Sequence[str] | None) -> tuple[list[str], dict[str, Any]]:
+        """A command line without its ``-config`` files, and the flags in them; of several files, the last wins."""
+        words, files, configured = [], [], {}
+        given = iter(sys.argv[1:] if argv is None else argv)
+        for word in given:
+            flag, _, file = word.partition("=")
+            if flag == "-config" and (file := file or next(given, "")):
+                files.append(file)
+            else:
+                words.append(word)
+        known, flags = self.actions(words), {word.partition("=")[0] for word in words}
+        for file in files if known else ():  # without a command, which is an error, there are none
+            read = self._read_config(file, known, {name for name in known if flags & set(known[name].option_strings)})
+            configured |= read
+        return words, configured
+
+    def _read_config(self, file: str, known: dict[str, argparse.Action], given: set[str]) -> dict[str, Any]:
         try:
             content = read_json(Path(file), "flags")
         except InputError as error:
@@ -105,28 +127,23 @@ class _Parser(argparse.ArgumentParser):
         if not isinstance(content, dict):
             self.error(f"-config: {file} is damaged, or not flags (TypeError: it must be an object, {{flag: value}})")
         is_record = isinstance(content.get("flags"), dict)  # of a run, an evaluation or a package
-        flags = content["flags"] if is_record else content
-        is_package, actions = is_record and "format" in content, [a for a in self._actions if a.option_strings]
-        known = {action.dest: action for action in actions if action.default is not argparse.SUPPRESS}
+        is_package, script = is_record and "format" in content, content.get("script")
+        flags = {name.lstrip("-"): value for name, value in (content["flags"] if is_record else content).items()}
+        unknown = [name for name in flags if name not in known]
+        if unknown and not is_record:
+            near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0)[0]
+            self.error(f"-config {file}: there is no flag -{printable(unknown[0])}; the nearest is -{near}")
         if is_record:
-            script, wanted = content.get("script"), set(TRAINED_FLAGS if is_package else known)
-            is_other = script != self.prog.split()[0] if script else not flags.keys() <= known.keys()
-            wanted = wanted & known.keys() - {*OF_ONE_START, *(SCRIPT_FLAGS if is_other else ())}
-            flags = {name: value for name, value in flags.items() if name in wanted}
-        words: list[str] = []
-        for name, value in flags.items():
-            action = known.get(name.lstrip("-"))
-            if not action:
-                near = difflib.get_close_matches(name.lstrip("-"), known, n=1, cutoff=0)[0]
-                self.error(f"-config {file}: there is no flag -{printable(name.lstrip('-'))}; the nearest is -{near}")
-            is_set = value is not None and value is not False and value != []  # 0 is a value
-            if is_set and not given & set(action.option_strings):
-                try:
-                    flag_value(action, value, is_of_package=is_package)
-                except ValueError as error:
-                    self.error(f"-config {file}: {printable(str(error))}")
-                words += _as_words(action, value)
-        return words
+            is_other = script != self.prog.split()[0] if script else bool(unknown)
+            left_out = {*unknown, *OF_ONE_START, *(SCRIPT_FLAGS if is_other else ())}
+            kept = set(TRAINED_FLAGS if is_package else flags) - left_out
+            flags = {name: flags[name] for name in flags if name in kept}
+        try:  # what is null or false is not given; 0 is a value
+            flags = {name: value for name, value in flags.items() if value not in (None, []) and value is not False}
+            names = flags.keys() - given
+            return {name: flag_value(known[name], flags[name], is_of_package=is_package) for name in names}
+        except ValueError as error:
+            self.error(f"-config {file}: {printable(str(error))}")
 
 
 # Flags that weights should be used with as they were trained. Those of one view mean nothing to another.
@@ -142,40 +159,26 @@ SCRIPT_FLAGS = ("set", "sfc_lr", "max_epoch", "bs", "lr", "step_size", "gamma", 
 
 
 def flag_value(action: argparse.Action, value: Any, *, is_of_package: bool = False) -> Any:
-    """A value from a JSON file as the flag's action would have it; ValueError, which names the flag, if it is refused.
-
-    A package may come from a stranger: it may not name a network that is fetched from, or read at, another place.
-    """
+    """A value from a JSON file as the flag's action would have it; ValueError, which names the flag, if it is refused."""
     if is_of_package and re.match(r"timm:(hf[-_]hub|local-dir):", str(value)):
         raise ValueError(f"-{action.dest}: {value} is at another place. If you trust it, give it on the command line")
     if value is None and action.default is None or action.nargs in (0, "?") and isinstance(value, bool):
         return value
+
+    def parse(text: str) -> Any:
+        found = action.type(text) if action.type else text
+        if action.choices is not None and found not in action.choices:
+            raise ValueError(f"{text!r} is unknown; choose from {', '.join(map(str, action.choices))}")
+        return found
+
     try:
         if action.nargs == 0 or isinstance(value, dict | bool | None):
             raise ValueError(f"expected {'true or false' if action.nargs == 0 else 'a value'}; got {json.dumps(value)}")
-        return _value_of(action, _text(value)) if action.nargs != "+" else [_value_of(action, word) for word in value]
+        if action.nargs == "+":
+            return [parse(str(word)) for word in (value if isinstance(value, list) else [value])]
+        return parse(",".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
     except Exception as error:  # a type of argparse has an exception of its own
         raise ValueError(f"-{action.dest}: {error}") from error
-
-
-def _as_words(action: argparse.Action, value: Any) -> list[str]:
-    if value is True:
-        return [f"-{action.dest}"]
-    text = _text(value)
-    if action.nargs == "+" and isinstance(value, list):
-        return [f"-{action.dest}", *map(str, value)]
-    return [f"-{action.dest}={text}"] if text.startswith("-") else [f"-{action.dest}", text]
-
-
-def _value_of(action: argparse.Action, text: str) -> Any:
-    value = action.type(text) if action.type else text
-    if action.choices is not None and value not in action.choices:
-        raise ValueError(f"{text!r} is unknown; choose from {', '.join(map(str, action.choices))}")
-    return value
-
-
-def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

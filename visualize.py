@@ -11,31 +11,13 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-import torch
-
-from dataloader.arguments import (
-    add_data_arguments,
-    add_episode_arguments,
-    draw_episodes,
-    open_base_images,
-    open_dataset,
-    pixel_statistics,
-)
+from dataloader.arguments import add_data_arguments, add_episode_arguments, draw_episodes, open_dataset
 from deepemd import Model
-from engine.arguments import (
-    add_evaluation_arguments,
-    add_run_arguments,
-    add_set_argument,
-    add_test_episode_argument,
-    loader_processes,
-)
+from engine.arguments import add_evaluation_arguments, add_run_arguments, add_set_argument, add_test_episode_argument
 from engine.start import start
-from engine.statistics import prepare_statistics
 from engine.weights_flags import adopt_trained_flags
-from Models import DeepEMD, arguments
 from Models.arguments import add_model_arguments, add_weights_arguments
 from pictures import canvas, plots, sheet
 from pictures.matches import QUERIES, check_head, choose_queries, match_episode, view_items
@@ -104,14 +86,11 @@ def output(args: Namespace, stem: str) -> Path:
     return canvas.picture_path(Path(args.out, getattr(args, "extra_dir", "")), stem, args.format)
 
 
-def open_model(args: Namespace) -> tuple[DeepEMD, torch.device]:
-    """The model for evaluation that the flags describe, and its device."""
+def open_model(args: Namespace) -> Model:
+    """The model for evaluation that the flags describe."""
     check_head(args.head)
     _, device, device_ids = start(args, one_process=True)
-    model, weights = arguments.open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
-    source = {"open_train": partial(open_base_images, args), "num_workers": loader_processes(args)}
-    prepare_statistics(args, model, weights, device=device, **source)
-    return model.folded(), device
+    return Model.open(args, device, device_ids)[0]
 
 
 def draw_episode(args: Namespace) -> None:
@@ -122,12 +101,13 @@ def draw_episode(args: Namespace) -> None:
         raise InputError(f"there is no query {max(args.queries)}: -way times -query are {count}, numbered from 0")
     stem = f"episode-{args.episode}"
     path = output(args, stem)
-    model, device = open_model(args)
+    model = open_model(args)
     dataset = open_dataset(args, args.set, train=False)
     items = draw_episodes(args, dataset, args.test_episode, seed=args.seed, name=args.set)[args.episode]
     names = [dataset.class_names[dataset.labels[index]] for index, _ in items[: args.way]]
-    given = {"device": device, "generator": named_generator(args.seed, "sfc", 0, args.episode)}
-    episode = match_episode(model, dataset.view, view_items(dataset, items), way=args.way, shot=args.shot, **given)
+    given = {"device": model.device, "generator": named_generator(args.seed, "sfc", 0, args.episode)}
+    viewed, task = view_items(dataset, items), {"way": args.way, "shot": args.shot}
+    episode = match_episode(model.network, dataset.view, viewed, **task, **given)
     logits = episode.matching.logits
     hits = sum(found == number % args.way for number, found in enumerate(logits.argmax(1).tolist()))
     where = f"{args.dataset} {args.set}, episode {args.episode}"
@@ -143,9 +123,7 @@ def draw_episode(args: Namespace) -> None:
 def draw_pair(args: Namespace) -> None:
     first, second = map(Path, args.images)
     path = output(args, f"pair-{first.stem[:30]}-{second.stem[:30]}")
-    check_head(args.head)
-    _, device, device_ids = start(args, one_process=True)
-    match = Model.open(args, device, device_ids)[0].match(first, second)
+    match = open_model(args).match(first, second)
     print(canvas.save(match.draw(title=f"left: {first.name}, right: {second.name}", flows=args.flows), path))
     print(f"logit {match.logit:.4f}, cost of the match {match.cost:.4f}")
 

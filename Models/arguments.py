@@ -89,7 +89,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
 
     group = parser.add_argument_group("encoder")
     shown = {"metavar": "NAME[:MODEL]", "default": "resnet12"}
-    group.add_argument("-backbone", type=_backbone, help=_words(_summaries()), **shown)
+    summaries = {name: backbone.summary for name, backbone in BACKBONES.items()}
+    group.add_argument("-backbone", type=_backbone, help=_words(summaries), **shown)
     layer = "timm: whose map is used, as in -2 for the last but one (default: the last)"
     group.add_argument("-backbone_layer", type=number_between(-1000, 1000, int), metavar="LAYER", help=layer)
     weights = "timm: a file (.pth, .safetensors), hub for the published weights, none for random ones "
@@ -277,10 +278,6 @@ def check_solver(settings: HeadSettings) -> None:
     except Exception as error:  # an installed library that does not work fails in its own ways
         fault = f"{type(error).__name__}: {error}"
         raise InputError(f"-solver {settings.solver} does not work here ({fault})") from error
-
-
-def _summaries() -> dict[str, str]:
-    return {name: backbone.summary for name, backbone in BACKBONES.items()}
 
 
 def _words(choices: dict[str, str]) -> str:

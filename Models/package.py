@@ -89,9 +89,8 @@ def read_config(weights: Path) -> dict[str, Any]:
 
     path = weights.parent / PACKAGE_CONFIG
     if not path.is_file():
-        raise InputError(
-            f"{weights.parent} is not a complete package: it has no {PACKAGE_CONFIG}. Get or export it again"
-        )
+        fault = f"it has no {PACKAGE_CONFIG}. Get or export it again"
+        raise InputError(f"{weights.parent} is not a complete package: {fault}")
     return read_json(path, "the description of a package", check)
 
 
@@ -122,9 +121,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def _from_hub(source: str) -> Path:
     found = _REPOSITORY.fullmatch(source)
     if not found or ".." in source:
-        raise InputError(
-            f"{printable(source)} is not the name of a package. Write hf://owner/name, or hf://owner/name@revision"
-        )
+        form = "Write hf://owner/name, or hf://owner/name@revision"
+        raise InputError(f"{printable(source)} is not the name of a package. {form}")
     try:
         from huggingface_hub import hf_hub_download, logging
     except ImportError as error:
@@ -169,15 +167,13 @@ def _from_server(source: str) -> Path:
     address, _, fragment = source.partition("#")
     digest = fragment.removeprefix("sha256=").lower()
     if not (address.startswith("https://") or _LOCAL.match(address)):
-        raise InputError(
-            f"{printable(source)}: weights are downloaded over https:// or from the Hub (hf://owner/name) alone"
-        )
+        allowed = "weights are downloaded over https:// or from the Hub (hf://owner/name) alone"
+        raise InputError(f"{printable(source)}: {allowed}")
     if not re.fullmatch("[0-9a-f]{64}", digest):
         form = f"{printable(address)}#sha256=<64 digits>"
         raise InputError(f"weights from a server need their SHA-256, as sha256sum prints it: write -model_dir '{form}'")
-    path = (
-        Path(torch.hub.get_dir()) / "checkpoints" / f"{digest}{Path(address.partition('?')[0]).suffix[:12] or '.pth'}"
-    )
+    suffix = Path(address.partition("?")[0]).suffix[:12] or ".pth"
+    path = Path(torch.hub.get_dir(), "checkpoints", f"{digest}{suffix}")
     if path.is_file() and file_hash(path) == digest:
         return path
     status(f"downloading {printable(address)}")

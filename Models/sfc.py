@@ -108,15 +108,12 @@ def fit_prototypes(
     start = mean_prototypes(support.detach(), way=way, shot=shot, labels=labels)
     images, device = support.shape[-3], support.device
     labels = torch.arange(images) % way if labels is None else labels
-    is_fixed = (
-        (labels.bincount() == 1).view(way, 1, 1).to(device, non_blocking=True)
-    )  # a class with one image is not fitted
-    labels = labels.to(device, non_blocking=True)
+    is_single = (labels.bincount() == 1).view(way, 1, 1)  # a class with one image is not fitted
+    is_fixed, labels = (part.to(device, non_blocking=True) for part in (is_single, labels))
     episode_shape, node_shape = support.shape[:-3], support.shape[-2:]
     support = support.detach().reshape(-1, images, *node_shape)  # (E, K*W, C, N)
-    order = _orders(permutations, len(support), fit.steps, images, generator).to(
-        device, non_blocking=True
-    )  # (E, steps, K*W)
+    order = _orders(permutations, len(support), fit.steps, images, generator)  # (E, steps, K*W)
+    order = order.to(device, non_blocking=True)
     rows = torch.arange(len(support), device=device).unsqueeze(1)
     start = start.reshape(-1, way, *node_shape)  # (E, W, C, N)
     # SGD moves nodes as the head compares them: with the norms base and standard, in their space and in units of the usual length

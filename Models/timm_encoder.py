@@ -3,15 +3,15 @@
 import copy
 import difflib
 import inspect
-import logging
 import socket
-from contextlib import nullcontext
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -41,7 +41,6 @@ class _Network:
     std: tuple[float, ...]
     channels: tuple[int, ...]  # of the map of each layer
     strides: tuple[int, ...]
-    classifiers: tuple[str, ...]  # names of the modules that are left out here
 
 
 class TimmEncoder(Encoder):
@@ -78,7 +77,9 @@ class TimmEncoder(Encoder):
         self.out_channels, self.stride = network.channels[self.layer], max(1, network.strides[self.layer])
         self.fixed_size = plan.image_size if network.is_fixed else None
         settings = {"img_size": plan.image_size} if network.is_fixed else {}
-        self.network = _with_weights(model, weights, settings)
+        self.network = _create(model, pretrained=weights == "hub", **settings)
+        if weights not in ("hub", "none"):
+            _load(self.network, self.name, Path(weights))
         self.weights = self.name if weights == "hub" else weights
         self.options = dict(_probe(model, plan.image_size, self.layer)[1])
         if checkpoint_activations:
@@ -99,7 +100,9 @@ class TimmEncoder(Encoder):
         if not model:
             raise InputError("-backbone timm needs a model of the library, as in timm:vit_small_patch14_dinov2.lvd142m")
         network, index = _network(model), _index(model, layer)
-        sizes = [image_size] if image_size else _default_sizes(network)
+        quick = min(LARGEST_DEFAULT, network.image_size)
+        quick = quick - quick % (network.patch or 1) or quick
+        sizes = [image_size] if image_size else [quick, network.image_size]  # which some networks insist on
         for size in sizes:
             try:
                 edge, _ = _probe(model, size, index)
@@ -146,11 +149,7 @@ def _check_name(model: str) -> None:
             return
         except RuntimeError:
             near, what = timm.list_pretrained(f"{architecture}.*"), "weights"
-    advice = (
-        f"the nearest: {first_few(near)}"
-        if near
-        else 'list them with python -c "import timm; print(timm.list_models())"'
-    )
+    advice = f"the nearest: {first_few(near)}" if near else "list them with timm.list_models() in Python"
     raise InputError(f"timm {timm.__version__} has no {what} {model!r}; {advice}")
 
 
@@ -161,7 +160,6 @@ def _network(model: str) -> _Network:
     config = _timm().data.resolve_model_data_config(network)
     own = network.pretrained_cfg
     patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
-    classifiers = own.get("classifier") or ()
     layers = network.feature_info
     return _Network(
         image_size=config["input_size"][-1],
@@ -172,23 +170,15 @@ def _network(model: str) -> _Network:
         std=tuple(config["std"]),
         channels=tuple(layer["num_chs"] for layer in layers),
         strides=tuple(layer["reduction"] for layer in layers),
-        classifiers=(classifiers,) if isinstance(classifiers, str) else tuple(classifiers),
     )
 
 
 def _index(model: str, layer: int | None) -> int:
     count = len(_network(model).channels)
     if not -count <= (layer or 0) < count:
-        raise InputError(
-            f"-backbone_layer {layer}: timm:{model} has {count} layers, 0 to {count - 1} or -1 to -{count}"
-        )
+        there = f"{count} layers, 0 to {count - 1} or -1 to -{count}"
+        raise InputError(f"-backbone_layer {layer}: timm:{model} has {there}")
     return (-1 if layer is None else layer) % count
-
-
-def _default_sizes(network: _Network) -> list[int]:
-    """Image sizes to try: what is quick enough, else what the network was made for."""
-    size = min(LARGEST_DEFAULT, network.image_size)
-    return [size - size % (network.patch or 1) or size, network.image_size]
 
 
 @lru_cache
@@ -202,35 +192,26 @@ def _probe(model: str, size: int, index: int) -> tuple[int, tuple[tuple[str, Any
         near = size - size % network.patch or network.patch
         sizes = f"multiples of {network.patch}, the size of its patches, such as {near} or {near + network.patch}"
         raise InputError(f"-image_size {size} does not suit timm:{model}, which takes {sizes}")
-    bare = _bare_of_size(model, size)
-    known = inspect.signature(bare.forward_intermediates).parameters
-    images = torch.zeros(1, 3, size, size, device=next(bare.parameters()).device)
     for norm in (True, False):  # convolutional networks have no final norm, and some others refuse it
-        wanted = {"norm": norm, "stop_early": True}
-        options = {"indices": [index], "output_fmt": "NCHW", "intermediates_only": True}
-        options |= {name: value for name, value in wanted.items() if name in known}
         try:
+            bare = _bare(model, **({"img_size": size} if network.is_fixed else {})).eval()
+            known = inspect.signature(bare.forward_intermediates).parameters
+            options = {"indices": [index], "output_fmt": "NCHW", "intermediates_only": True}
+            options |= {name: value for name, value in {"norm": norm, "stop_early": True}.items() if name in known}
+            images = torch.zeros(1, 3, size, size, device=next(bare.parameters()).device)
             with torch.no_grad():
-                edge = min(bare.eval().forward_intermediates(images, **options)[-1].shape[-2:])
+                edge = min(bare.forward_intermediates(images, **options)[-1].shape[-2:])
             if edge < 1:
                 raise ValueError("its map would be empty")
             return edge, tuple(options.items())
         except Exception as error:  # each network refuses in its own way
-            fault = error
-    raise _unsuited(model, size, fault) from fault
+            fault = error.__cause__ or error
+    wanted = f"which was made for {network.image_size} ({_first_line(fault)})"
+    raise InputError(f"-image_size {size} does not suit timm:{model}, {wanted}") from fault
 
 
-def _bare_of_size(model: str, size: int) -> nn.Module:
-    try:
-        return _bare(model, **({"img_size": size} if _network(model).is_fixed else {}))
-    except InputError as error:
-        raise _unsuited(model, size, error.__cause__ or error) from error
-
-
-def _unsuited(model: str, size: int, error: BaseException) -> InputError:
-    fault = str(error).splitlines()[0] if str(error) else type(error).__name__
-    made_for = _network(model).image_size
-    return InputError(f"-image_size {size} does not suit timm:{model}, which was made for {made_for} ({fault})")
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _bare(model: str, **settings: Any) -> nn.Module:
@@ -238,43 +219,43 @@ def _bare(model: str, **settings: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
-                return _create(model, pretrained=False, **settings)
+                return _create(model, **settings)
         except InputError as error:
             if isinstance(error.__cause__, OSError):  # of the hub, or a folder
                 raise
-            return _create(model, pretrained=False, **settings)
+            return _create(model, **settings)
 
 
-def _create(model: str, **settings: Any) -> nn.Module:
-    timm, asks_hub = _timm(), settings["pretrained"] or model.startswith(("hf-hub:", "hf_hub:"))
+def _create(model: str, *, pretrained: bool = False, **settings: Any) -> nn.Module:
+    timm, asks_hub = _timm(), pretrained or model.startswith(("hf-hub:", "hf_hub:"))
     try:
         with _hub_reachable() if asks_hub else nullcontext():
-            network = timm.create_model(model, **{"num_classes": 0, **settings})
+            network = timm.create_model(model, pretrained=pretrained, num_classes=0, **settings)
     except Exception as error:  # of the hub, of timm, or of the network
-        fault = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        advice = "Set -backbone_weights to a file, or to none for random weights" if settings["pretrained"] else ""
-        if model.startswith(ELSEWHERE):
-            is_here = model.startswith("local-dir:")
-            advice = "Check the name" + (
-                " of the folder" if is_here else " and the network, or set -backbone_weights to a file"
-            )
-        raise InputError(f"timm:{model} cannot be opened: {fault.strip().rstrip('.')}. {advice}".strip(". ")) from error
+        advice = "Check the name and the network, or set -backbone_weights to a file, or to none for random weights"
+        if model.startswith("local-dir:"):
+            advice = "Check the name of the folder, and what is in it"
+        raise InputError(f"timm:{model} cannot be opened: {_first_line(error).rstrip('.')}. {advice}") from error
     if not hasattr(network, "forward_intermediates"):
         raise InputError(f"timm:{model} gives no feature maps (forward_intermediates); choose another model")
     return network
 
 
-def _hub_reachable() -> Any:
-    """A context in which the hub's client does not try for a minute to reach it, if its name cannot be resolved."""
+@contextmanager
+def _hub_reachable() -> Iterator[None]:
+    """The hub's client does not try for a minute to reach it, if its name cannot be resolved."""
     from huggingface_hub import constants
 
-    offline = constants.HF_HUB_OFFLINE
-    if not offline and not getproxies():
+    before = constants.HF_HUB_OFFLINE
+    if not before and not getproxies():
         try:
             socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
         except OSError:
-            offline = True
-    return mock.patch.object(constants, "HF_HUB_OFFLINE", offline)
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _checkpoint_activations(network: nn.Module, name: str) -> None:
@@ -287,66 +268,27 @@ def _checkpoint_activations(network: nn.Module, name: str) -> None:
         raise InputError(f"-checkpoint_activations: {name} cannot recompute its activations. Leave it out") from None
 
 
-def _with_weights(model: str, weights: str, settings: dict[str, Any]) -> nn.Module:
-    if weights == "none":
-        return _create(model, pretrained=False, **settings)
-    if weights == "hub":
-        return _create(model, pretrained=True, **settings)
-    given = _read(Path(weights))
+def _load(network: nn.Module, name: str, path: Path) -> None:
+    """Load the weights of a file that timm reads, resampled for another image size; all of them, and no others."""
+    given, own = _read(path), network.state_dict()
+    # What timm itself does to the files of other libraries, and to the position tables of other image sizes.
+    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", lambda tensors, _: tensors)
+    classifiers = network.pretrained_cfg.get("classifier") or ()
+    left_out = tuple(f"{one}." for one in ([classifiers] if isinstance(classifiers, str) else classifiers))
     try:
-        return _load(model, given, weights, settings)
-    except InputError:
-        renamed = _by_order(model, given)
-        if renamed is None:
-            raise
-    network = _load(model, renamed, weights, settings)
-    status(f"{weights} has other names for its tensors than timm:{model}, but the same shapes: they are taken in order")
-    return network
-
-
-def _load(model: str, given: dict[str, Tensor], path: str, settings: dict[str, Any]) -> nn.Module:
-    """The network with weights that timm reads, resampled for another image size; all of them, and no others."""
-    found, real = [], nn.Module.load_state_dict
-    tensors = {key: value for key, value in given.items() if not _of(key, _network(model).classifiers)}
-
-    def recorded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        found.append(real(self, *args, **kwargs))
-        return found[-1]
-
-    # timm logs what a file lacks, and goes on.
-    quiet = mock.patch.object(logging.getLogger("timm.models._builder"), "disabled", True)
-    overlay = {"source": "", "file": None, "state_dict": tensors}
-    try:
-        with quiet, mock.patch.object(nn.Module, "load_state_dict", recorded):
-            network = _timm().create_model(
-                model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **settings
-            )
-    except Exception as error:  # whatever the network says of other shapes or names
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise InputError(f"{path} does not hold the weights of timm:{model}: {printable(lines[-1])[:200]}") from error
-    network.pretrained_cfg.pop("state_dict", None)
-    counted = {key for key, _ in network.named_parameters()}
-    missing = [key for result in found for key in result.missing_keys if key in counted or "running_" in key]
-    unknown = [key for result in found for key in result.unexpected_keys]
-    if missing or unknown or not found:
+        tensors = {key: value for key, value in convert(given, network).items() if not key.startswith(left_out)}
+        missing, unknown = network.load_state_dict(tensors, strict=False)
         faults = [f"it lacks {first_few(missing)}"] if missing else []
         faults += [f"it has unknown {first_few([printable(key)[:80] for key in unknown])}"] if unknown else []
-        raise InputError(f"{path} does not hold the weights of timm:{model}: {'; '.join(faults)}")
-    return network
-
-
-def _of(key: str, modules: tuple[str, ...]) -> bool:
-    return any(key.startswith(f"{module}.") for module in modules)
-
-
-def _by_order(model: str, given: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """The tensors under the names of timm, if they are as many and of the same shapes in the same order; else None."""
-    for classes in ({}, {"num_classes": 0}):
-        own = _timm().get_pretrained_cfg(model) if not model.startswith(ELSEWHERE) else None
-        wanted = _bare(model, **({"num_classes": own.num_classes} if own and not classes else {})).state_dict()
-        if [value.shape for value in wanted.values()] == [value.shape for value in given.values()]:
-            return dict(zip(wanted, given.values(), strict=True))
-    return None
+    except Exception as error:  # whatever the network says of other shapes or names
+        faults = [printable(str(error).strip().splitlines()[-1].strip())[:200] if str(error) else type(error).__name__]
+    if not faults:
+        return
+    shapes = [value.shape for value in given.values()]
+    if len(given) - len(own) not in (0, 2) or shapes[: len(own)] != [value.shape for value in own.values()]:
+        raise InputError(f"{path} does not hold the weights of {name}: {'; '.join(faults)}")
+    network.load_state_dict(dict(zip(own, given.values(), strict=False)))  # 2 more are the classifier's
+    status(f"{path} has other names for its tensors than {name}, but the same shapes: they are taken in order")
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -362,9 +304,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     else:
         content = load_plain(path, "file of weights")
     if isinstance(content, dict) and "params" in content:
-        raise InputError(
-            f"-backbone_weights {path} was trained here: name it with -model_dir (train_meta.py: -pretrain_dir)"
-        )
+        advice = "name it with -model_dir (train_meta.py: -pretrain_dir)"
+        raise InputError(f"-backbone_weights {path} was trained here: {advice}")
     if isinstance(content, dict):
         content = next((content[key] for key in CONTAINERS if isinstance(content.get(key), dict)), content)
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):

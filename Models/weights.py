@@ -67,9 +67,8 @@ def _take_statistics(path: Path, given: dict[str, Tensor]) -> NodeStatistics | N
     try:
         return NodeStatistics(**{name: value.float() for name, value in taken.items()})
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{path} is damaged: its {STATISTICS[:-1]} cannot be used ({printable(str(error))[:200]})"
-        ) from error
+        fault = f"its {STATISTICS[:-1]} cannot be used ({printable(str(error))[:200]})"
+        raise InputError(f"{path} is damaged: {fault}") from error
 
 
 def _read_params(path: Path) -> dict[str, Tensor]:

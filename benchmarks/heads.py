@@ -220,7 +220,7 @@ def may_overlap(args: argparse.Namespace) -> bool:
 def heading(args: argparse.Namespace, device: torch.device) -> str:
     """What the table is of, and its head."""
     baselines = [f"{head}, {baseline_norm(args, head)}" for head in BASELINES.values()]
-    pixels = (
+    nodes = (
         f"{args.dataset} {args.set}, {args.backbone}, {args.deepemd}, {args.image_size} pixels, weights {args.source}"
     )
     above = f" (above one shot, by -kshot {args.kshots[0]})" if max(args.shots) > 1 else ""
@@ -230,7 +230,7 @@ def heading(args: argparse.Namespace, device: torch.device) -> str:
         leak = "\\* The encoder may have been trained on images of the test classes: compare these accuracies with each other, "
         leak += "not with few-shot results of other encoders.\n\n"
     return (
-        f"{args.features or pixels}, {args.way}-way, {args.query} queries per class, seed {args.seed}. Accuracies in percent "
+        f"{args.features or nodes}, {args.way}-way, {args.query} queries per class, seed {args.seed}. Accuracies in percent "
         f"with 95 % intervals; differences from {' and from '.join(baselines)}{above}, on the same episodes. Seconds per "
         f"episode of the head alone, prototypes included, on {device.type}.\n\n{leak}"
         f"| shot | head | norm | prototypes | episodes | accuracy{star} | vs {' | vs '.join(baselines)} | seconds |\n"
@@ -243,11 +243,10 @@ def line(row: dict[str, Any]) -> str:
     start = f"| {row['shot']} | {row['head']} | {row['norm']} | {row['kshot'] or ''} | {row['episodes']} "
     if "failed" in row:
         return start + "| diverged | | | |"
-    differences = [
-        f"{round(row[key], 2) + 0.0:+.2f} +- {row[f'{key}_interval']:.2f}" if key in row else "" for key in BASELINES
-    ]
-    accuracy = f"{row['accuracy']:.2f} +- {row['interval']:.2f}"
-    return start + f"| {accuracy} | {differences[0]} | {differences[1]} | {row['seconds']:.4f} |"
+    cells = [f"{row['accuracy']:.2f} +- {row['interval']:.2f}"]
+    for key in BASELINES:
+        cells += [f"{round(row[key], 2) + 0.0:+.2f} +- {row[f'{key}_interval']:.2f}" if key in row else ""]
+    return f"{start}| {' | '.join(cells)} | {row['seconds']:.4f} |"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -255,17 +254,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for flag in ("shot", "head", "norm", "kshot"):
         if getattr(args, flag) != parser.get_default(flag):
-            raise utils.InputError(
-                f"-{flag} is a flag of eval.py. Set -{flag}s, which takes all that are to be compared"
-            )
+            advice = f"Set -{flag}s, which takes all that are to be compared"
+            raise utils.InputError(f"-{flag} is a flag of eval.py. {advice}")
     adopt_trained_flags(parser, args, argv, ignore=("head", "norm", "kshot"))
     if len(args.episodes) not in (1, len(args.shots)):
         raise utils.InputError(f"-episodes takes one number, or one for each of the {len(args.shots)} -shots")
     counts = args.episodes * len(args.shots) if len(args.episodes) == 1 else args.episodes
-    for path in (args.json, args.csv):
-        if path not in (None, "-"):
-            utils.check_writable(Path(path))
-    own_lr = not any(word.partition("=")[0] == "-sfc_lr" for word in parser.expand(argv))
+    arguments.check_outputs(args.json, args.csv)
+    own_lr = "sfc_lr" not in parser.given(argv)
     _, device, _ = start(args, one_process=True)
     rows = []
     for shot, count in zip(args.shots, counts, strict=True):

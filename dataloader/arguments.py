@@ -79,9 +79,8 @@ def add_episode_file_arguments(group: Any) -> None:
     """The flags of files of episodes, which :func:`choose_episodes` reads."""
     what = "evaluate the episodes of a JSON file instead of drawn ones; it decides -way, -shot and -query"
     group.add_argument("-episodes_in", metavar="FILE", help=f"{what}, and -test_episode if that is not given")
-    group.add_argument(
-        "-episodes_out", metavar="FILE", help="write the episodes to FILE, for -episodes_in or another program"
-    )
+    what = "write the episodes to FILE, for -episodes_in or another program"
+    group.add_argument("-episodes_out", metavar="FILE", help=what)
 
 
 def add_features_argument(group: Any) -> None:
@@ -130,9 +129,8 @@ def _open_features(path: str) -> FeatureSet:
 
 def view_of(args: Namespace, *, train: bool, deepemd: str | None = None) -> View:
     """The view that the flags ask for; ``deepemd`` overrides the flag of that name."""
-    settings = {
-        name: getattr(args, name) for name in ("image_size", "interpolation", "patch_list", "patch_ratio", "num_patch")
-    }
+    names = ("image_size", "interpolation", "patch_list", "patch_ratio", "num_patch")
+    settings = {name: getattr(args, name) for name in names}
     return make_view(deepemd or args.deepemd, train=train, **settings)
 
 

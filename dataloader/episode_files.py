@@ -81,9 +81,8 @@ def read_episodes(path: str | Path, dataset: NamedImages, **settings: Any) -> Li
             raise InputError(f"{where}, episode {k}: {error}") from None
         if shapes and shape != shapes[0]:
             first, other = ("{}-way {}-shot with {} queries per class".format(*one) for one in (shapes[0], shape))
-            raise InputError(
-                f"{where}: all episodes must have the same shape; episode 0 is {first}, episode {k} {other}"
-            )
+            shown = f"episode 0 is {first}, episode {k} {other}"
+            raise InputError(f"{where}: all episodes must have the same shape; {shown}")
         indices.append(found)
         shapes.append(shape)
     way, shot, query = shapes[0]
@@ -94,9 +93,8 @@ def read_episodes(path: str | Path, dataset: NamedImages, **settings: Any) -> Li
 
 
 def _are_seeds(seeds: Any, count: int) -> bool:
-    return (
-        isinstance(seeds, list) and len(seeds) == count and all(type(one) is int and 0 <= one < 2**62 for one in seeds)
-    )
+    are_seeds = isinstance(seeds, list) and len(seeds) == count
+    return are_seeds and all(type(one) is int and 0 <= one < 2**62 for one in seeds)
 
 
 def _parse(episode: Any, dataset: NamedImages, number_of: dict[str, int]) -> tuple[Shape, list[int]]:

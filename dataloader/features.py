@@ -147,9 +147,8 @@ def _labels(arrays: dict[str, np.ndarray], name: str, images: int, of: str) -> n
     if labels.dtype.kind not in "iu":
         raise InputError(f"{name} must hold whole numbers; its type is {labels.dtype}")
     if labels.shape != (images,):
-        raise InputError(
-            f"{name} must have the shape ({images},), one for each image of {of}; its shape is {labels.shape}"
-        )
+        needed = f"({images},), one for each image of {of}"
+        raise InputError(f"{name} must have the shape {needed}; its shape is {labels.shape}")
     return labels
 
 

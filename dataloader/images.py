@@ -69,13 +69,8 @@ def picture_of(image: Image.Image | np.ndarray) -> Image.Image:
     InputError for anything else.
     """
     if isinstance(image, np.ndarray):
-        if (
-            image.dtype != np.uint8
-            or image.ndim not in (2, 3)
-            or not image.size
-            or image.ndim == 3
-            and image.shape[2] > 4
-        ):
+        channels = image.shape[2] if image.ndim == 3 else 3
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size or channels > 4:
             found = f"this one is {image.dtype} with the shape {image.shape}"
             raise InputError(f"an array must be an image of uint8, (H, W) or (H, W, 3); {found}")
         image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
@@ -84,14 +79,9 @@ def picture_of(image: Image.Image | np.ndarray) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         raise InputError(f"the image has the mode {image.mode}, of more than 8 bits. {_CONVERT}")
     try:
-        orientation = _orientation(image)
-        pixels, _ = _on_white(image)
+        return _turned(_on_white(image)[0], _orientation(image))
     except Exception as error:  # whatever a broken file that was not read yet makes Pillow raise
         raise InputError(f"the image cannot be read ({reason(error)})") from error
-    if orientation in _TURNED:
-        pixels.getexif()[_ORIENTATION] = orientation
-        pixels = ImageOps.exif_transpose(pixels)
-    return pixels
 
 
 def reason(error: Exception) -> str:
@@ -110,10 +100,16 @@ def decode_image(file: IO[bytes], *, upright: bool = True) -> tuple[Image.Image,
         pixels = _in_8_bits(image, tiles, file)
         orientation = _orientation(image)  # Pillow has turned TIFF files by now
     pixels, is_transparent = _on_white(pixels)
-    if upright and orientation in _TURNED:
-        pixels.getexif()[_ORIENTATION] = orientation
-        pixels = ImageOps.exif_transpose(pixels)
+    pixels = _turned(pixels, orientation) if upright else pixels
     return pixels, ImageFacts(shape, is_transparent, stored_orientation in _TURNED)
+
+
+def _turned(pixels: Image.Image, orientation: object) -> Image.Image:
+    """Pixels as they are meant to be seen, by the EXIF orientation of their file."""
+    if orientation not in _TURNED:
+        return pixels
+    pixels.getexif()[_ORIENTATION] = orientation
+    return ImageOps.exif_transpose(pixels)
 
 
 def _orientation(image: Image.Image) -> object:

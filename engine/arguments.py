@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from engine.evaluation import Evaluator
 from engine.run import LAST_STATE, RECORD, read_record, result_flags
 from engine.training import FitSettings
-from utils import InputError, available_cores, number_at_least, number_between
+from utils import InputError, available_cores, check_writable, flag_value, number_at_least, number_between
 
 # Flags that belong to one stage of training and mean nothing to the next.
 STAGE_FLAGS = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_every", "backbone_weights")
@@ -53,8 +53,7 @@ def parse_run(
     With ``-resume FOLDER``, flags that are not given are those of the run in there; else ``folder_of`` gives the folder that
     the flags name. InputError if there is nothing to resume, or flags that decide the result differ from those of the run.
     """
-    words = parser.expand(argv)
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     folder = Path(args.resume) if args.resume else folder_of(args)
     if args.resume is None or not (folder / LAST_STATE).is_file():
         if args.resume:
@@ -65,14 +64,14 @@ def parse_run(
     if record["script"] != script:
         raise InputError(f"-resume: {folder} holds a run of {record['script']}, not of {script}")
     if args.resume:  # the recorded flags are checked as those of a user are
-        known = {name: value for name, value in recorded.items() if name in vars(args)} | {"resume": None}
-        message = io.StringIO()
+        actions, message = parser.actions(argv), io.StringIO()
         try:
             with contextlib.redirect_stderr(message):
-                args = parser.parse_args([*_words(parser, known), *words])
-        except SystemExit:
-            found = f"has flags that cannot be used ({message.getvalue().strip()})"
-            raise InputError(f"{folder / RECORD} {found}") from None
+                known = {name: flag_value(actions[name], value) for name, value in recorded.items() if name in actions}
+                args = parser.parse_args(argv, defaults=known)
+        except (SystemExit, ValueError) as error:
+            reason = message.getvalue().strip() or error
+            raise InputError(f"{folder / RECORD} has flags that cannot be used ({reason})") from None
     if args.seed == 0:
         args.seed = recorded["seed"]  # the one that was drawn
     flags = json.loads(json.dumps(result_flags(args)))
@@ -135,9 +134,15 @@ def add_json_argument(group: Any, what: str = "the results") -> None:
 
 
 def add_csv_argument(group: Any, what: str) -> None:
-    group.add_argument(
-        "-csv", type=_table_file, metavar="FILE", help=f"also write a table to FILE: a row for each {what}"
-    )
+    table = f"also write a table to FILE: a row for each {what}"
+    group.add_argument("-csv", type=_table_file, metavar="FILE", help=table)
+
+
+def check_outputs(*paths: str | Path | None) -> None:
+    """InputError for a file that cannot be written, before any work; None and "-" are none."""
+    for path in paths:
+        if path not in (None, "-"):
+            check_writable(Path(path))
 
 
 def _table_file(text: str) -> str:
@@ -172,11 +177,8 @@ def encoder_suffix(args: Namespace) -> str:
     # A path has characters that a folder's name cannot have; without them, two paths may read alike.
     backbone, _, model = name.partition(":")
     plain = re.sub(r"[^\w.-]+", "-", model)
-    return "-".join(["", backbone, *filter(None, [plain])]) + (f"-{_digest(name)}" if plain != model else "")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:6]
+    digest = hashlib.sha256(name.encode()).hexdigest()[:6] if plain != model else ""
+    return "-".join(["", backbone, *filter(None, [plain, digest])])
 
 
 def resume_command(script: str, argv: Sequence[str] | None, args: Namespace) -> str:
@@ -204,7 +206,7 @@ def next_command(
 def _words(parser: ArgumentParser, flags: dict[str, Any]) -> list[str]:
     """Flags as words of a command line, without those at their default, in the order of the parser."""
     defaults = defaults_beside(parser, flags)
-    return _as_words({**defaults, **flags}, defaults)
+    return flag_words({**defaults, **flags}, defaults)
 
 
 def defaults_beside(parser: ArgumentParser, flags: dict[str, Any]) -> dict[str, Any]:
@@ -212,15 +214,16 @@ def defaults_beside(parser: ArgumentParser, flags: dict[str, Any]) -> dict[str, 
     defaults = vars(parser.parse_args([]))
     dependent = [name for name, value in defaults.items() if value is not None and parser.get_default(name) is None]
     others = {name: value for name, value in flags.items() if name in defaults and name not in dependent}
-    found = parser.parse_args(_as_words({**defaults, **others}, defaults)) if dependent and others else None
+    found = parser.parse_args([], defaults=others) if dependent and others else None
     return {name: getattr(found, name) if found and name in dependent else value for name, value in defaults.items()}
 
 
-def _as_words(flags: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
+def flag_words(flags: dict[str, Any], defaults: dict[str, Any] | None = None) -> list[str]:
+    """Flags as words of a command line, without those that are at their default, None or False."""
     words = []
     for name, value in flags.items():
         text = _joined(value)
-        if text == _joined(defaults.get(name)):
+        if value is None or value is False or defaults and text == _joined(defaults.get(name)):
             continue
         if text is True:
             words.append(f"-{name}")

@@ -123,12 +123,9 @@ class Recorder:
     so many ``queries`` is set aside with a warning. Only the first rank reads and writes.
     """
 
-    # None where an earlier version, which did not record it, began the evaluation.
-    confusion: Confusion | None
-
     def __init__(self, path: Path, *, resume: bool, episodes: int, queries: int, ranks: Ranks) -> None:
         self.path, self.ranks, self.next_write = path, ranks, time.monotonic() + SECONDS_BETWEEN_RECORDS
-        content: tuple[list[Score], Confusion | None, float] = [], Counter(), 0.0
+        content: tuple[list[Score], Confusion, float] = [], Counter(), 0.0
         if resume and ranks.is_first and path.exists():
             try:
                 content = read_json(path, "scores of an evaluation", lambda found: _parse(found, episodes, queries))
@@ -146,14 +143,12 @@ class Recorder:
 
     def update(self, confusions: Sequence[Confusion] = (), *, now: bool) -> None:
         """Add what classes were confused, and write all if it is time, or ``now``."""
-        if self.confusion is not None:
-            for confusion in confusions:
-                self.confusion.update(confusion)
+        for confusion in confusions:
+            self.confusion.update(confusion)
         before = time.monotonic()
         if self.ranks.is_first and (now or before >= self.next_write):
-            content = {"scores": self.scores, "seconds": self.seconds}
-            if self.confusion is not None:
-                content["confusion"] = [[*pair, count] for pair, count in self.confusion.items()]
+            pairs = [[*pair, count] for pair, count in self.confusion.items()]
+            content = {"scores": self.scores, "seconds": self.seconds, "confusion": pairs}
             write_atomically(self.path, json.dumps(content).encode())  # compact, as there may be a million scores
             after = time.monotonic()
             self.next_write = after + max(SECONDS_BETWEEN_RECORDS, 20 * (after - before))
@@ -163,18 +158,17 @@ class Recorder:
         self.path.unlink(missing_ok=True)
 
 
-def _parse(content: Any, episodes: int, queries: int) -> tuple[list[Score], Confusion | None, float]:
+def _parse(content: Any, episodes: int, queries: int) -> tuple[list[Score], Confusion, float]:
     scores, seconds = [Score(*row) for row in content["scores"]], content["seconds"]
     fits = len(scores) <= episodes and 0 <= seconds <= sys.float_info.max
     for loss, hits, count in scores:
         fits = fits and 0 <= loss <= sys.float_info.max and 0 <= hits <= count == queries and hits % 1 == 0
-    confusion = None if scores else Counter()
-    if "confusion" in content:
-        confusion = Counter({(true, found): count for true, found, count in content["confusion"]})
-        fits = fits and all(type(number) is int for row in content["confusion"] for number in row)
-        hits = sum(count for (true, found), count in confusion.items() if true == found)
-        fits = fits and hits in (0, sum(score.hits for score in scores))
-        fits = fits and confusion.total() in (0, sum(score.queries for score in scores))
+    confusion = Counter({(true, found): count for true, found, count in content["confusion"]})
+    fits = fits and all(type(number) is int for row in content["confusion"] for number in row)
+    hits = sum(count for (true, found), count in confusion.items() if true == found)
+    # Images without labels are not counted.
+    fits = fits and hits in (0, sum(score.hits for score in scores))
+    fits = fits and confusion.total() in (0, sum(score.queries for score in scores))
     if not fits:
         raise ValueError("its numbers do not fit this evaluation")
     return scores, confusion, seconds
@@ -335,28 +329,23 @@ def encode_dataset(
 ) -> Tensor:
     """The nodes ``(B, C, N)`` of items of a data set, on the CPU, which the ranks share the work for.
 
-    They are in float16 if their largest absolute value ``fits_half``, and in float32 otherwise. Raises DivergenceError if they
-    are not finite, and Stopped.
+    They are in float16 if the largest absolute value of every batch ``fits_half``, and in float32 otherwise. Raises
+    DivergenceError if they are not finite, and Stopped.
     """
     model, size = model.folded(), _encode_batch(model, device, dataset.view.patches)
     batches = [items[first : first + size] for first in range(0, len(items), size)]
     loader = make_loader(dataset, batches[ranks.rank :: ranks.size], num_workers=num_workers, device=device)
-    for dtype in (torch.float16, torch.float32):
-        own: list[Tensor] = []
-        largest = 0.0
-        with progress_bar(title, total=len(batches), disable=not ranks.is_first) as bar:
-            for images, _ in stream(loader):
-                nodes = encode_images(model, images, device=device)
-                largest = max(largest, float(nodes.abs().max()))
-                own.append(nodes.to(dtype).cpu())
-                bar.update(ranks.size)
-                if stop.signal_number:
-                    break
-        numbers, bounds, parts = zip(*ranks.gather((stop.signal_number, largest, own)), strict=True)
-        if signal_number := max(numbers):
-            raise Stopped(signal_number)
-        if dtype == torch.float32 or fits_half(max(bounds)):
-            break
+    own: list[Tensor] = []
+    with progress_bar(title, total=len(batches), disable=not ranks.is_first) as bar:
+        for images, _ in stream(loader):
+            nodes = encode_images(model, images, device=device)
+            own.append((nodes.half() if fits_half(float(nodes.abs().max())) else nodes).cpu())
+            bar.update(ranks.size)
+            if stop.signal_number:
+                break
+    numbers, parts = zip(*ranks.gather((stop.signal_number, own)), strict=True)
+    if signal_number := max(numbers):
+        raise Stopped(signal_number)
     # Rank r has batches r, r + size, ..
     return torch.cat([part for row in itertools.zip_longest(*parts) for part in row if part is not None])
 

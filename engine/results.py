@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from engine.evaluation import Confusion, Episodes, Evaluator, Model, Recorder, Score
 from engine.run import environment, fingerprint, result_flags
-from utils import duration, first_few, printable, warn, write_csv, write_json
+from utils import duration, first_few, printable, write_csv, write_json
 
 # Of more classes than this, results have no matrix: it would be larger than all else in them.
 MOST_CLASSES = 500
@@ -36,9 +36,8 @@ def confusion_lines(names: Sequence[str], counts: Sequence[Sequence[int]]) -> li
     rows = []
     for true, (name, row) in enumerate(zip(names, counts, strict=True)):
         if total := sum(row):
-            others = sorted(
-                (found for found, count in enumerate(row) if count and found != true), key=lambda k: -row[k]
-            )
+            others = [found for found, count in enumerate(row) if count and found != true]
+            others.sort(key=lambda found: -row[found])
             taken = first_few([f"{printable(names[found])} ({row[found]})" for found in others]) if others else ""
             rows.append((printable(name), 100 * row[true] / total, total, taken))
     width = max(len("class"), *(len(name) for name, *_ in rows))
@@ -92,8 +91,6 @@ def final_test(
     task = f"{args.way}-way {args.shot}-shot, {len(episodes)} episodes"
     content = {**evaluation._asdict(), "flags": vars(args), "versions": environment()}
     content |= {"seconds": recorder.seconds, "weights": loaded, "encoder": encoder, "data": data, **statistics}
-    if recorder.confusion is None:
-        warn("an earlier version began this evaluation: its results have no accuracy per class")
     if recorder.confusion:
         content |= describe_confusion(recorder.confusion, evaluator.dataset.class_names)
     if ranks.is_first:

@@ -66,10 +66,8 @@ def prepare_statistics(
     if model.settings.statistics is not None and not args.statistics and not fresh:
         status(f"statistics of -norm {args.norm}: those of the package")
         return
-    file = named if named.is_file() else None
-    if file is None and not args.statistics and str(weights) != "none" and beside.is_file():
-        file = beside
-    if file and not fresh:
+    file = named if args.statistics else beside
+    if not fresh and file.is_file() and (args.statistics or str(weights) != "none"):
         model.read_statistics(file)
         status(f"statistics of -norm {args.norm}: {file}")
         return

@@ -1,7 +1,7 @@
 """The flags that weights were trained with, from the ``run.json`` of their run or the ``config.json`` of their package."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, i
     """
     if args.model_dir in (None, "none"):
         return
-    actions = {action.dest: action for action in _actions(parser, args)}
+    actions = parser.actions(argv)
     place = getattr(actions["model_dir"], "locate", Path)(args.model_dir)
     folder = place if place.is_dir() else place.parent
     path, package = folder / "run.json", folder / "config.json"
@@ -30,13 +30,10 @@ def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, i
     else:
         return
     names = [name for name in TRAINED_FLAGS if name in actions and name not in ignore]
-    words = parser.expand(argv)
-    flags = {word.partition("=")[0] for word in words}
-    given = {name for name in names if flags & set(actions[name].option_strings)}
 
     def parse(record: Any) -> dict[str, Any]:
         found = {name: value for name, value in record["flags"].items() if name in names}
-        foreign = set(found) - given if path == package else ()
+        foreign = found.keys() - parser.given(argv) if path == package else ()
         return {name: flag_value(actions[name], value, is_of_package=name in foreign) for name, value in found.items()}
 
     try:
@@ -46,47 +43,28 @@ def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, i
             raise
         warn(f"{error}. It is ignored: flags that are not given keep their defaults")
         return
-    if "deepemd" in given & set(trained) and args.deepemd != trained["deepemd"]:
+    given = parser.given(argv) & set(trained)
+    if "deepemd" in given and args.deepemd != trained["deepemd"]:
         trained = {name: value for name, value in trained.items() if name not in VIEW_FLAGS}
     changed = {name: value for name, value in trained.items() if value != getattr(args, name)}
     adopted = {name: value for name, value in changed.items() if name not in given}
     where = f"({args.model_dir if '://' in args.model_dir else path})"
     if adopted:
         status(f"flags of the {owner} {where}: {as_words(adopted)}")
-        _complete(parser, args, words, {actions[name]: value for name, value in adopted.items()})
+        before, after = vars(parser.parse_args(argv)), vars(parser.parse_args(argv, defaults=adopted))
+        vars(args).update({name: value for name, value in after.items() if name not in before or value != before[name]})
     if differing := {name: value for name, value in changed.items() if name in given}:
         here = as_words({name: getattr(args, name) for name in differing})
         warn(f"{here} differs from the {owner} {where}: {as_words(differing)}")
 
 
-def _complete(parser: Any, args: Any, words: list[str], defaults: dict[Any, Any]) -> None:
-    """Change ``args`` as if these were the ``defaults`` of actions, so that what depends on them follows."""
-    before, kept = vars(parser.parse_args(words)), {action: action.default for action in defaults}
-    try:
-        for action, value in defaults.items():
-            action.default = value
-        after = vars(parser.parse_args(words))
-    finally:
-        for action, value in kept.items():
-            action.default = value
-    vars(args).update({name: value for name, value in after.items() if name not in before or value != before[name]})
-
-
 def as_words(flags: dict[str, Any]) -> str:
     """Flags as on the command line; "no -name" for one that is not set."""
-    words = []
-    for name, value in flags.items():
+
+    def words(name: str, value: Any) -> str:
+        if value is None or value is False:
+            return f"no -{name}"
         text = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-        words.append(
-            f"no -{name}" if value is None or value is False else f"-{name}" if value is True else f"-{name} {text}"
-        )
-    return " ".join(words)
+        return f"-{name}" if value is True else f"-{name} {text}"
 
-
-def _actions(parser: Any, args: Any) -> Iterator[Any]:
-    """The arguments of a parser, and those of the command that was chosen if it has several."""
-    for action in parser._actions:
-        yield action
-        command = action.choices.get(getattr(args, action.dest, None)) if isinstance(action.choices, dict) else None
-        if hasattr(command, "_actions"):
-            yield from _actions(command, args)
+    return " ".join(words(name, value) for name, value in flags.items())

@@ -167,3 +167,11 @@ def test_every_script_takes_a_file(script, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         module.build_parser().parse_args([*words, "-config", str(path)])
     assert "there is no flag -temperatur; the nearest is -temperature" in capsys.readouterr().err
+
+
+def test_a_flag_that_is_required_may_come_from_the_file(parser, tmp_path):
+    parser.add_argument("-out", required=True)
+    (tmp_path / "flags.json").write_text('{"out": "there"}')
+    assert parser.parse_args(["-config", str(tmp_path / "flags.json")]).out == "there"
+    with pytest.raises(SystemExit):
+        parser.parse_args([])

@@ -24,7 +24,7 @@ from utils import STATISTICS_FILE, InputError
 
 CPU = torch.device("cpu")
 SMALL = ["-dataset", "folder", "-gpu", "cpu", "-image_size", "16", "-query", "2", "-way", "3", "-num_workers", "0"]
-SMALL += ["-solver", "simplex"]
+SMALL += ["-solver", "simplex", "-backbone", "conv4"]
 
 
 class Colours(Encoder):
@@ -161,7 +161,7 @@ def test_meta_training_keeps_what_its_first_weights_gave(place, monkeypatch):
     flags = [*SMALL, "-data_dir", "data", "-norm", "standard", "-val_solver", "simplex", "-pretrain_dir", "none"]
     flags += ["-val_frequency", "1", "-val_episode", "2", "-test_episode", "2", "-lr", "0.1"]
     succeed("train_meta.py", *flags, "-max_epoch", 1, cwd=place)
-    folder = place / "checkpoint/folder/fcn/1shot-3way"
+    folder = place / "checkpoint/folder/fcn/1shot-3way-conv4"
     first = NodeStatistics.read(folder / STATISTICS_FILE)
     # Neither a resumed run nor eval.py computes others from the weights that were trained meanwhile.
     used, real = [], DeepEMD.use_statistics
@@ -191,7 +191,7 @@ def test_pretraining_validates_by_the_statistics_of_the_weights_of_the_moment(pl
     succeed("train_pretrain.py", *flags, "-max_epoch", 2, cwd=place)
     assert len(seen) == len({digest for digest, _ in seen}) == 2
     assert not (place / "checkpoint/statistics").exists()
-    NodeStatistics(torch.zeros(640), torch.ones(640)).write(place / "file.npz")
+    NodeStatistics(torch.zeros(64), torch.ones(64)).write(place / "file.npz")
     refused = run("train_pretrain.py", *flags, "-max_epoch", 1, "-extra_dir", "b", "-statistics", "file.npz", cwd=place)
     assert (refused.status, refused.err.splitlines()[-1]) == (
         1,
@@ -203,7 +203,7 @@ def test_results_name_the_statistics(place):
     flags = [*SMALL, "-data_dir", "data", "-norm", "standard", "-test_episode", "2", "-model_dir", "none", "-json", "-"]
     found = {}
     for number in range(2):
-        NodeStatistics(torch.zeros(640), torch.ones(640) + number).write(place / "some.npz")
+        NodeStatistics(torch.zeros(64), torch.ones(64) + number).write(place / "some.npz")
         out = succeed("eval.py", *flags, "-statistics", "some.npz", cwd=place)
         found[re.search(r'"statistics": "(\w{64})"', out)[1]] = out
     assert len(found) == 2
@@ -212,7 +212,7 @@ def test_results_name_the_statistics(place):
 
 def test_predictions_by_standardised_nodes(place):
     flags = ["-dataset", "folder", "-model_dir", "none", "-gpu", "cpu", "-image_size", "16", "-norm", "standard"]
-    flags += ["-solver", "simplex"]
+    flags += ["-solver", "simplex", "-backbone", "conv4"]
     known = ["-support", "data/test", "-query", "data/val/class0"]
     missing = run("predict.py", *flags, *known, cwd=place)
     assert missing.status == 1
@@ -235,7 +235,7 @@ def test_predictions_by_standardised_nodes(place):
     other = run("predict.py", *flags, *kept, "-norm", "center", cwd=place)
     assert "-prototypes kept.pth: made with other flags; set -norm standard" in other.err
     content = torch.load(place / "kept.pth", weights_only=True)
-    for damage in ({}, {"mean": torch.zeros(640)}, {"mean": torch.zeros(3), "deviation": torch.zeros(3)}):
+    for damage in ({}, {"mean": torch.zeros(64)}, {"mean": torch.zeros(3), "deviation": torch.zeros(3)}):
         torch.save({**content, "statistics": damage}, place / "bad.pth")
         bad = run("predict.py", *flags, "-prototypes", "bad.pth", *kept[2:], cwd=place)
         assert "error: -prototypes bad.pth is damaged, or no file of -save" in bad.err

@@ -447,7 +447,7 @@ def test_ranks_share_the_encoding_of_a_data_set(monkeypatch):
         with pytest.raises(Sent) as raised:
             encode_all(range(60), ranks=Ranks(rank, 3))
         sent.append(raised.value.args[0])
-    assert [sum(map(len, own)) for _, _, own in sent] == [24, 20, 16]  # batches of 8, in turn
+    assert [sum(map(len, own)) for _, own in sent] == [24, 20, 16]  # batches of 8, in turn
     monkeypatch.setattr(Ranks, "gather", lambda self, own: sent)
     assert encode_all(range(60), ranks=Ranks(1, 3))[:, 0, 0].tolist() == [*range(60)]
 
@@ -540,17 +540,6 @@ def test_confusion_is_gathered_over_ranks(monkeypatch, tmp_path):
     assert kept.confusion == {(4, 4): 2, (9, 9): 2, (7, 7): 2, (7, 8): 2}
 
 
-def test_records_of_earlier_versions_have_no_confusion(tmp_path):
-    path = tmp_path / "partial-1.json"
-    path.write_text(json.dumps({"scores": SCORES, "seconds": 1}))
-    found = recorder(path)
-    assert (len(found.scores), found.confusion) == (2, None)
-    found.update([Counter({(0, 0): 4})], now=True)
-    assert "confusion" not in json.loads(path.read_text())
-    path.write_text(json.dumps({"scores": [], "seconds": 1}))
-    assert recorder(path).confusion == {}
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -564,27 +553,27 @@ def test_records_of_earlier_versions_have_no_confusion(tmp_path):
         "3",
         "null",
         '{"scores": []}',
-        '{"scores": 3, "seconds": 1}',
-        '{"scores": [], "seconds": -1}',
-        '{"scores": [], "seconds": NaN}',
-        '{"scores": [[0.5, 3]], "seconds": 1}',
-        '{"scores": [[0.5, 3, 4, 4]], "seconds": 1}',
-        '{"scores": [["0.5", 3, 4]], "seconds": 1}',
-        '{"scores": [[0.5, 5, 4]], "seconds": 1}',
-        '{"scores": [[0.5, -1, 4]], "seconds": 1}',
-        '{"scores": [[0.5, 2.5, 4]], "seconds": 1}',
-        '{"scores": [[0.5, 3, 5]], "seconds": 1}',
-        '{"scores": [[NaN, 3, 4]], "seconds": 1}',
-        '{"scores": [[1e999, 3, 4]], "seconds": 1}',
-        '{"scores": [[1' + "0" * 400 + ', 3, 4]], "seconds": 1}',
-        json.dumps({"scores": SCORES * 2, "seconds": 1}),
+        '{"scores": 3, "seconds": 1, "confusion": []}',
+        '{"scores": [], "seconds": -1, "confusion": []}',
+        '{"scores": [], "seconds": NaN, "confusion": []}',
+        '{"scores": [[0.5, 3]], "seconds": 1, "confusion": []}',
+        '{"scores": [[0.5, 3, 4, 4]], "seconds": 1, "confusion": []}',
+        '{"scores": [["0.5", 3, 4]], "seconds": 1, "confusion": []}',
+        '{"scores": [[0.5, 5, 4]], "seconds": 1, "confusion": []}',
+        '{"scores": [[0.5, -1, 4]], "seconds": 1, "confusion": []}',
+        '{"scores": [[0.5, 2.5, 4]], "seconds": 1, "confusion": []}',
+        '{"scores": [[0.5, 3, 5]], "seconds": 1, "confusion": []}',
+        '{"scores": [[NaN, 3, 4]], "seconds": 1, "confusion": []}',
+        '{"scores": [[1e999, 3, 4]], "seconds": 1, "confusion": []}',
+        '{"scores": [[1' + "0" * 400 + ', 3, 4]], "seconds": 1, "confusion": []}',
+        json.dumps({"scores": SCORES * 2, "seconds": 1, "confusion": []}),
         '{"scores": ' + "[" * 100_000,
         '{"scores": [[0.5, 3, 4]], "sec',
     ],
 )
 def test_a_damaged_record_is_set_aside(tmp_path, capsys, content):
     path = tmp_path / "partial-1.json"
-    path.write_text(json.dumps({"scores": SCORES, "seconds": 1}))
+    path.write_text(json.dumps({"scores": SCORES, "seconds": 1, "confusion": []}))
     assert recorder(path).scores == [Score(*row) for row in SCORES]
     path.write_text(content)
     found = recorder(path)

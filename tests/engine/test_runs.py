@@ -408,7 +408,7 @@ def test_results_for_machines(folder, tmp_path):
     done = run(*EVAL, *HERE, "-data_dir", folder, "-json", "-", "-extra_dir", "mine", cwd=tmp_path)
     found = json.loads(done.out)  # and nothing else
     keys = {"accuracy", "interval", "accuracies", "loss", "flags", "versions", "seconds", "weights", "data"}
-    assert set(found) == keys
+    assert set(found) == keys | {"encoder", "class_accuracy", "confusion"}
     assert found["weights"] is None
     assert found["flags"]["test_episode"] == len(found["accuracies"]) == 5
     assert found["accuracy"] == pytest.approx(sum(found["accuracies"]) / 5)

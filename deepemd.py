@@ -49,13 +49,13 @@ Picture = str | Path | Image.Image | np.ndarray
 Pictures = Picture | Sequence[Picture]
 
 
-def load(source: str | Path, *, device: str | None = None, **flags: Any) -> Model:
+def load(source: str | Path, *, device: str | int | torch.device | None = None, **flags: Any) -> Model:
     """A model for evaluation.
 
     Args:
         source: whatever ``-model_dir`` takes (a run folder, a checkpoint, a package, ``hf://owner/name``), or a backbone with
             the weights it comes with, such as ``timm:NAME``.
-        device: as ``-gpu``: ``"cpu"``, or the number of a GPU. None: a GPU if there is one.
+        device: ``"cpu"``, ``"cuda"``, or the number of a GPU, also as ``"cuda:1"``. None: a GPU if there is one.
         flags: flags of ``predict.py`` by name, as in ``norm="standard"``; they override those of the run or package.
 
     InputError for a source that cannot be loaded, or flags that ``predict.py`` would not accept.
@@ -64,7 +64,8 @@ def load(source: str | Path, *, device: str | None = None, **flags: Any) -> Mode
     add_model_flags(parser)
     parser.error = _refuse  # an exception, where a script ends
     kind = "backbone" if str(source).partition(":")[0] in BACKBONES else "model_dir"
-    words = flag_words({kind: str(source), "gpu": device, **flags})
+    gpu = None if device is None else str(device).removeprefix("cuda").removeprefix(":") or "0"
+    words = flag_words({kind: str(source), "gpu": gpu, **flags})
     args = parser.parse_args(words)
     adopt_trained_flags(parser, args, words)
     chosen, device_ids = choose_device(args.gpu)
@@ -177,6 +178,8 @@ class Model(NamedTuple):
 
         InputError for images that cannot be read, or no images.
         """
+        if not isinstance(abstain, int | float) or not 0 <= abstain <= 1:
+            raise InputError(f"abstain is a probability, from 0 to 1; got {abstain!r}")
         prototypes = support if isinstance(support, Prototypes) else self.prototypes(support)
         return list(self.answers(prototypes, _listed(queries), abstain=abstain))
 
@@ -189,7 +192,7 @@ class Model(NamedTuple):
         matching = Matching(*(part[0].cpu() for part in self.network.matching(nodes[1:], nodes[:1])))
         _, flow, similarity, supply, demand = (part[0] for part in matching)
         logit = float(matching.logits[0])
-        cost = 1 - logit / self.network.settings.temperature
+        cost = max(0.0, 1 - logit / self.network.settings.temperature)  # rounding may leave -1e-7
         panels = tuple(self.panels(one, nodes.shape[-1]) for one in viewed)
         return Match(tuple(nodes.cpu()), (supply, demand), flow, similarity, logit, cost, panels, matching)
 
@@ -230,7 +233,7 @@ class Model(NamedTuple):
             for name, row, *image in zip(names, logits, viewed, nodes, strict=True):
                 probability = row.double().softmax(0).tolist()
                 ranking = [(prototypes.classes[k], probability[k]) for k in row.argsort(descending=True, stable=True)]
-                cost = 1 - float(row.max()) / settings.temperature if settings.uses_solver else None
+                cost = max(0.0, 1 - float(row.max()) / settings.temperature) if settings.uses_solver else None
                 yield Answer(name, ranking, cost, *image, abstain)
 
     @torch.no_grad()
@@ -298,6 +301,9 @@ def _examples(support: str | Path | Mapping[str, Pictures]) -> tuple[list[Pictur
             raise InputError(f"the class {empty[0]!r} has no example" if empty else "there is no class to choose from")
         labels = [label for label, found in enumerate(images) for _ in found]
         return [image for found in images for image in found], labels, [str(name) for name in support]
+    if not isinstance(support, str | Path):
+        given = type(support).__name__
+        raise InputError(f"the examples must be a folder, or a dict from class to images; got a {given}")
     layout = DatasetSpec("folders", folders=(".",), split_folders={"support": "."}, obtain="")
     return read_split(layout, str(support), "support", advice="the support needs a folder of images for each class")
 

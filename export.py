@@ -31,7 +31,7 @@ from engine.evaluation import encode_images
 from engine.run import RECORD, environment
 from engine.start import start
 from engine.statistics import prepare_statistics
-from engine.weights_flags import TRAINED_FLAGS, adopt_trained_flags, as_words
+from engine.weights_flags import adopt_trained_flags, as_words
 from Models import DeepEMD
 from Models.arguments import OF_DEEPEMD, add_model_arguments, add_weights_arguments, open_model
 from Models.package import FORMAT, PACKAGE_CONFIG, PACKAGE_WEIGHTS, STATISTICS, is_package, read_config
@@ -39,6 +39,7 @@ from Models.weights import load_encoder_weights
 from pictures.canvas import save
 from pictures.matches import ViewedImage, match_episode, view_items
 from utils import (
+    TRAINED_FLAGS,
     InputError,
     file_hash,
     make_parser,
@@ -286,7 +287,9 @@ def _metadata(config: dict[str, Any], name: str) -> str:
     for row in config["results"]:
         task = f"{row['way']}-way {row['shot']}-shot"
         data_set = {"dataset_type": row["dataset"], "dataset_name": row["dataset"], "dataset_split": row["set"]}
-        data_set["dataset_config"] = f"{task}, {as_words(row['flags'])}"  # rows of one task are merged
+        data_set["dataset_config"] = (
+            f"{task}, {row['flags'].get('head', '')}, {row['episodes']} episodes {_further(config, row)}".strip()
+        )
         metric = {"metric_type": "accuracy", "metric_value": round(row["accuracy"], 2)}
         metric["metric_name"] = f"accuracy, 95 % interval +- {row['interval']:.2f}"
         results.append(EvalResult(task_type="image-classification", task_name=task, **data_set, **metric))
@@ -303,16 +306,27 @@ def _table(config: dict[str, Any]) -> str:
         "| data set | split | task | head | episodes | accuracy | further flags |",
         "|---|---|---|---|---|---|---|",
     ]
-    usual = {**vars(build_parser().parse_args(["-out", "."])), **config["flags"], "query": 15, "seed": 1}
     for row in config["results"]:
-        named = ("dataset", "set", "way", "shot", "head", "test_episode")
-        others = [key for key in row["flags"] if key not in named]
-        pairs = [(as_words({key: row["flags"][key]}), as_words({key: usual.get(key)})) for key in others]
-        words = " ".join(word for word, default in pairs if word != default)
         task, found = f"{row['way']}-way {row['shot']}-shot", f"{row['accuracy']:.2f} ± {row['interval']:.2f}"
-        cells = (row["dataset"], row["set"], task, row["flags"].get("head", ""), row["episodes"], found, words)
+        cells = (
+            row["dataset"],
+            row["set"],
+            task,
+            row["flags"].get("head", ""),
+            row["episodes"],
+            found,
+            _further(config, row),
+        )
         lines += [f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"]
     return "\n".join(lines)
+
+
+def _further(config: dict[str, Any], row: dict[str, Any]) -> str:
+    """The flags of an evaluation that have no column of their own, where they are neither usual nor the package's."""
+    usual = {**vars(build_parser().parse_args(["-out", "."])), **config["flags"], "query": 15, "seed": 1}
+    others = [key for key in row["flags"] if key not in ("dataset", "set", "way", "shot", "head", "test_episode")]
+    pairs = [(as_words({key: row["flags"][key]}), as_words({key: usual.get(key)})) for key in others]
+    return " ".join(word for word, default in pairs if word != default)
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------

@@ -25,11 +25,15 @@ def deepemd(source: str, *, device: str | None = None, **flags: _Any) -> _Any:
 def resnet12(pretrained: str | None = None, **settings: _Any) -> _Any:
     """The encoder of the paper, ``(B, 3, H, W)`` to ``(B, 640, H // 16, W // 16)``, with random weights or those of a file.
 
-    ``pretrained`` is a checkpoint, a run, or a package; settings are those of :class:`Models.encoder.Encoder`.
+    ``pretrained`` is a checkpoint, a run, or a package, which brings its mean and deviation of the pixels; settings are those of
+    :class:`Models.encoder.Encoder`.
     """
     from Models import ResNet12
+    from Models.package import is_package, read_config, weights_file
     from Models.weights import load_encoder_weights
 
+    if pretrained is not None and is_package(path := weights_file(pretrained)):
+        settings = {name: read_config(path)[name] for name in ("mean", "std")} | settings
     encoder = ResNet12(**settings)
     if pretrained is not None:
         load_encoder_weights(encoder, pretrained)

@@ -123,43 +123,55 @@ class _Parser(argparse.ArgumentParser):
                 files.append(file)
             else:
                 words.append(word)
-        for file in files:
-            configured |= self._read_config(file, self.actions(words))
+        known, flags = self.actions(words), {word.partition("=")[0] for word in words}
+        for file in files if known else ():  # without a command, which is an error, there are none
+            read = self._read_config(file, known, {name for name in known if flags & set(known[name].option_strings)})
+            configured |= read
         return words, configured
 
-    def _read_config(self, file: str, known: dict[str, argparse.Action]) -> dict[str, Any]:
-        def check(content: Any) -> tuple[dict[str, Any], bool, Any]:
-            if not isinstance(content, dict):
-                raise TypeError("it must be an object, {flag: value}")
-            is_record = isinstance(content.get("flags"), dict)  # of a run, an evaluation or a package
-            return content["flags"] if is_record else content, is_record, content.get("script")
-
+    def _read_config(self, file: str, known: dict[str, argparse.Action], given: set[str]) -> dict[str, Any]:
         try:
-            flags, is_record, script = read_json(Path(file), "flags", check)
+            content = read_json(Path(file), "flags")
         except InputError as error:
             self.error(f"-config: {error}")
-        flags = {name.lstrip("-"): value for name, value in flags.items()}
+        if not isinstance(content, dict):
+            self.error(f"-config: {file} is damaged, or not flags (TypeError: it must be an object, {{flag: value}})")
+        is_record = isinstance(content.get("flags"), dict)  # of a run, an evaluation or a package
+        is_package, script = is_record and "format" in content, content.get("script")
+        flags = {name.lstrip("-"): value for name, value in (content["flags"] if is_record else content).items()}
         unknown = [name for name in flags if name not in known]
         if unknown and not is_record:
             near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0)[0]
             self.error(f"-config {file}: there is no flag -{printable(unknown[0])}; the nearest is -{near}")
         if is_record:
             is_other = script != self.prog.split()[0] if script else bool(unknown)
-            left_out = {*unknown, "resume", *(SCRIPT_FLAGS if is_other else ())}
-            flags = {name: value for name, value in flags.items() if name not in left_out}
+            left_out = {*unknown, *OF_ONE_START, *(SCRIPT_FLAGS if is_other else ())}
+            kept = set(TRAINED_FLAGS if is_package else flags) - left_out
+            flags = {name: flags[name] for name in flags if name in kept}
         try:  # what is null or false is not given; 0 is a value
-            set_flags = {name: value for name, value in flags.items() if value not in (None, []) and value is not False}
-            return {name: flag_value(known[name], value) for name, value in set_flags.items()}
+            flags = {name: value for name, value in flags.items() if value not in (None, []) and value is not False}
+            names = flags.keys() - given
+            return {name: flag_value(known[name], flags[name], is_of_package=is_package) for name in names}
         except ValueError as error:
             self.error(f"-config {file}: {printable(str(error))}")
 
 
+# Flags that weights should be used with as they were trained. Those of one view mean nothing to another.
+VIEW_FLAGS = ("patch_list", "patch_ratio", "num_patch", "feature_pyramid", "map_size")
+TRAINED_FLAGS = (
+    *("dataset", "backbone", "backbone_layer", "deepemd", "image_size", "interpolation", *VIEW_FLAGS),
+    *("head", "temperature", "metric", "norm", "weights", "weight_power", "kshot"),
+)
+# Flags that no record passes on: it would resume that run, or overwrite its files.
+OF_ONE_START = ("resume", "json", "csv", "save", "picture", "out")
 # Flags that mean something else in another script, or whose default is each script's own.
 SCRIPT_FLAGS = ("set", "sfc_lr", "max_epoch", "bs", "lr", "step_size", "gamma", "save_every", "extra_dir")
 
 
-def flag_value(action: argparse.Action, value: Any) -> Any:
+def flag_value(action: argparse.Action, value: Any, *, is_of_package: bool = False) -> Any:
     """A value from a JSON file as the flag's action would have it; ValueError, which names the flag, if it is refused."""
+    if is_of_package and re.match(r"timm:(hf[-_]hub|local-dir):", str(value)):
+        raise ValueError(f"-{action.dest}: {value} is at another place. If you trust it, give it on the command line")
     if value is None and action.default is None or action.nargs in (0, "?") and isinstance(value, bool):
         return value
 
@@ -240,7 +252,7 @@ def run_script(main: Callable[[], None]) -> None:
         if exit_status := getattr(error, "exit_status", None):  # of exceptions that are not errors
             status(message)
             sys.exit(exit_status)
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -269,7 +281,7 @@ def warn(message: str) -> None:
 def status(message: str) -> None:
     """Print a line on standard error; of the processes of a run, the first does."""
     if process.rank == 0:
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 # This process among those of a run, of which ``local_size`` share this machine; engine.start sets it.
@@ -395,8 +407,9 @@ def read_json(path: Path, what: str, parse: Callable[[Any], T] = lambda content:
         raise
     except OSError as error:
         raise InputError(f"cannot read {what} from {path} ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise InputError(f"{path} is damaged, or not {what} ({type(error).__name__}: {error})") from error
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        reason = printable(str(error))[:300]
+        raise InputError(f"{path} is damaged, or not {what} ({type(error).__name__}: {reason})") from error
 
 
 def load_plain(path: Path, what: str) -> Any:

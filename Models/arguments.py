@@ -178,7 +178,7 @@ def build_model(
         settings |= {"map_size": 0, "feature_pyramid": None, "encoder": NoEncoder()}
     else:
         settings |= {"encoder": _encoder(args, device_ids, encoder, weights, statistics), "compiled": args.compile}
-    model = DeepEMD(**settings, device_ids=device_ids)
+    model = DeepEMD(**settings, device_ids=device_ids).float()  # whatever the default of the caller's torch
     if model.settings.uses_solver:
         for solver in {args.solver, val_solver or args.solver}:
             check_solver(model.settings.with_solver(solver, model.solver_options))

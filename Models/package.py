@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ from utils import BEST_WEIGHTS, InputError, file_hash, printable, read_json, sta
 
 FORMAT = 1  # of config.json
 PACKAGE_WEIGHTS, PACKAGE_CONFIG = "model.safetensors", "config.json"
+# What scripts read of config.json, of its weights, and of each of its results, beside mean and std.
+_ENTRIES = {"flags": dict, "backbone": str, "results": list, "weights": dict}
+_ENTRIES |= {"data": dict | None, "versions": dict | None, "license": str | None}
+_WEIGHTS = {"sha256": str, "checkpoint": str | None, "logit_change": float | None}
+_RESULT = {"flags": dict, "dataset": str, "set": str, "way": int, "shot": int, "episodes": int}
+_RESULT |= {"accuracy": float, "interval": float}
+_TWICE = {"backbone": "backbone", "view": "deepemd", "image_size": "image_size"}  # entries that are also flags
 STATISTICS = "base_statistics."  # what the keys of the base classes' mean and deviation begin with
 _REPOSITORY = re.compile(r"hf://([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?")
 _LOCAL = re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])[:/]")
@@ -66,10 +74,17 @@ def read_config(weights: Path) -> dict[str, Any]:
             is_good = len(values) == 3 and all(type(value) in (int, float) and math.isfinite(value) for value in values)
             if not is_good or name == "std" and min(values) <= 0:
                 raise ValueError(f"its {name} must be three finite numbers")
+        parts = [(config, _ENTRIES), (config["weights"], _WEIGHTS), *((row, _RESULT) for row in config["results"])]
+        for part, kinds in parts:
+            for name, kind in kinds.items():
+                value = part.get(name)
+                if not isinstance(value, kind) or isinstance(value, float) and not math.isfinite(value):
+                    raise TypeError(f"its {name} is missing, or of another type")
         if not re.fullmatch("[0-9a-f]{64}", config["weights"]["sha256"]):
             raise ValueError("its weights have no SHA-256")
-        if [type(config[name]) for name in ("flags", "backbone", "results")] != [dict, str, list]:
-            raise TypeError("its entries have other types")
+        for name, flag in _TWICE.items():
+            if name in config and config["flags"].get(flag, config[name]) != config[name]:
+                raise ValueError(f"its {name} contradicts its flags")
         return config
 
     path = weights.parent / PACKAGE_CONFIG
@@ -166,9 +181,10 @@ def _from_server(source: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(address, str(path), hash_prefix=digest)
     except RuntimeError as error:
-        fault = f"is not the file of that SHA-256; the download was removed. {error}"
-        raise InputError(f"{printable(address)} {fault}") from error
-    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{printable(address)} is not the file of that SHA-256; the download was removed. {error}"
+        ) from error
+    except (OSError, ValueError, HTTPException) as error:
         advice = "Check the address and the connection, and run the command again"
         raise InputError(f"cannot download {printable(address)} ({printable(str(error))[:200]}). {advice}") from error
     return path

@@ -78,7 +78,10 @@ def picture_of(image: Image.Image | np.ndarray) -> Image.Image:
         raise InputError(f"expected a path, a PIL image or an array; got a {type(image).__name__}")
     if image.mode == "F" or image.mode.startswith("I"):
         raise InputError(f"the image has the mode {image.mode}, of more than 8 bits. {_CONVERT}")
-    return _turned(_on_white(image)[0], _orientation(image))
+    try:
+        return _turned(_on_white(image)[0], _orientation(image))
+    except Exception as error:  # whatever a broken file that was not read yet makes Pillow raise
+        raise InputError(f"the image cannot be read ({reason(error)})") from error
 
 
 def reason(error: Exception) -> str:

@@ -5,14 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import InputError, flag_value, read_json, status, warn
-
-# Flags that weights should be used with as they were trained. Those of one view mean nothing to another.
-VIEW_FLAGS = ("patch_list", "patch_ratio", "num_patch", "feature_pyramid", "map_size")
-TRAINED_FLAGS = (
-    *("dataset", "backbone", "backbone_layer", "deepemd", "image_size", "interpolation", *VIEW_FLAGS),
-    *("head", "temperature", "metric", "norm", "weights", "weight_power", "kshot"),
-)
+from utils import TRAINED_FLAGS, VIEW_FLAGS, InputError, flag_value, read_json, status, warn
 
 
 def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, ignore: Sequence[str] = ()) -> None:
@@ -39,7 +32,9 @@ def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, i
     names = [name for name in TRAINED_FLAGS if name in actions and name not in ignore]
 
     def parse(record: Any) -> dict[str, Any]:
-        return {name: flag_value(actions[name], value) for name, value in record["flags"].items() if name in names}
+        found = {name: value for name, value in record["flags"].items() if name in names}
+        foreign = found.keys() - parser.given(argv) if path == package else ()
+        return {name: flag_value(actions[name], value, is_of_package=name in foreign) for name, value in found.items()}
 
     try:
         trained = read_json(path, f"the flags of a {owner.partition(' ')[0]}", parse)

@@ -85,6 +85,21 @@ def test_the_record_of_a_run_sets_what_the_script_has(parse):
         assert vars(parse(record)) == {**DEFAULTS, **expected}
 
 
+def test_of_a_package_only_the_flags_of_its_model_are_taken(parser, parse):
+    """It may come from a stranger, and name files to write. Another record would overwrite its own files."""
+    for name in ("json", "out", "statistics", "backbone"):
+        parser.add_argument(f"-{name}")
+    flags = {"norm": "none", "lr": 0.25, "json": "a", "statistics": "b", "out": "c"}
+    default = {**DEFAULTS, **dict.fromkeys(("json", "out", "statistics", "backbone")), "norm": "none"}
+    assert vars(parse({"format": 1, "flags": flags})) == default
+    assert vars(parse({"script": "train.py", "flags": flags})) == {**default, "lr": 0.25, "statistics": "b"}
+    flags["backbone"] = "timm:hf-hub:a/b"
+    with pytest.raises(SystemExit):
+        parse({"format": 1, "flags": flags})
+    assert parse({"format": 1, "flags": flags}, "-config", "FILE", "-backbone", "conv4").backbone == "conv4"
+    assert parse({"script": "train.py", "flags": flags}).backbone == "timm:hf-hub:a/b"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -138,6 +153,9 @@ def test_a_command_takes_its_own_flags(tmp_path):
     for words in (["-config", str(path), "curves", "a", "b"], ["curves", "a", "b", "-config", str(path)]):
         args = parser.parse_args(words)
         assert (args.lr, args.sizes, args.files) == (3, (1,), ["a", "b"])
+    with pytest.raises(SystemExit) as end:  # a command is missing
+        parser.parse_args(["-config", str(path), "a"])
+    assert end.value.code == 2
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS | (BENCHMARKS & {"benchmarks.heads"})))

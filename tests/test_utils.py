@@ -159,6 +159,7 @@ def test_good_values_of_flags():
             ),
             "error: no image at a b.png\n",
         ),
+        (InputError("a name from a stranger: \x1b[31m\u202e"), "error: a name from a stranger: ?[31m?\n"),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "error: out of GPU memory (CUDA out of memory.). Use "),
         (MemoryError("Unable to allocate 9 TiB"), "error: out of memory (Unable to allocate 9 TiB). Use a smaller"),
         (

@@ -193,6 +193,16 @@ def test_a_damaged_package_is_refused(package, content):
         adopt("-model_dir", package)
 
 
+@pytest.mark.parametrize("name", ["timm:hf-hub:a/b", "timm:hf_hub:a/b", "timm:local-dir:/etc"])
+def test_a_package_may_not_name_a_network_at_another_place(package, name):
+    """Unless it is given: the Hub is not asked for it, and no folder is read."""
+    flags = {**TRAINED, "backbone": name}
+    Path(package, "config.json").write_text(json.dumps({"format": 1, "flags": flags}))
+    with pytest.raises(InputError, match="is at another place. If you trust it, give it on the command line"):
+        adopt("-model_dir", package)
+    assert adopt("-model_dir", package, "-backbone", "conv4").backbone == "conv4"
+
+
 def test_a_run_beside_a_package_is_preferred(package):
     Path(package, "max_acc.pth").write_bytes(b"")
     assert adopt("-model_dir", package).image_size == 84

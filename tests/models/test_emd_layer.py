@@ -1,6 +1,7 @@
 """The EMD layer as ``pip install .`` gives it, and through torch.hub."""
 
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT
+from safetensors.torch import save_file
 
 from Models import ResNet12
-from utils import InputError
+from utils import InputError, file_hash
 
 SETUPTOOLS = "the wheel is built with setuptools 77 or newer, which is not installed"
 
@@ -134,6 +136,19 @@ def test_the_hub_gives_the_encoder_with_weights_or_without(tmp_path):
     assert not found.training
     assert torch.equal(found.layer4[0].conv3.weight, encoder.layer4[0].conv3.weight)
     assert not torch.equal(hub("resnet12").layer4[0].conv3.weight, encoder.layer4[0].conv3.weight)
+    save_file(encoder.state_dict(), tmp_path / "model.safetensors")
+    config = {
+        "format": 1,
+        "backbone": "resnet12",
+        "flags": {},
+        "results": [],
+        "mean": [0.1, 0.2, 0.3],
+        "std": [1, 2, 3],
+    }
+    config["weights"] = {"sha256": file_hash(tmp_path / "model.safetensors")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = hub("resnet12", str(tmp_path / "model.safetensors"))
+    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (1, 2, 3))
     with pytest.raises(InputError, match="no checkpoint at"):
         hub("resnet12", str(tmp_path / "none.pth"))
 

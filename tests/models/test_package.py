@@ -161,12 +161,29 @@ def test_a_flipped_bit_is_noticed(tmp_path, model, state):
     assert "is damaged, or not the file of its config.json" in refusal(model, tmp_path)
 
 
+FLAGS = {"backbone": "resnet12", "deepemd": "fcn", "image_size": 84}
+RESULT = {
+    "flags": {},
+    "dataset": "cub",
+    "set": "test",
+    "way": 5,
+    "shot": 1,
+    "episodes": 3,
+    "accuracy": 1.0,
+    "interval": 0.0,
+}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         *({"format": 2}, {"format": None}, {"mean": None}, {"mean": [1, 2]}, {"std": [0, 1, 1]}, {"std": "abc"}),
         *({"mean": [float("nan")] * 3}, {"weights": {}}, {"weights": {"sha256": "../../x"}}, {"weights": 3}),
         *({"flags": None}, {"flags": []}, {"backbone": 3}, {"results": {}}),
+        *({"mean": [10**400, 0, 0]}, {"data": 3}, {"versions": []}, {"license": {}}, {"image_size": 3, "flags": FLAGS}),
+        *({"backbone": "conv4", "flags": FLAGS}, {"view": "grid", "flags": FLAGS}, {"results": [3]}, {"results": [{}]}),
+        *({"results": [RESULT | wrong]} for wrong in ({"accuracy": float("nan")}, {"flags": 3}, {"way": "x"})),
+        {"weights": {"sha256": "0" * 64, "checkpoint": []}},
     ],
 )
 def test_a_wrong_description_is_refused(tmp_path, model, state, changes):
@@ -220,6 +237,9 @@ class Server(http.server.BaseHTTPRequestHandler):
                 status, kind = 404, "RevisionNotFound"
         if status == 200 and not path.is_file():
             status, kind = 404, "EntryNotFound"
+        if self.path == "/no-http":
+            self.wfile.write(b"something else\r\n\r\n")
+            return
         content = path.read_bytes() if status == 200 else b""
         self.send_response(status)
         for header, value in (("X-Error-Code", kind), ("X-Repo-Commit", COMMIT), ("Content-Length", len(content))):
@@ -325,6 +345,8 @@ def test_a_wrong_hash_keeps_nothing(server, model, tmp_path, state):
     assert "is not the file of that SHA-256; the download was removed" in message
     assert not [path for path in (tmp_path / "torch").rglob("*") if path.is_file()]
     assert "HTTP Error 404" in refusal(model, f"{address}/b.pth#sha256={'0' * 64}")
+    assert "cannot download" in refusal(model, f"{address}/no-http#sha256={'0' * 64}")
+    assert "cannot download" in refusal(model, f"https://localhost:no-port/a#sha256={'0' * 64}")
 
 
 @pytest.mark.parametrize(

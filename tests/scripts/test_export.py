@@ -95,6 +95,8 @@ def test_the_card_is_one_of_the_hub(exported):
     (model,) = head["model-index"]
     accuracies = [round(read(exported / f"{shot}.json")["accuracy"], 2) for shot in (1, 2)]
     assert [result["metrics"][0]["value"] for result in model["results"]] == accuracies
+    of_shots = [f"2-way {k}-shot, deepemd, 4 episodes -sfc_update_step 2 -query 2" for k in (1, 2)]
+    assert [result["dataset"]["config"] for result in model["results"]] == of_shots
     assert f"| folder | test | 2-way 2-shot | deepemd | 4 | {accuracies[1]:.2f} ± " in body
     assert "-sfc_update_step 2 -query 2 |" in body
     assert "![" in body

@@ -1,5 +1,6 @@
 """The library in one import: the same answers as the scripts, from whatever images are given as."""
 
+import io
 import json
 import os
 import subprocess
@@ -36,6 +37,18 @@ def test_loading_leaves_the_callers_draws_alone():
     assert torch.equal(*weights)
 
 
+def test_another_default_of_torch_changes_nothing(model):
+    image = np.random.RandomState(0).randint(0, 256, (40, 40, 3), np.uint8)
+    expected = model.match(image, image[::-1]).logit
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = deepemd.load("none", device=torch.device("cpu"), **FLAGS)
+        other.network.load_state_dict(model.network.state_dict())
+        assert other.match(image, image[::-1]).logit == pytest.approx(expected, abs=1e-5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_answers_are_those_of_predict(own_images, model, tmp_path):
     support, query = own_images / "support", own_images / "query" / "bee"
     written = tmp_path / "answers.json"
@@ -43,7 +56,7 @@ def test_answers_are_those_of_predict(own_images, model, tmp_path):
     words = ["-support", support, "-query", query, "-model_dir", "none", "-gpu", "cpu", "-json", written, *flags]
     main(list(map(str, words)))
     answers = model.classify(support, query)
-    assert [as_json(answer, 1) for answer in answers] == json.loads(written.read_text())
+    assert [as_json(answer, 1, None) for answer in answers] == json.loads(written.read_text())
     assert [answer.ranking[0] for answer in answers] == [(answer.class_name, answer.probability) for answer in answers]
     assert all(answer.runner_up == answer.ranking[1][0] for answer in answers)
 
@@ -94,6 +107,8 @@ def test_a_match_is_the_optimal_one(own_images, model):
         ({}, [], "there is no class to choose from"),
         ("no/such/folder", [], "no/such/folder"),
         ({"ant": np.zeros((4, 4, 3), np.float32)}, [], "an array must be an image of uint8"),
+        ([np.zeros((4, 4, 3), np.uint8)], [], "must be a folder, or a dict from class to images; got a list"),
+        (None, [], "must be a folder, or a dict from class to images; got a NoneType"),
         ({"ant": 7}, [], "expected a path, a PIL image or an array; got a int"),
         ({"ant": np.zeros((40, 40, 3), np.uint8)}, "no/such.png", "no/such.png"),
     ],
@@ -103,17 +118,32 @@ def test_bad_images_are_one_sentence(model, support, queries, message):
         model.classify(support, queries)
 
 
+def test_a_picture_that_turns_out_to_be_broken_is_one_sentence(model):
+    written = io.BytesIO()
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 40, 3), np.uint8)).save(written, "png")
+    broken = Image.open(io.BytesIO(written.getvalue()[:600]))  # Pillow reads the pixels when they are needed
+    with pytest.raises(InputError, match="the image cannot be read"):
+        model.encode(broken)
+
+
+@pytest.mark.parametrize("abstain", [2, -1, "x", float("nan")])
+def test_a_probability_is_between_0_and_1(model, abstain):
+    with pytest.raises(InputError, match="abstain is a probability, from 0 to 1"):
+        model.classify({"ant": np.zeros((4, 4, 3), np.uint8)}, [], abstain=abstain)
+
+
 @pytest.mark.parametrize(
     ("source", "flags", "message"),
     [
         ("no/such/run", {}, "no checkpoint at no/such/run"),
         ("none", {"norm": "nope"}, "argument -norm: invalid choice"),
+        ("none", {"device": "cuda:77"}, "-gpu 77: there is no GPU 77"),
         ("none", {"no_such_flag": 1}, "unrecognized arguments: -no_such_flag 1"),
     ],
 )
 def test_bad_models_are_one_sentence(source, flags, message):
     with pytest.raises(InputError, match=message):
-        deepemd.load(source, device="cpu", **flags)
+        deepemd.load(source, **{"device": "cpu", **flags})
 
 
 @pytest.mark.slow

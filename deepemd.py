@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from command_line import make_parser
 from dataloader.arguments import add_data_arguments, open_base_images, pixel_statistics, view_of
 from dataloader.catalog import DatasetSpec
 from dataloader.images import picture_of
@@ -42,7 +43,7 @@ from Models.backbones import BACKBONES
 from Models.matching import Matching
 from pictures.match import draw_match
 from pictures.matches import Panel, ViewedImage, check_head, panels_of, view_file, view_image
-from utils import InputError, available_cores, make_parser, named_generator, warn
+from utils import InputError, available_cores, named_generator, warn
 
 READ_AHEAD = 32  # images read at once
 Picture = str | Path | Image.Image | np.ndarray

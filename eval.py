@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from command_line import make_parser
 from dataloader import ImageDataset
 from dataloader import arguments as data
 from dataloader.episode_files import episodes_digest, images_digest, write_episodes
@@ -32,7 +33,7 @@ from engine.stopping import stop_request
 from engine.weights_flags import adopt_trained_flags, as_words
 from Models import DeepEMD
 from Models.arguments import add_model_arguments, add_weights_arguments, open_model
-from utils import InputError, append_line, make_parser, run_script, status, write_output
+from utils import InputError, append_line, run_script, status, write_output
 
 
 def build_parser() -> ArgumentParser:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from command_line import TRAINED_FLAGS, make_parser
 from dataloader import arguments as data
 from dataloader.views import View
 from engine.arguments import add_run_arguments, loader_processes
@@ -38,18 +39,7 @@ from Models.package import FORMAT, PACKAGE_CONFIG, PACKAGE_WEIGHTS, STATISTICS, 
 from Models.weights import load_encoder_weights
 from pictures.canvas import save
 from pictures.matches import ViewedImage, match_episode, view_items
-from utils import (
-    TRAINED_FLAGS,
-    InputError,
-    file_hash,
-    make_parser,
-    named_generator,
-    read_json,
-    run_script,
-    status,
-    write_atomically,
-    write_json,
-)
+from utils import InputError, file_hash, named_generator, read_json, run_script, status, write_atomically, write_json
 
 CARD, PICTURE, GRAPH = "README.md", "match.png", "encoder.onnx"
 FILES = (PACKAGE_WEIGHTS, CARD, PICTURE, GRAPH, PACKAGE_CONFIG)  # in the order in which they are put in a package

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from command_line import make_parser, number_at_least, number_between
 from dataloader.readers import image_files
 from dataloader.views import VIEWS
 from deepemd import Answer, Model, Prototypes, add_model_flags
@@ -31,18 +32,7 @@ from Models import DeepEMD
 from Models.statistics import OF_STATISTICS, NodeStatistics
 from pictures.canvas import FORMATS, picture_path, save, shorten
 from pictures.matches import ViewedImage, check_head
-from utils import (
-    InputError,
-    load_plain,
-    make_parser,
-    number_at_least,
-    number_between,
-    printable,
-    run_script,
-    status,
-    write_csv,
-    write_output,
-)
+from utils import InputError, load_plain, printable, run_script, status, write_csv, write_output
 
 NONE = "none of the classes"
 FORMAT = 2  # of a file of prototypes

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from command_line import number_between, whole_numbers
 from Models.backbones import BACKBONES, backbone_class, make_encoder, plan_backbone
 from Models.deepemd import DeepEMD
 from Models.emd import SOLVERS, EmdError, emd, set_threads
@@ -18,7 +19,7 @@ from Models.matching import METRICS, NORMS, WEIGHTS
 from Models.package import is_package, locate, read_config, weights_file
 from Models.sfc import KSHOT
 from Models.weights import load_encoder_weights
-from utils import STATISTICS_FILE, InputError, available_cores, check_node_count, number_between, status, whole_numbers
+from utils import STATISTICS_FILE, InputError, available_cores, check_node_count, status
 
 # The flags that are arguments of DeepEMD by the same name.
 OF_DEEPEMD = (

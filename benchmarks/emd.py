@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from measuring import megabytes, print_row, problems
 
+from command_line import make_parser, whole_numbers
 from Models.emd import SOLVERS, emd, scale_to_mass
-from utils import InputError, make_parser, run_script, whole_numbers
+from utils import InputError, run_script
 
 CASES = {
     "opencv": ("opencv", {}),

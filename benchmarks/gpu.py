@@ -22,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from measuring import features, problems
 
+from command_line import make_parser
 from engine.start import choose_device
 from Models import DeepEMD, sfc
 from Models.emd import EmdError, emd
-from utils import make_parser, run_script, write_atomically
+from utils import run_script, write_atomically
 
 WAY, QUERY = 5, 15
 Rows = Iterator[dict[str, Any]]

@@ -25,6 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import utils
+from command_line import make_parser, whole_numbers
 from dataloader import arguments as data
 from dataloader import episode_labels
 from engine import arguments
@@ -117,16 +118,16 @@ def names(check: Callable[[str], Any], text: str) -> tuple[str, ...]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = utils.make_parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     group = parser.add_argument_group("comparison")
     heads, kshots = partial(names, head_choice), partial(names, partial(check_choice, "kshot", known=KSHOT))
     group.add_argument("-heads", type=heads, default=",".join(HEADS), help="heads to compare")
     norms = partial(names, partial(check_choice, "norm", known=NORMS))
     group.add_argument("-norms", type=norms, default="none,base,standard", help="norms to compare each head under")
-    group.add_argument("-shots", type=utils.whole_numbers, default="1,5", help="support images per class")
+    group.add_argument("-shots", type=whole_numbers, default="1,5", help="support images per class")
     group.add_argument("-kshots", type=kshots, default=",".join(KSHOT), help="prototypes, for shots above 1")
     counts = "episodes for each of -shots, or one number for all"
-    group.add_argument("-episodes", type=utils.whole_numbers, default="600,200", help=counts)
+    group.add_argument("-episodes", type=whole_numbers, default="600,200", help=counts)
     arguments.add_set_argument(group)
     data.add_features_argument(group)
     arguments.add_json_argument(group)

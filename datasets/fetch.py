@@ -22,8 +22,9 @@ from archives import Archive, BrokenArchive
 from folders import exclusive, holds_files, remove_empty
 from requests.exceptions import RequestException
 
+from command_line import make_parser
 from dataloader.catalog import CATALOG
-from utils import InputError, first_few, make_parser, run_script
+from utils import InputError, first_few, run_script
 
 PROJECT = Path(__file__).resolve().parents[1]
 

@@ -23,7 +23,8 @@ import matplotlib
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 
-from utils import InputError, make_parser, number_between, run_script
+from command_line import make_parser, number_between
+from utils import InputError, run_script
 
 FACES = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique", "Display")),

@@ -14,10 +14,11 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from command_line import flag_value, number_at_least, number_between
 from engine.evaluation import Evaluator
 from engine.run import LAST_STATE, RECORD, read_record, result_flags
 from engine.training import FitSettings
-from utils import InputError, available_cores, check_writable, flag_value, number_at_least, number_between
+from utils import InputError, available_cores, check_writable
 
 # Flags that belong to one stage of training and mean nothing to the next.
 STAGE_FLAGS = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_every", "backbone_weights")

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import TRAINED_FLAGS, VIEW_FLAGS, InputError, flag_value, read_json, status, warn
+from command_line import TRAINED_FLAGS, VIEW_FLAGS, flag_value
+from utils import InputError, read_json, status, warn
 
 
 def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, ignore: Sequence[str] = ()) -> None:

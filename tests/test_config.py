@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_house import BENCHMARKS, SCRIPTS
 
-from utils import make_parser, number_between, whole_numbers
+from command_line import make_parser, number_between, whole_numbers
 
 
 @pytest.fixture

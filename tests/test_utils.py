@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import utils
+from command_line import make_parser, number_at_least, number_between, whole_numbers
 from engine.arguments import folder_name
 from engine.run import RunFolder
 from engine.start import choose_device, choose_seed, set_seed
@@ -22,17 +23,13 @@ from utils import (
     append_line,
     available_cores,
     check_writable,
-    make_parser,
     mean_confidence_interval,
     named_generator,
-    number_at_least,
-    number_between,
     printable,
     read_json,
     run_script,
     status,
     warn,
-    whole_numbers,
     write_atomically,
     write_output,
 )

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from command_line import make_parser
 from dataloader.arguments import add_data_arguments
 from engine.weights_flags import adopt_trained_flags, as_words
 from Models.arguments import add_model_arguments
-from utils import InputError, make_parser
+from utils import InputError
 
 TRAINED = {
     "dataset": "fc100",

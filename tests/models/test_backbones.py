@@ -12,6 +12,7 @@ from helpers import normal_images, relative, succeed
 from torch import nn
 from torch.nn import functional as F
 
+from command_line import make_parser
 from dataloader.arguments import add_data_arguments
 from engine.arguments import encoder_suffix
 from Models import DeepEMD, timm_encoder
@@ -19,7 +20,7 @@ from Models.arguments import add_model_arguments, add_weights_arguments, build_m
 from Models.backbones import make_encoder, plan_backbone
 from Models.conv4 import Conv4
 from Models.weights import load_encoder_weights
-from utils import InputError, make_parser
+from utils import InputError
 
 timm = pytest.importorskip("timm")
 TimmEncoder = timm_encoder.TimmEncoder

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import deepemd
+from Models import DeepEMD
 from Models.emd import emd
 from predict import as_json, main
 from utils import InputError
@@ -144,6 +146,25 @@ def test_a_probability_is_between_0_and_1(model, abstain):
 def test_bad_models_are_one_sentence(source, flags, message):
     with pytest.raises(InputError, match=message):
         deepemd.load(source, **{"device": "cpu", **flags})
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
+def test_the_examples_of_the_documentation_run(own_images, tmp_path, monkeypatch, capsys, page):
+    """The blocks that a page begins with ``import deepemd``, and those that follow from it, on a run in the place they name."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    blocks = [block for block in blocks if "deepemd" in block or "match" in block.split("=")[0]]
+    run = tmp_path / re.search(r'load\("(.*?)"\)', blocks[0]).group(1)
+    run.mkdir(parents=True)
+    torch.save({"params": DeepEMD().encoder.state_dict()}, run / "max_acc.pth")
+    (run / "run.json").write_text(json.dumps({"flags": {"image_size": 32, "kshot": "mean"}}))
+    (tmp_path / "my_support").symlink_to(own_images / "support")
+    (tmp_path / "my_images").symlink_to(own_images / "query" / "bee")
+    for name, file in zip(("a.jpg", "b.jpg"), sorted((own_images / "query" / "ant").iterdir()), strict=True):
+        (tmp_path / name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    exec("".join(blocks), {})
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert (tmp_path / "match.png").exists() == (page == "docs/api.md")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from utils import InputError, printable, read_json
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
+        return action.help if action.default in (None, False, "", []) else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,12 +28,12 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*args, **settings)
         # Called with the parsed flags, in this order: they fill in defaults that depend on other flags, and check those that do.
         self.completions: list[Callable[[argparse.Namespace], None]] = []
-        text = "take flags that are not given from a JSON file: a run.json, a package's config.json, or {flag: value}"
-        # Not in the namespace: the flags that it stands for are.
+        text = "take flags that are not given from a JSON file: run.json, results.json, a package's config.json, or {flag: value}"
+        # SUPPRESS, as the flags in the file are in the namespace, not the file.
         self.add_argument("-config", metavar="FILE", default=argparse.SUPPRESS, help=text)
 
     def parse_args(self, args: Any = None, namespace: Any = None, *, defaults: Any = None) -> argparse.Namespace:
-        """As argparse does it; ``defaults``, by flag, take the place of the parser's own, and those of ``-config`` of both."""
+        """As in argparse; ``defaults``, by flag, replace the parser's own, and the flags in ``-config`` files replace both."""
         words, configured = self._configured(args)
         values, actions = {**(defaults or {}), **configured}, self.actions(words)
         before = {name: (actions[name].default, actions[name].required) for name in values}
@@ -64,7 +64,7 @@ class _Parser(argparse.ArgumentParser):
         return []  # allow_abbrev=False covers flags with two dashes only: -k would still be read as -kshot
 
     def actions(self, argv: Sequence[str] | None) -> dict[str, argparse.Action]:
-        """The flags by name, with those of the command that a command line chooses."""
+        """The flags by name, with those of the subcommand that the command line names."""
         found, words = {}, sys.argv[1:] if argv is None else argv
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
@@ -91,7 +91,7 @@ class _Parser(argparse.ArgumentParser):
             else:
                 words.append(word)
         known, flags = self.actions(words), {word.partition("=")[0] for word in words}
-        for file in files if known else ():  # without a command, which is an error, there are none
+        for file in files if known else ():  # without a subcommand, which is an error, there are none
             read = self._read_config(file, known, {name for name in known if flags & set(known[name].option_strings)})
             configured |= read
         return words, configured
@@ -115,7 +115,7 @@ class _Parser(argparse.ArgumentParser):
             left_out = {*unknown, *OF_ONE_START, *(SCRIPT_FLAGS if is_other else ())}
             kept = set(TRAINED_FLAGS if is_package else flags) - left_out
             flags = {name: flags[name] for name in flags if name in kept}
-        try:  # what is null or false is not given; 0 is a value
+        try:  # null and false mean not given; 0 is a value
             flags = {name: value for name, value in flags.items() if value not in (None, []) and value is not False}
             names = flags.keys() - given
             return {name: flag_value(known[name], flags[name], is_of_package=is_package) for name in names}
@@ -123,7 +123,7 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"-config {file}: {printable(str(error))}")
 
 
-# Flags that weights should be used with as they were trained. Those of one view mean nothing to another.
+# Flags with which weights should be used as they were trained. Those of one view have no meaning for another.
 VIEW_FLAGS = ("patch_list", "patch_ratio", "num_patch", "feature_pyramid", "map_size")
 TRAINED_FLAGS = (
     *("dataset", "backbone", "backbone_layer", "deepemd", "image_size", "interpolation", *VIEW_FLAGS),
@@ -136,7 +136,7 @@ SCRIPT_FLAGS = ("set", "sfc_lr", "max_epoch", "bs", "lr", "step_size", "gamma", 
 
 
 def flag_value(action: argparse.Action, value: Any, *, is_of_package: bool = False) -> Any:
-    """A value from a JSON file as the flag's action would have it; ValueError, which names the flag, if it is refused."""
+    """A value from a JSON file, parsed as on the command line; ValueError, which names the flag, if it is refused."""
     if is_of_package and re.match(r"timm:(hf[-_]hub|local-dir):", str(value)):
         raise ValueError(f"-{action.dest}: {value} is at another place. If you trust it, give it on the command line")
     if value is None and action.default is None or action.nargs in (0, "?") and isinstance(value, bool):

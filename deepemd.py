@@ -56,7 +56,7 @@ def load(source: str | Path, *, device: str | int | torch.device | None = None, 
     Args:
         source: whatever ``-model_dir`` takes (a run folder, a checkpoint, a package, ``hf://owner/name``), or a backbone with
             the weights it comes with, such as ``timm:NAME``.
-        device: ``"cpu"``, ``"cuda"``, or the number of a GPU, also as ``"cuda:1"``. None: a GPU if there is one.
+        device: ``"cpu"``, ``"cuda"``, or the number of a GPU, also as ``"cuda:1"``. None for a GPU if there is one.
         flags: flags of ``predict.py`` by name, as in ``norm="standard"``; they override those of the run or package.
 
     InputError for a source that cannot be loaded, or flags that ``predict.py`` would not accept.
@@ -84,20 +84,20 @@ def add_model_flags(parser: ArgumentParser) -> None:
 
 
 class Prototypes(NamedTuple):
-    """What the classes are represented by."""
+    """What represents the classes."""
 
     nodes: Tensor  # (W, C, N)
     classes: list[str]  # W names
-    examples: list[ViewedImage]  # W images that show the classes in pictures
+    examples: list[ViewedImage]  # W images that are drawn for the classes
     files: list[str]  # the names of their files
 
 
 class Answer(NamedTuple):
-    """What was found for an image: its classes by falling probability."""
+    """The classification of an image: its classes by descending probability."""
 
     file: str
     ranking: list[tuple[str, float]]
-    cost: float | None  # per unit of mass, of the match with the best class; None for a head that moves nothing
+    cost: float | None  # per unit of mass, of the match with the best class; None for a head without a matching
     viewed: ViewedImage
     nodes: Tensor  # (C, N)
     abstain: float = 0.0
@@ -121,7 +121,7 @@ class Match(NamedTuple):
     """How the nodes of one image were matched with those of another."""
 
     nodes: tuple[Tensor, Tensor]  # (C, M) and (C, N)
-    weights: tuple[Tensor, Tensor]  # (M,) and (N,), each with the sum M
+    weights: tuple[Tensor, Tensor]  # (M,) and (N,), each of which sums to M
     flow: Tensor  # (M, N)
     similarity: Tensor  # (M, N)
     logit: float
@@ -157,7 +157,7 @@ class Model(NamedTuple):
     ) -> tuple[Model, str]:
         """The model that the flags of :func:`add_model_flags` describe, and what its weights are (a path, or "none").
 
-        ``needs_statistics``: give it the statistics that its ``-norm`` needs.
+        ``needs_statistics``: also get the statistics that its ``-norm`` needs.
         """
         network, weights = open_model(args, device=device, device_ids=device_ids, **pixel_statistics(args))
         if needs_statistics:
@@ -177,7 +177,7 @@ class Model(NamedTuple):
             queries: images, or folders of them at any depth.
             abstain: the probability below which an answer has no class.
 
-        InputError for images that cannot be read, or no images.
+        InputError if images cannot be read, or there are none.
         """
         if not isinstance(abstain, int | float) or not 0 <= abstain <= 1:
             raise InputError(f"abstain is a probability, from 0 to 1; got {abstain!r}")
@@ -207,7 +207,7 @@ class Model(NamedTuple):
 
     @torch.no_grad()
     def prototypes(self, support: str | Path | Mapping[str, Pictures]) -> Prototypes:
-        """What stands for the classes of ``support``, as for :meth:`classify`. One image stands for a class by itself."""
+        """The prototypes of the classes of ``support``, as for :meth:`classify`. A single example is its class's prototype."""
         images, labels, classes = _examples(support)
         nodes = torch.cat([self.encode_viewed(viewed) for _, viewed in self.read_all(images)])  # (S, C, N)
         label = torch.tensor(labels)
@@ -282,7 +282,7 @@ class Model(NamedTuple):
         return encode_images(self.network, torch.stack([one.pixels for one in viewed]), device=self.device)
 
     def panels(self, viewed: ViewedImage, nodes: int) -> list[Panel]:
-        """What is drawn of an image that became so many nodes."""
+        """What is drawn of an image with this number of nodes."""
         return panels_of(viewed, self.view, nodes, self.network.feature_pyramid)
 
 

@@ -43,7 +43,7 @@ from utils import InputError, file_hash, named_generator, read_json, run_script,
 
 CARD, PICTURE, GRAPH = "README.md", "match.png", "encoder.onnx"
 FILES = (PACKAGE_WEIGHTS, CARD, PICTURE, GRAPH, PACKAGE_CONFIG)  # in the order in which they are put in a package
-# What a package tells of an evaluation: the flags that decide its result, and name no file of its author.
+# What a package records of an evaluation: the flags that decide its result, none of which names a file.
 OF_HEAD = tuple(name for name in OF_DEEPEMD if name not in ("map_size", "feature_pyramid"))
 OF_EVALUATION = (*TRAINED_FLAGS, *OF_HEAD, "set", "way", "shot", "query", "seed", "test_episode", "fixed_patches")
 PROBE = {"way": 5, "shot": 1, "query": 4}  # the episode that a package is checked on
@@ -139,7 +139,7 @@ def describe(args: Namespace, model: DeepEMD, weights: Path, stored: Path) -> di
 
 
 class Probe(NamedTuple):
-    """An episode, support first, that shows what a package computes."""
+    """An episode, support first, on which the package is compared with the model."""
 
     pixels: Tensor  # (W + Q, 3, S, S) or (W + Q, P, 3, S, S), uint8
     viewed: list[ViewedImage]  # what is drawn; none for random pixels
@@ -148,14 +148,14 @@ class Probe(NamedTuple):
 
     @torch.no_grad()
     def measure(self, model: DeepEMD, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The nodes ``(W + Q, C, N)`` and the logits ``(Q, W)``, by the solver that is at hand everywhere."""
+        """The nodes ``(W + Q, C, N)`` and the logits ``(Q, W)``, by the model's solver."""
         nodes = encode_images(model.folded(), self.pixels, device=device)
         way = PROBE["way"]
         return nodes, model.match(nodes[:way], nodes[way:], way=way, shot=1)
 
 
 def make_probe(args: Namespace, view: View) -> Probe:
-    """An episode of the test split if the data set is at hand; random pixels otherwise."""
+    """An episode of the test split if the data set is there; random pixels otherwise."""
     way, count = PROBE["way"], PROBE["way"] * (1 + PROBE["query"])
     try:
         dataset = data.open_dataset(args, "test", train=False)
@@ -163,7 +163,7 @@ def make_probe(args: Namespace, view: View) -> Probe:
         items = data.draw_episodes(shape, dataset, 1, seed=args.seed, name="test")[0]
         viewed = view_items(dataset, items)
     except InputError as error:
-        status(f"{args.dataset} is not at hand: checked on random images, and no picture ({error})")
+        status(f"{args.dataset} is not there: checked on random images, and no picture ({error})")
         shape = (count, *(view.patches,) * (args.deepemd != "fcn"), 3, args.image_size, args.image_size)
         pixels = torch.randint(0, 256, shape, generator=named_generator(args.seed, "export"), dtype=torch.uint8)
         return Probe(pixels, [], [], f"{count} random images")
@@ -173,7 +173,7 @@ def make_probe(args: Namespace, view: View) -> Probe:
 
 
 def draw_picture(probe: Probe, model: DeepEMD, view: View, device: torch.device, path: Path, title: str) -> bool:
-    """Draw the query that is classified right with the least doubt; False where there is nothing to draw."""
+    """Draw the correctly classified query with the highest probability; False where there is nothing to draw."""
     if not probe.viewed or model.settings.head != "deepemd":
         return False
     episode = match_episode(model.folded(), view, probe.viewed, way=PROBE["way"], shot=1, device=device)
@@ -206,11 +206,11 @@ def write_graph(model: DeepEMD, probe: Probe, nodes: Tensor, path: Path) -> str:
     network = _Nodes(model.folded()).eval().cpu()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the tracing, which sees one shape
+            warnings.simplefilter("ignore")  # the tracer warns that it sees one shape only
             torch.onnx.export(network, (probe.pixels[:2],), str(path), opset_version=17, dynamo=False, **names)
             session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
             found = torch.from_numpy(session.run(None, {"images": probe.pixels.numpy()})[0])
-    except Exception as error:  # an operation that ONNX or onnxruntime does not have, in the words of three libraries
+    except Exception as error:  # an operation that ONNX or onnxruntime lacks; three libraries raise errors of their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"-onnx: this encoder cannot be written as a graph ({reason}). Leave -onnx out") from error
     error, largest = float((found - nodes.cpu()).abs().max()), float(nodes.abs().max())
@@ -225,7 +225,7 @@ def write_graph(model: DeepEMD, probe: Probe, nodes: Tensor, path: Path) -> str:
 def card(args: Namespace, config: dict[str, Any], name: str, notes: Sequence[str], *, has_picture: bool) -> str:
     """The README.md of a package, as the Hub reads it."""
     picture = f"![A query, its classes, and what was matched with what]({PICTURE})\n\n"
-    picture += "The query of a test episode that was classified right with the least doubt.\n\n"
+    picture += "The query of a test episode that was classified correctly with the highest probability.\n\n"
     flags, versions = config["flags"], (f"{library} {version}" for library, version in config["versions"].items())
     trained = as_words({key: value for key, value in flags.items() if value is not None})
     parameters = config["weights"]["parameters"] / 1e6
@@ -290,7 +290,7 @@ def _metadata(config: dict[str, Any], name: str) -> str:
 
 def _table(config: dict[str, Any]) -> str:
     if not config["results"]:
-        return "None are recorded. `python eval.py` measures them, and `export.py -results` puts them here."
+        return "None are recorded. `python eval.py` measures them, and `export.py -results` adds them."
     lines = ["Accuracy in percent over episodes, with its 95 % interval.\n"]
     lines += [
         "| data set | split | task | head | episodes | accuracy | further flags |",
@@ -312,7 +312,7 @@ def _table(config: dict[str, Any]) -> str:
 
 
 def _further(config: dict[str, Any], row: dict[str, Any]) -> str:
-    """The flags of an evaluation that have no column of their own, where they are neither usual nor the package's."""
+    """The flags of an evaluation that have no column of their own, where they are neither defaults nor the package's."""
     usual = {**vars(build_parser().parse_args(["-out", "."])), **config["flags"], "query": 15, "seed": 1}
     others = [key for key in row["flags"] if key not in ("dataset", "set", "way", "shot", "head", "test_episode")]
     pairs = [(as_words({key: row["flags"][key]}), as_words({key: usual.get(key)})) for key in others]
@@ -338,7 +338,7 @@ def write_weights(model: DeepEMD, path: Path, *, half: bool) -> None:
 
 
 def write_package(args: Namespace, folder: Path, model: DeepEMD, weights: Path, device: torch.device) -> list[str]:
-    """Write all files of a package to a folder, and read the weights back; what to print about it."""
+    """Write all files of a package to a folder, and read the weights back; return what to print about it."""
     view = data.view_of(args, train=False)
     write_weights(model, folder / PACKAGE_WEIGHTS, half=args.half)
     config = describe(args, model, weights, folder / PACKAGE_WEIGHTS)
@@ -358,7 +358,7 @@ def write_package(args: Namespace, folder: Path, model: DeepEMD, weights: Path, 
         elif "logit_change" in before:
             note += f": logits changed by at most {before['logit_change']:.2g} when it was made"
         if any(row["weights"] != config["weights"]["sha256"] for row in config["results"]):
-            note += ". Results are those of the weights before"
+            note += ". The results were measured before the conversion"
         notes.append(note)
         config["weights"]["logit_change"] = before.get("logit_change", change)
         write_json(folder / PACKAGE_CONFIG, config)
@@ -373,11 +373,11 @@ def write_package(args: Namespace, folder: Path, model: DeepEMD, weights: Path, 
 
 
 def put(folder: Path, out: Path) -> None:
-    """Move a complete package to its place; until then what was there before is intact."""
+    """Move a complete package to its place; until then the earlier one stays intact."""
     if not out.exists():
         folder.rename(out)
         return
-    (out / PACKAGE_CONFIG).unlink(missing_ok=True)  # the last to arrive: without it, a package is refused
+    (out / PACKAGE_CONFIG).unlink(missing_ok=True)  # it is moved last: without it, a package is refused
     for name in FILES:
         if (folder / name).exists():
             (folder / name).replace(out / name)
@@ -400,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, weights = open_model(args, device=device, device_ids=device_ids[:1], **data.pixel_statistics(args))
     source = {"open_train": partial(data.open_base_images, args), "num_workers": loader_processes(args)}
     prepare_statistics(args, model, weights, device=device, **source)
-    # A package that was half precision stays it: its weights have no more digits.
+    # A package in half precision stays so: its weights have no more digits.
     args.half |= is_package(Path(weights)) and read_config(Path(weights))["weights"].get("dtype") == "float16"
     model = model.eval()
     folder = Path(os.path.abspath(out)).parent / f".{out.name}-{uuid.uuid4().hex}.part"

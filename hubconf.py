@@ -23,7 +23,7 @@ def deepemd(source: str, *, device: str | None = None, **flags: _Any) -> _Any:
 
 
 def resnet12(pretrained: str | None = None, **settings: _Any) -> _Any:
-    """The encoder of the paper, ``(B, 3, H, W)`` to ``(B, 640, H // 16, W // 16)``, with random weights or those of a file.
+    """The encoder of the paper, ``(B, 3, H, W)`` to ``(B, 640, H // 16, W // 16)``, with random or given weights.
 
     ``pretrained`` is a checkpoint, a run, or a package, which brings its mean and deviation of the pixels; settings are those of
     :class:`Models.encoder.Encoder`.

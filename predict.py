@@ -47,7 +47,7 @@ def build_parser() -> ArgumentParser:
     count = number_at_least(1, int)
     parser = make_parser(__doc__)
     group = parser.add_argument_group("what is classified by what")
-    group.add_argument("-support", metavar="DIR", help="examples, as DIR/<class>/<image>; classes may differ in number")
+    group.add_argument("-support", metavar="DIR", help="examples, as DIR/<class>/<image>, any number for each class")
     kept = "instead of -support: a file that -save wrote, with the same weights and flags"
     group.add_argument("-prototypes", metavar="FILE", help=kept)
     group.add_argument("-query", nargs="+", default=[], metavar="PATH", help="images, or folders of them at any depth")

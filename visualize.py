@@ -68,7 +68,7 @@ def build_parser() -> ArgumentParser:
     added = command("compare", "compare evaluations, episode by episode if they used the same episodes")
     files = "results.json of eval.py or train_meta.py; the first is the base"
     added.add_argument("files", nargs="+", metavar="FILE", help=files)
-    names = "names of the evaluations, as in before,after (default: what tells the paths apart)"
+    names = "names of the evaluations, as in before,after (default: what distinguishes the paths)"
     added.add_argument("-names", type=lambda text: text.split(","), metavar="NAMES", help=names)
     added = command("confusion", "draw which classes an evaluation took for which")
     added.add_argument("file", metavar="FILE", help="results.json of eval.py or train_meta.py")

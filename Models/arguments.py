@@ -57,14 +57,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
     group.add_argument("-head", type=head_choice, default="deepemd", help=heads, **named)
     group.add_argument("-temperature", type=rate, default=12.5, help="scale of the logits; proto has none")
     group.add_argument("-metric", choices=METRICS, default="cosine", help="deepemd, chamfer: similarity of two nodes")
-    norms = f"what is done to nodes before they are compared. {_words(NORMS)}. center changes deepemd and chamfer alone"
+    norms = f"what is done to nodes before they are compared. {_words(NORMS)}. center changes only deepemd and chamfer"
     group.add_argument("-norm", choices=NORMS, default="center", help=norms)
-    source = "norm base and standard: a file of statistics, or a folder of images that are not classified, at any depth, to take"
-    source += f" them from (default: {STATISTICS_FILE} beside the weights, else 20 images of each training class)"
+    source = "norm base and standard: a file of statistics, or a folder of images (at any depth, not those that are classified) "
+    source += f"to compute them from (default: {STATISTICS_FILE} beside the weights, else 20 images per training class)"
     group.add_argument("-statistics", metavar="FOLDER|FILE", help=source)
     weights = f"deepemd, chamfer: weights of the nodes. {_words(WEIGHTS)}"
     group.add_argument("-weights", choices=WEIGHTS, default="cross", help=weights)
-    power = "cross: power that the weights are raised to"
+    power = "weights cross: power that they are raised to"
     group.add_argument("-weight_power", type=number_between(0, 10, float), default=1.0, help=power)
     sizes = "fcn only: sizes of further maps that the feature map is pooled to, as in 2,1 (default: none)"
     group.add_argument("-feature_pyramid", type=whole_numbers, metavar="SIZES", help=sizes)
@@ -90,7 +90,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
     shown = {"metavar": "NAME[:MODEL]", "default": "resnet12"}
     summaries = {name: backbone.summary for name, backbone in BACKBONES.items()}
     group.add_argument("-backbone", type=_backbone, help=_words(summaries), **shown)
-    layer = "timm: whose map is used, as in -2 for the last but one (default: the last)"
+    layer = "timm: layer whose map is used; -2 is the last but one (default: the last)"
     group.add_argument("-backbone_layer", type=number_between(-1000, 1000, int), metavar="LAYER", help=layer)
     weights = "timm: a file (.pth, .safetensors), hub for the published weights, none for random ones "
     weights += "(default: hub, unless the weights come from a checkpoint of this project)"

@@ -22,7 +22,7 @@ NORMS = {
     "center": "subtract each node's own mean over channels",
     "none": "leave the nodes as they are",
     "base": "subtract the mean node of training images",
-    "standard": "subtract it, and divide by the deviation of their nodes, channel by channel",
+    "standard": "as base, then divide each channel by its standard deviation over training nodes",
 }
 WEIGHTS = {"cross": "by cross-reference, on the nodes as the encoder gives them", "uniform": "the same for every node"}
 

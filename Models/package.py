@@ -21,26 +21,26 @@ from utils import BEST_WEIGHTS, InputError, file_hash, printable, read_json, sta
 
 FORMAT = 1  # of config.json
 PACKAGE_WEIGHTS, PACKAGE_CONFIG = "model.safetensors", "config.json"
-# What scripts read of config.json, of its weights, and of each of its results, beside mean and std.
+# The types of what scripts read from config.json, its weights and each of its results, besides mean and std.
 _ENTRIES = {"flags": dict, "backbone": str, "results": list, "weights": dict}
 _ENTRIES |= {"data": dict | None, "versions": dict | None, "license": str | None}
 _WEIGHTS = {"sha256": str, "checkpoint": str | None, "logit_change": float | None}
 _RESULT = {"flags": dict, "dataset": str, "set": str, "way": int, "shot": int, "episodes": int}
 _RESULT |= {"accuracy": float, "interval": float}
 _TWICE = {"backbone": "backbone", "view": "deepemd", "image_size": "image_size"}  # entries that are also flags
-STATISTICS = "base_statistics."  # what the keys of the base classes' mean and deviation begin with
+STATISTICS = "base_statistics."  # prefix of the keys of the training nodes' mean and deviation
 _REPOSITORY = re.compile(r"hf://([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?")
 _LOCAL = re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])[:/]")
 
 
 @lru_cache
 def locate(source: str) -> Path:
-    """The file or folder that ``-model_dir`` names; what is not here is downloaded once, and kept.
+    """The file or folder that ``-model_dir`` names; anything remote is downloaded once, and kept.
 
     ``hf://owner/name[@revision]`` is a package on the Hugging Face Hub, whose library honours ``HF_ENDPOINT``, ``HF_TOKEN``
     and ``HF_HUB_OFFLINE``; ``https://...#sha256=...`` is a file of weights. Anything else is a path.
 
-    InputError for a name or an address that cannot be used, and whatever prevents the download.
+    InputError for a name or an address that cannot be used, and for a download that fails.
     """
     if source.startswith("hf://"):
         return _from_hub(source)
@@ -64,7 +64,7 @@ def is_package(weights: Path) -> bool:
 
 
 def read_config(weights: Path) -> dict[str, Any]:
-    """The ``config.json`` of the package whose weights these are; InputError if it is missing, damaged or another one."""
+    """The ``config.json`` of the package whose weights these are; InputError if it is missing, damaged or of another kind."""
 
     def check(config: Any) -> dict[str, Any]:
         if config["format"] != FORMAT:
@@ -97,7 +97,7 @@ def read_config(weights: Path) -> dict[str, Any]:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; of a package, they must be those that its config.json describes.
 
-    InputError if the file is damaged, or another one.
+    InputError if the file is damaged, or not that of the package.
     """
     try:
         from safetensors.torch import load
@@ -111,7 +111,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             raise InputError(f"{fault}. Delete it, and get or export it again")
     try:
         return load(content)
-    except Exception as error:  # of the library, or whatever a damaged header makes of it
+    except Exception as error:  # a damaged header can raise anything in the library
         raise InputError(f"{path} is damaged, or not a safetensors file ({printable(str(error))[:150]})") from error
 
 
@@ -127,7 +127,7 @@ def _from_hub(source: str) -> Path:
         from huggingface_hub import hf_hub_download, logging
     except ImportError as error:
         raise InputError(f"{source} requires the Hub's library: pip install huggingface_hub") from error
-    logging.set_verbosity_error()  # it tries again for half a minute, and reports every attempt
+    logging.set_verbosity_error()  # it retries for half a minute, and reports every attempt
     name, revision = found.groups()
     server = {"endpoint": (os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None}
     with _hub_errors(source):
@@ -137,7 +137,7 @@ def _from_hub(source: str) -> Path:
     except InputError as error:
         raise InputError(f"{source} is no package of export.py that this version reads: {error}") from error
     with _hub_errors(source):
-        # Of the same commit, which is the name of the folder, should the branch have moved on.
+        # From the same commit, which names the folder: the branch may have moved on.
         return Path(hf_hub_download(name, PACKAGE_WEIGHTS, revision=config.parent.name, **server)).parent
 
 

@@ -119,7 +119,7 @@ def fit_prototypes(
     # SGD moves nodes as the head compares them: with the norms base and standard, in their space and in units of the usual length
     # of a node. There, one learning rate fits all encoders, and no channel of a tiny deviation gets huge steps.
     statistics = needed_statistics(settings.norm, settings.statistics, support.shape[-2])
-    shift, unit = statistics.unit_frame(settings.norm, support) if statistics else (0.0, 1.0)
+    shift, unit = statistics.unit_shift_and_scale(settings.norm, support) if statistics else (0.0, 1.0)
     moved = ((start - shift) / unit if statistics else start.clone()).requires_grad_()
     optimizer = torch.optim.SGD([moved], fit.lr, MOMENTUM, DAMPENING, fit.weight_decay)
 

@@ -1,8 +1,8 @@
 """Mean and deviation of the nodes of training images, channel by channel: what ``-norm base`` and ``standard`` subtract and
 divide by.
 
-They come from images of the training classes, never from those that are classified: statistics of test images would be
-knowledge that a classifier of single images does not have. C channels, N nodes, B any batch.
+They come from images of the training classes, never from those that are classified: a classifier that sees one image at a time
+cannot know the statistics of the test images. C channels, N nodes, B any batch.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ from torch import Tensor
 from utils import InputError, write_atomically
 
 OF_STATISTICS = ("base", "standard")  # the norms that need them
-# The least deviation of a channel, as a part of the mean one. A channel may be 0 on all training images, behind a ReLU.
+# The smallest deviation of a channel, as a fraction of the mean one: behind a ReLU, a channel may be 0 on all training images.
 DEVIATION_FLOOR = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class NodeStatistics:
-    """Mean and deviation ``(C,)`` of nodes. ValueError unless they are finite, of one length, and the deviation above 0."""
+    """Mean and deviation ``(C,)`` of nodes. ValueError unless they are finite, of the same length, and all deviations above 0."""
 
     mean: Tensor
     deviation: Tensor
@@ -42,10 +42,10 @@ class NodeStatistics:
 
     @classmethod
     def of(cls, nodes: Tensor | Iterable[Tensor]) -> "NodeStatistics":
-        """Those of nodes ``(B, C, N)``, or of batches of them, over images and nodes; the deviation is the population's.
+        """Those of nodes ``(B, C, N)``, or of batches of them, over images and nodes; the deviation is that of the population.
 
-        A deviation below :data:`DEVIATION_FLOOR` times the mean one is raised to that. ValueError without nodes, or if all
-        nodes are the same.
+        A deviation below :data:`DEVIATION_FLOOR` times the mean one is raised to that. ValueError if there are no nodes, or
+        if all nodes are the same.
         """
         count, total, squares = 0, 0.0, 0.0
         for batch in [nodes] if isinstance(nodes, Tensor) else nodes:
@@ -63,8 +63,8 @@ class NodeStatistics:
 
     @classmethod
     def read(cls, path: Path) -> "NodeStatistics":
-        """From a file of :meth:`write`, or any with arrays ``mean`` and ``deviation``; InputError for another file."""
-        needed = "the arrays mean and deviation, one number a channel"
+        """From an .npz file with the arrays ``mean`` and ``deviation``, as :meth:`write` makes; InputError for others."""
+        needed = "the arrays mean and deviation, one number per channel"
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(*(torch.from_numpy(arrays[name]).float() for name in ("mean", "deviation")))
@@ -89,14 +89,14 @@ class NodeStatistics:
     def sha256(self) -> str:
         return hashlib.sha256(torch.cat([self.mean, self.deviation]).cpu().numpy().tobytes()).hexdigest()
 
-    def frame(self, norm: str, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """``(C, 1)`` each, in format and on the device of ``nodes (..., C, N)``: what ``norm`` subtracts and divides by."""
+    def shift_and_scale(self, norm: str, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """``(C, 1)`` each, with the type and device of ``nodes (..., C, N)``: what ``norm`` subtracts and divides by."""
         mean, deviation = (part.to(nodes).unsqueeze(-1) for part in (self.mean, self.deviation))
         return mean, deviation if norm == "standard" else torch.ones_like(deviation)
 
-    def unit_frame(self, norm: str, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`frame`, but divided by so much more that a training node has the length 1 (its mean square is 1)."""
-        mean, scale = self.frame(norm, nodes)
+    def unit_shift_and_scale(self, norm: str, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`shift_and_scale`, with a larger divisor: the squared length of training nodes is then 1 on average."""
+        mean, scale = self.shift_and_scale(norm, nodes)
         length = scale.new_tensor(len(scale)).sqrt() if norm == "standard" else self.deviation.to(nodes).norm()
         return mean, scale * length
 
@@ -104,7 +104,7 @@ class NodeStatistics:
 def needed_statistics(
     norm: str, statistics: NodeStatistics | None, channels: int | None = None
 ) -> NodeStatistics | None:
-    """The statistics if ``norm`` needs any, else None; InputError if it does and there are none, or of other ``channels``."""
+    """The statistics if ``norm`` needs any, else None; InputError if there are none, or those of other ``channels``."""
     if norm not in OF_STATISTICS:
         return None
     if statistics is None:
@@ -121,5 +121,5 @@ def normalised(nodes: Tensor, norm: str, statistics: NodeStatistics | None) -> T
     needed = needed_statistics(norm, statistics, nodes.shape[-2])
     if needed is None:
         return nodes
-    shift, scale = needed.frame(norm, nodes)
+    shift, scale = needed.shift_and_scale(norm, nodes)
     return (nodes - shift) / scale if norm == "standard" else nodes - shift

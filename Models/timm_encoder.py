@@ -22,16 +22,16 @@ from Models.encoder import Encoder, Plan
 from utils import InputError, first_few, load_plain, printable, status
 
 LARGEST_DEFAULT = 224  # pixels: networks made for larger images take these by default
-MAP_SIZE = 5  # more nodes than 5 x 5 cost time and were never better
-ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")  # names that lead to a configuration outside of the library
-# What timm calls a resize, by the names of dataloader.views; others, such as "random", are done bicubically.
+MAP_SIZE = 5  # more than 5 x 5 nodes took longer and were never better
+ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")  # names of models whose configuration is not in the library
+# Timm's names that dataloader.views has too. For others, such as "random", bicubic is used.
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
-CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # of the weights in a checkpoint
+CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys under which checkpoints keep their weights
 
 
 @dataclass(frozen=True)
 class _Network:
-    """What is known of a network without its weights."""
+    """What is known about a network without its weights."""
 
     image_size: int  # that it was made for
     patch: int | None  # that an image size must be a multiple of
@@ -46,16 +46,16 @@ class _Network:
 class TimmEncoder(Encoder):
     """A network of timm, images ``(B, 3, S, S)`` to the map ``(B, C, h, w)`` of one of its layers.
 
-    Prefix tokens are dropped, and pixels are normalised as the network was trained.
+    Class and register tokens are dropped, and pixels are normalised as the network was trained.
 
     Args:
         model: its name, with or without a tag, or ``hf-hub:OWNER/NAME``, or ``local-dir:FOLDER``.
-        image_size: pixels along an edge, None for those of :meth:`plan`; many transformers then take no other.
+        image_size: pixels along an edge, None for the default of :meth:`plan`; many transformers then accept no other.
         layer: index in ``forward_intermediates``, as in -2; None for the last.
         weights: a file (.pth, .safetensors), "hub" for the published ones, or "none" for random ones.
         amp, checkpoint_activations: as for :class:`Models.encoder.Encoder`.
 
-    InputError if timm is missing, the name unknown, the size or the layer impossible, or the weights those of another network.
+    InputError if timm is missing, the name unknown, the size or the layer impossible, or the weights not those of this network.
     """
 
     summary = "a network of the timm library, as in timm:vit_small_patch14_dinov2.lvd142m"
@@ -102,7 +102,7 @@ class TimmEncoder(Encoder):
         network, index = _network(model), _index(model, layer)
         quick = min(LARGEST_DEFAULT, network.image_size)
         quick = quick - quick % (network.patch or 1) or quick
-        sizes = [image_size] if image_size else [quick, network.image_size]  # which some networks insist on
+        sizes = [image_size] if image_size else [quick, network.image_size]  # some networks accept only their own size
         for size in sizes:
             try:
                 edge, _ = _probe(model, size, index)
@@ -114,7 +114,7 @@ class TimmEncoder(Encoder):
 
     @classmethod
     def build(cls, model: str = "", *, weights: str | None = None, mean: Any = None, std: Any = None, **settings: Any):
-        # The statistics of a data set mean nothing to a network that was trained on another.
+        # The network was trained with its own mean and std, not those of the data set.
         return cls(model, weights=weights or "hub", **settings)
 
     def identity(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _timm() -> ModuleType:
 
 
 def _check_name(model: str) -> None:
-    """Raise InputError unless timm knows a network of this name, with its tag; asks nobody."""
+    """Raise InputError unless timm knows a network of this name, with its tag; needs no connection."""
     timm = _timm()
     if model.startswith(ELSEWHERE):
         return
@@ -186,7 +186,7 @@ def _index(model: str, layer: int | None) -> int:
 def _probe(model: str, size: int, index: int) -> tuple[int, tuple[tuple[str, Any], ...]]:
     """Cells along an edge of the map of a layer, and the arguments of ``forward_intermediates`` that give it.
 
-    InputError for images that the network does not take.
+    InputError for an image size that the network does not accept.
     """
     network = _network(model)
     if network.patch and size % network.patch and network.is_fixed:
@@ -216,7 +216,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _bare(model: str, **settings: Any) -> nn.Module:
-    """A network without numbers, for its shapes, where timm can build it so; draws nothing from the generator."""
+    """A network for its shapes alone: on the meta device where timm can build it there. Leaves the random state as it is."""
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
@@ -246,7 +246,7 @@ def _create(model: str, *, pretrained: bool = False, **settings: Any) -> nn.Modu
 
 @contextmanager
 def _hub_reachable() -> Iterator[None]:
-    """The hub's client does not try for a minute to reach it, if its name cannot be resolved."""
+    """Set the hub's client offline if the host cannot be resolved: it would retry for a minute."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -272,7 +272,7 @@ def _checkpoint_activations(network: nn.Module, name: str) -> None:
 
 
 def _load(network: nn.Module, name: str, path: Path) -> None:
-    """Load the weights of a file that timm reads, resampled for another image size; all of them, and no others."""
+    """Load the weights in a file as timm does, resampled for another image size; none may be missing or unknown."""
     given, own = _read(path), network.state_dict()
     # What timm itself does to the files of other libraries, and to the position tables of other image sizes.
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", lambda tensors, _: tensors)
@@ -283,7 +283,7 @@ def _load(network: nn.Module, name: str, path: Path) -> None:
         missing, unknown = network.load_state_dict(tensors, strict=False)
         faults = [f"it lacks {first_few(missing)}"] if missing else []
         faults += [f"it has unknown {first_few([printable(key)[:80] for key in unknown])}"] if unknown else []
-    except Exception as error:  # whatever the network says of other shapes or names
+    except Exception as error:  # each network reports other shapes or names in its own way
         faults = [printable(str(error).strip().splitlines()[-1].strip())[:200] if str(error) else type(error).__name__]
     if not faults:
         return

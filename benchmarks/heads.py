@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
 def build_models(
     args: argparse.Namespace, device: torch.device, train_nodes: Tensor | None, own_lr: bool
 ) -> dict[Name, DeepEMD]:
-    """A model for each row, all with one encoder. Norms whose statistics cannot be had are dropped from ``args.norms``.
+    """A model for each row, all with one encoder. Norms whose statistics cannot be computed are dropped from ``args.norms``.
 
     ``train_nodes`` are those of ``-features``. ``own_lr``: each norm has its own learning rate of the prototype fit, as
     ``-sfc_lr`` is not given.

@@ -1,8 +1,8 @@
 """Episodes in a JSON file, so that other programs can evaluate the same ones.
 
 A list of ``{"classes": [...], "support": [[file, ...], ...], "query": [[file, ...], ...]}``: for each class, in the order of
-``classes``, its files, relative to the split. Where views are random, ``view_seeds`` are those of the images, by number in
-class and class, support first; other programs can ignore them.
+``classes``, its files, relative to the split. Where views are random, ``view_seeds`` are those of the images,
+class-interleaved, support first; other programs can ignore them.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ Shape = tuple[int, int, int]  # way, shot, queries per class
 
 
 class NamedImages(Protocol):
-    """What has images with names: an ImageDataset or a FeatureSet."""
+    """A data set whose images have names: an ImageDataset or a FeatureSet."""
 
     labels: Sequence[int]
     class_names: Sequence[str]
@@ -29,13 +29,13 @@ class NamedImages(Protocol):
 
 
 def episodes_digest(episodes: SeededEpisodes | ListedEpisodes) -> str:
-    """A hash of which images episodes consist of; of those of a file, all of them."""
+    """A hash of the images that episodes consist of; for episodes of a file, of all that it lists."""
     listed = getattr(episodes, "indices", None) or [[index for index, _ in episode] for episode in episodes]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def images_digest(dataset: NamedImages) -> str:
-    """A hash of which images a data set has, in which order: by their names, or by their classes where they have none."""
+    """A hash of the images of a data set and their order: by their names, or by their classes where they have none."""
     names = dataset.relative_paths() if dataset.paths else dataset.labels
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
@@ -132,5 +132,5 @@ def _are_names(names: Any) -> bool:
 
 
 def _are_rows(rows: Any, way: int) -> bool:
-    """Whether that is a list of files for each class, as many for each."""
+    """Whether there is a list of files for each class, all of the same length."""
     return isinstance(rows, list) and len(rows) == way and all(map(_are_names, rows)) and len(set(map(len, rows))) == 1

@@ -1,6 +1,6 @@
 """Nodes in a file, from any encoder: what is evaluated instead of images.
 
-A file of numpy (.npz) has the arrays ``nodes (B, C, N)``, or ``(B, C)`` for one node an image, and ``labels (B,)``, whole
+A file of numpy (.npz) has the arrays ``nodes (B, C, N)``, or ``(B, C)`` for one node per image, and ``labels (B,)``, whole
 numbers or names of classes; optionally ``class_names``, by label, ``files (B,)``, relative to the split, and ``train_nodes``
 and ``train_labels``, images of the training classes. Nothing in it is executed.
 """
@@ -35,7 +35,7 @@ class FeatureSet:
     train_labels: list[int] | None = None
     sha256: str = ""  # of the file
 
-    view = FcnView(train=False)  # one patch an image, and the same one every time
+    view = FcnView(train=False)  # one patch per image, always the same
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,9 +63,9 @@ def write_features(path: str | Path, features: FeatureSet) -> None:
 
 
 def read_features(path: str | Path, *, map_size: int = 0) -> FeatureSet:
-    """The content of such a file; InputError for one that cannot be used, which names the array at fault.
+    """The content of a file of nodes; InputError, which names the array at fault, if it cannot be used.
 
-    With ``map_size``, nodes are the cells of a square map, row by row, which is pooled to so many cells along an edge.
+    With ``map_size``, nodes are the cells of a square map, row by row, which is pooled to ``map_size`` cells along an edge.
     """
     try:
         return _parse(_read_arrays(Path(path)), file_hash(path), map_size)
@@ -81,7 +81,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"there is no such file. Write one with -features_out, or with {example}") from None
     except OSError as error:
         raise InputError(f"it cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # whatever another kind of file makes numpy raise
+    except Exception as error:  # numpy can raise anything for another kind of file
         raise InputError(f"it is damaged, or no .npz file of numpy. Write it with {example}") from error
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise InputError(f"it is a single array, not an .npz file of named arrays. Write it with {example}")
@@ -127,7 +127,7 @@ def _parse(arrays: dict[str, np.ndarray], sha256: str, map_size: int) -> Feature
 
 
 def _nodes(arrays: dict[str, np.ndarray], name: str, map_size: int) -> Tensor:
-    """``(B, C, N)``, native float16 or float32, all of them finite; pooled if there is a ``map_size``."""
+    """``(B, C, N)``, float16 or float32 in native byte order, all finite; pooled if there is a ``map_size``."""
     nodes = arrays[name]
     if nodes.dtype.kind != "f":
         raise InputError(f"{name} must hold floating-point numbers; its type is {nodes.dtype}")

@@ -16,8 +16,8 @@ from engine.evaluation import encode_images
 from engine.loading import make_loader, progress_bar, stream
 from utils import STATISTICS_FILE, InputError, named_generator, status, warn
 
-PER_CLASS = 20  # images; with 60 classes, more change nothing
-OF_FOLDER = 2000  # images, of a folder, which has no classes
+PER_CLASS = 20  # images; with 60 classes, more made no difference
+OF_FOLDER = 2000  # images, from a folder, which has no classes
 LOADED_AT_ONCE = 16
 # Flags that nodes depend on, beside the weights and the images.
 NODE_FLAGS = (
@@ -38,22 +38,21 @@ def prepare_statistics(
     fresh: bool = False,
     train_nodes: Tensor | None = None,
 ) -> None:
-    """Give a :class:`Models.DeepEMD` the statistics that its ``-norm`` needs; without a need, do nothing.
+    """Give a :class:`Models.DeepEMD` the statistics that its ``-norm`` needs; do nothing if it needs none.
 
-    They are those of the file ``-statistics``; else those that the model has from a package, or those in ``base_statistics.npz``
-    beside the weights, unless images are named by a folder ``-statistics``; else those of :data:`PER_CLASS` images of each
-    training class, or of the images in that folder, drawn at random but always the same, which ``checkpoint/statistics/`` keeps
-    by weights, view and images.
+    ``-statistics`` names a file of them, or a folder of images to compute them from. Without it, they are those of the package,
+    or of ``base_statistics.npz`` beside the weights, else computed from :data:`PER_CLASS` images of each training class. The
+    images are drawn at random, but always the same; ``checkpoint/statistics/`` keeps the result by weights, view and images.
 
     Args:
         weights: what the encoder was loaded from; "none" for random weights.
         open_train: opens the training images as evaluation sees them, or those in the folder. Never test images.
         num_workers: processes that load images.
         ranks: the processes of the run, of which the first computes for all.
-        fresh: compute them whatever file there is: the encoder is in training.
-        train_nodes: ``(B, C, N)``, of a file ``-features`` if it has them: taken in place of images.
+        fresh: compute them even if there is a file: the encoder is being trained.
+        train_nodes: ``(B, C, N)``, those in the file ``-features`` if it has any: used in place of images.
 
-    InputError if there is nothing to take them from, or a file does not fit.
+    InputError if there is nothing to compute them from, or a file does not fit.
     """
     if not model.settings.needs_statistics:
         if args.statistics:
@@ -83,8 +82,8 @@ def prepare_statistics(
 
 
 def keep_for_run(args: Any, model: Any, weights: str | Path, folder: Path, *, resumes: bool, **more: Any) -> None:
-    """:func:`prepare_statistics` of a training run, in which they are a fixed layer of the model: those of the weights that it
-    starts from, kept beside its own from the first step on, and read from there when it is resumed."""
+    """:func:`prepare_statistics` for a training run, in which they are a fixed layer of the model: those of the weights that
+    the run starts from, kept in its ``folder`` from the first step on, and read from there when it is resumed."""
     if not (resumes and model.settings.needs_statistics):
         prepare_statistics(args, model, weights, **more)
         if model.settings.needs_statistics and more["ranks"].is_first:

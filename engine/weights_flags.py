@@ -12,10 +12,10 @@ from utils import InputError, read_json, status, warn
 def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, ignore: Sequence[str] = ()) -> None:
     """Replace the defaults of :data:`TRAINED_FLAGS` by those of the weights of ``-model_dir``.
 
-    ``args``, parsed by ``parser`` from ``argv``, is changed in place, but for the flags to ``ignore``; defaults that depend on
+    ``args``, parsed by ``parser`` from ``argv``, is changed in place, except for the flags to ``ignore``; defaults that depend on
     other flags follow them. A line lists the flags taken from there, and a warning those given that differ. Without a record,
     as beside the published weights, nothing changes; a damaged ``run.json`` is ignored with a warning. InputError for a
-    damaged ``config.json``, and for a source that cannot be had.
+    damaged ``config.json``, and for a source that cannot be fetched.
     """
     if args.model_dir in (None, "none"):
         return

@@ -218,5 +218,5 @@ def test_the_fit_does_no_harm_where_channels_have_different_scales(monkeypatch):
 
     means = accuracy(0)
     assert accuracy(20) > means - 0.03 > 0.7
-    monkeypatch.setattr(NodeStatistics, "unit_frame", lambda self, norm, nodes: (0.0, 1.0))
+    monkeypatch.setattr(NodeStatistics, "unit_shift_and_scale", lambda self, norm, nodes: (0.0, 1.0))
     assert accuracy(20, lr=100.0) < means - 0.1

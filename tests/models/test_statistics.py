@@ -51,7 +51,7 @@ def test_training_nodes_have_mean_0_and_length_1_in_the_space_of_the_fit():
     torch.testing.assert_close(normalised(given, "base", statistics), given - statistics.mean.view(6, 1))
     assert normalised(given, "none", statistics) is given
     for norm in ("base", "standard"):
-        shift, unit = statistics.unit_frame(norm, given)
+        shift, unit = statistics.unit_shift_and_scale(norm, given)
         fitted = (given - shift) / unit
         assert float(fitted.square().sum(1).mean()) == pytest.approx(1, rel=1e-4)
         assert float(fitted.mean((0, 2)).abs().max()) < 1e-4

@@ -1,7 +1,10 @@
 """Batches of images from worker processes, and the progress bars of passes over them."""
 
+import atexit
+import multiprocessing
 import sys
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,6 +15,7 @@ from tqdm import tqdm
 from engine.stopping import ignore_signals
 
 SECONDS_BETWEEN_LINES = 60.0
+_loaders: "weakref.WeakSet[DataLoader]" = weakref.WeakSet()
 
 
 class LoaderError(RuntimeError):
@@ -22,7 +26,7 @@ class LoaderError(RuntimeError):
 
 def make_loader(dataset: Dataset, batches: Iterable, *, num_workers: int, device: torch.device) -> DataLoader:
     """A loader of the given batches of items. Its worker processes are kept from pass to pass."""
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
@@ -31,6 +35,19 @@ def make_loader(dataset: Dataset, batches: Iterable, *, num_workers: int, device
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # the loader's own draws decide nothing, and must not disturb those that do
     )
+    _loaders.add(loader)
+    return loader
+
+
+@atexit.register  # after those of torch and multiprocessing, so it is called before them
+def _end_workers() -> None:
+    """End what loaders have started. Exceptions that libraries keep can hold a script's frame, and so its loaders, until the
+    exit, where multiprocessing would wait without end for processes that ignore its signal."""
+    for loader in _loaders:
+        if loader._iterator is not None:
+            loader._iterator._shutdown_workers()
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def stream(loader: DataLoader) -> Iterator[Any]:

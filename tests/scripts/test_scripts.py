@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import re
 import runpy
 import shlex
@@ -52,6 +53,18 @@ def trained(tmp_path_factory, data) -> tuple[Path, list[str]]:
 
 
 PRETRAINED = "checkpoint/pre_train/glyphs/64-0.0100-30-0.20/max_acc.pth"
+
+
+def test_processes_that_load_images_end_with_the_script(data, tmp_path):
+    """Also where nothing has collected the cycles of frames by then, through which libraries hold the loaders."""
+    flags = [*data, "-gpu", "cpu", "-image_size", 16, "-query", 2, "-num_workers", 1, "-bs", 999, "-max_epoch", 1]
+    code = (
+        "import gc; gc.disable(); import train_pretrain; from utils import run_script; run_script(train_pretrain.main)"
+    )
+    command = [sys.executable, "-c", code, *flags, "-num_episode", 1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_three_stages(trained):

@@ -49,6 +49,7 @@ from Models.sfc import KSHOT, FitError
 from Models.statistics import OF_STATISTICS
 
 Name = tuple[str, str, str | None]  # of a row: the head, the norm, and kshot if there is more than one shot
+OF_ROWS = ("shot", "head", "norm", "kshot")  # flags of eval.py of which this takes lists
 # What every row is compared with, on the same features: the fair pooled baseline, and the method of the paper.
 BASELINES = {"cosine_difference": "cosine", "difference": "deepemd"}
 CSV_COLUMNS = ("shot", "head", "norm", "kshot", "episodes", "accuracy", "interval")
@@ -138,6 +139,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_weights_arguments(parser)
     arguments.add_evaluation_arguments(parser)
     arguments.add_run_arguments(parser, has_folder=False)
+    for action in parser._actions:
+        if action.dest in OF_ROWS:
+            action.help = argparse.SUPPRESS
     return parser
 
 
@@ -252,11 +256,11 @@ def line(row: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    for flag in ("shot", "head", "norm", "kshot"):
+    for flag in OF_ROWS:
         if getattr(args, flag) != parser.get_default(flag):
             advice = f"Set -{flag}s, which takes all that are to be compared"
             raise utils.InputError(f"-{flag} is a flag of eval.py. {advice}")
-    adopt_trained_flags(parser, args, argv, ignore=("head", "norm", "kshot"))
+    adopt_trained_flags(parser, args, argv, ignore=OF_ROWS)
     if len(args.episodes) not in (1, len(args.shots)):
         raise utils.InputError(f"-episodes takes one number, or one for each of the {len(args.shots)} -shots")
     counts = args.episodes * len(args.shots) if len(args.episodes) == 1 else args.episodes

@@ -26,13 +26,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from command_line import make_parser
 from dataloader.arguments import add_data_arguments, open_base_images, pixel_statistics, view_of
 from dataloader.catalog import DatasetSpec
 from dataloader.images import picture_of
 from dataloader.readers import image_files, read_split
 from dataloader.views import View
 from engine.arguments import add_run_arguments, flag_words, loader_processes
+from engine.command_line import make_parser
 from engine.evaluation import encode_images
 from engine.start import choose_device
 from engine.statistics import prepare_statistics

@@ -17,13 +17,13 @@ from typing import Any
 
 from torch import Tensor
 
-from command_line import make_parser
 from dataloader import ImageDataset
 from dataloader import arguments as data
 from dataloader.episode_files import episodes_digest, images_digest, write_episodes
 from dataloader.episodes import ListedEpisodes, SeededEpisodes
 from dataloader.features import FeatureSet, write_features
 from engine import arguments
+from engine.command_line import make_parser
 from engine.evaluation import encode_dataset
 from engine.results import final_test
 from engine.run import result_flags

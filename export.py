@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from command_line import TRAINED_FLAGS, make_parser
 from dataloader import arguments as data
 from dataloader.views import View
 from engine.arguments import add_run_arguments, loader_processes
+from engine.command_line import TRAINED_FLAGS, make_parser
 from engine.evaluation import encode_images
 from engine.run import RECORD, environment
 from engine.start import start
@@ -120,7 +120,7 @@ def describe(args: Namespace, model: DeepEMD, weights: Path, stored: Path) -> di
     kept = [row for row in before.get("results", []) if row.get("flags") not in [new["flags"] for new in rows]]
     return {
         "format": FORMAT,
-        "backbone": getattr(args, "backbone", "resnet12"),
+        "backbone": args.backbone,
         "flags": {name: getattr(args, name) for name in TRAINED_FLAGS if name in args},
         "view": args.deepemd,
         "image_size": args.image_size,

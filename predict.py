@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from command_line import make_parser, number_at_least, number_between
 from dataloader.readers import image_files
 from dataloader.views import VIEWS
 from deepemd import Answer, Model, Prototypes, add_model_flags
 from engine.arguments import add_csv_argument, add_json_argument, check_outputs
+from engine.command_line import make_parser
 from engine.results import confusion_lines
 from engine.run import fingerprint
 from engine.start import start
@@ -32,7 +32,17 @@ from Models import DeepEMD
 from Models.statistics import OF_STATISTICS, NodeStatistics
 from pictures.canvas import FORMATS, picture_path, save, shorten
 from pictures.matches import ViewedImage, check_head
-from utils import InputError, load_plain, printable, run_script, status, write_csv, write_output
+from utils import (
+    InputError,
+    load_plain,
+    number_at_least,
+    number_between,
+    printable,
+    run_script,
+    status,
+    write_csv,
+    write_output,
+)
 
 NONE = "none of the classes"
 FORMAT = 2  # of a file of prototypes

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import utils
-from command_line import make_parser, number_at_least, number_between
 from dataloader import arguments as data
 from dataloader.episodes import episode_labels
 from engine import arguments
+from engine.command_line import make_parser
 from engine.distributed import Shard
 from engine.loading import make_loader
 from engine.results import final_test
@@ -32,7 +32,7 @@ from Models.emd import ProblemError, SolverError
 from Models.package import is_package, weights_file
 from Models.weights import load_encoder_weights
 from pictures.matches import check_head, draw_fixed
-from utils import BEST_WEIGHTS, InputError, named_generator, run_script
+from utils import BEST_WEIGHTS, InputError, named_generator, number_at_least, number_between, run_script
 
 SCRIPT, PRETRAINED = "train_meta.py", "deepemd_pretrain_model/"
 # Flags that eval.py does not have, and -set, which means the validation split here.

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from torch import nn
 
-from command_line import make_parser, number_at_least
 from dataloader import arguments as data
 from dataloader.episodes import SeededBatches
 from engine import arguments
+from engine.command_line import make_parser
 from engine.distributed import Shard
 from engine.loading import make_loader
 from engine.run import open_run
@@ -27,7 +27,7 @@ from engine.training import fit
 from Models.arguments import add_model_arguments, build_model
 from Models.classifier import Classifier
 from Models.statistics import OF_STATISTICS
-from utils import BEST_WEIGHTS, InputError, run_script, status
+from utils import BEST_WEIGHTS, InputError, number_at_least, run_script, status
 
 SCRIPT = "train_pretrain.py"
 OWN_FLAGS = ("num_episode", "sync_bn")  # that train_meta.py does not have

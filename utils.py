@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import errno
@@ -47,6 +48,32 @@ def check_node_count(nodes: int, advice: str = "") -> None:
 
 
 # --- Scripts ----------------------------------------------------------------------------------------------------------
+
+
+def number_at_least(minimum: float, kind: type) -> Callable[[str], Any]:
+    """An argparse type: ``int`` or ``float`` from ``minimum`` to a billion or a million, which no experiment exceeds."""
+    return number_between(minimum, 10**9 if kind is int else 1e6, kind)
+
+
+def number_between(minimum: float, maximum: float, kind: type) -> Callable[[str], Any]:
+    """An argparse type: ``int`` or ``float``, finite and from ``minimum`` to ``maximum``."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError, OverflowError):
+            value = kind(text)
+            if math.isfinite(value) and minimum <= value <= maximum:
+                return value
+        wanted = f"a {'whole ' * (kind is int)}number from {minimum} to {maximum}"
+        raise argparse.ArgumentTypeError(f"expected {wanted}; got {text!r}")
+
+    return parse
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """An argparse type: ``"2,3"`` to ``(2, 3)``."""
+    if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text.strip()):
+        raise argparse.ArgumentTypeError(f"expected whole numbers above 0 joined by commas, as in 2,3; got {text!r}")
+    return tuple(int(part) for part in text.split(","))
 
 
 def run_script(main: Callable[[], None]) -> None:

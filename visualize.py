@@ -13,16 +13,16 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import make_parser, number_at_least
 from dataloader.arguments import add_data_arguments, add_episode_arguments, draw_episodes, open_dataset
 from deepemd import Model
 from engine.arguments import add_evaluation_arguments, add_run_arguments, add_set_argument, add_test_episode_argument
+from engine.command_line import make_parser
 from engine.start import start
 from engine.weights_flags import adopt_trained_flags
 from Models.arguments import add_model_arguments, add_weights_arguments
 from pictures import canvas, plots, sheet
 from pictures.matches import QUERIES, check_head, choose_queries, match_episode, view_items
-from utils import InputError, named_generator, run_script
+from utils import InputError, named_generator, number_at_least, run_script
 
 
 def build_parser() -> ArgumentParser:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from command_line import number_between, whole_numbers
 from Models.backbones import BACKBONES, backbone_class, make_encoder, plan_backbone
 from Models.deepemd import DeepEMD
 from Models.emd import SOLVERS, EmdError, emd, set_threads
@@ -18,8 +17,9 @@ from Models.heads import HEADS, HeadSettings
 from Models.matching import METRICS, NORMS, WEIGHTS
 from Models.package import is_package, locate, read_config, weights_file
 from Models.sfc import KSHOT
+from Models.statistics import OF_STATISTICS
 from Models.weights import load_encoder_weights
-from utils import STATISTICS_FILE, InputError, available_cores, check_node_count, status
+from utils import STATISTICS_FILE, InputError, available_cores, check_node_count, number_between, status, whole_numbers
 
 # The flags that are arguments of DeepEMD by the same name.
 OF_DEEPEMD = (
@@ -131,7 +131,7 @@ def _plan(args: argparse.Namespace) -> Plan:
 def _complete(args: argparse.Namespace, *, sfc_lr: float) -> None:
     """Fill in the defaults that depend on the backbone and the norm; InputError for sizes that do not fit each other."""
     if args.sfc_lr is None:
-        args.sfc_lr = SCALED_SFC_LR if args.norm in ("base", "standard") else sfc_lr
+        args.sfc_lr = SCALED_SFC_LR if args.norm in OF_STATISTICS else sfc_lr
     if getattr(args, "features", None):  # nodes, which no backbone has to make
         return
     # Beside a checkpoint, whose record may name another backbone, flags are checked when it is opened.
@@ -252,9 +252,9 @@ def open_model(
         return model, model.encoder.weights
     status(f"weights: {source}" + (f" ({weights})" if "://" in source else ""))
     hint = (
-        "Set -model_dir, download the published weights (bash download_trained_model.sh), or use a pretrained network "
+        "Set -model_dir, download the published weights (bash download_trained_model.sh), or use a pretrained network"
     )
-    hint += "instead, which is downloaded once: -backbone timm:tf_efficientnet_lite0"
+    hint += " instead, which is downloaded once: -backbone timm:tf_efficientnet_lite0"
     load_encoder_weights(model, weights, hint=hint)
     return model, str(weights)
 

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from measuring import megabytes, print_row, problems
 
-from command_line import make_parser, whole_numbers
+from engine.command_line import make_parser
 from Models.emd import SOLVERS, emd, scale_to_mass
-from utils import InputError, run_script
+from utils import InputError, run_script, whole_numbers
 
 CASES = {
     "opencv": ("opencv", {}),

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from measuring import features, problems
 
-from command_line import make_parser
+from engine.command_line import make_parser
 from engine.start import choose_device
 from Models import DeepEMD, sfc
 from Models.emd import EmdError, emd

@@ -25,10 +25,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import utils
-from command_line import make_parser, whole_numbers
 from dataloader import arguments as data
 from dataloader import episode_labels
 from engine import arguments
+from engine.command_line import make_parser
 from engine.run import environment, fingerprint
 from engine.start import set_seed, start
 from engine.statistics import prepare_statistics
@@ -47,6 +47,7 @@ from Models.heads import HEADS
 from Models.matching import NORMS
 from Models.sfc import KSHOT, FitError
 from Models.statistics import OF_STATISTICS
+from utils import whole_numbers
 
 Name = tuple[str, str, str | None]  # of a row: the head, the norm, and kshot if there is more than one shot
 OF_ROWS = ("shot", "head", "norm", "kshot")  # flags of eval.py of which this takes lists

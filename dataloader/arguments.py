@@ -4,7 +4,6 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
-from command_line import number_between, whole_numbers
 from dataloader.catalog import CATALOG
 from dataloader.dataset import ImageDataset
 from dataloader.episode_files import read_episodes
@@ -12,7 +11,7 @@ from dataloader.episodes import EpisodeSampler, ListedEpisodes, SeededEpisodes
 from dataloader.features import FeatureSet, read_features
 from dataloader.readers import image_files
 from dataloader.views import CROP_TO, INTERPOLATIONS, VIEWS, View, make_view
-from utils import InputError, printable, status
+from utils import InputError, number_between, printable, status, whole_numbers
 
 # Four halvings lie between an image and its feature map. The upper bounds guard against slips of the keyboard.
 SMALLEST_IMAGE, LARGEST_IMAGE = 16, 1024

@@ -22,8 +22,8 @@ from archives import Archive, BrokenArchive
 from folders import exclusive, holds_files, remove_empty
 from requests.exceptions import RequestException
 
-from command_line import make_parser
 from dataloader.catalog import CATALOG
+from engine.command_line import make_parser
 from utils import InputError, first_few, run_script
 
 PROJECT = Path(__file__).resolve().parents[1]

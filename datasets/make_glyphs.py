@@ -23,8 +23,8 @@ import matplotlib
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 
-from command_line import make_parser, number_between
-from utils import InputError, run_script
+from engine.command_line import make_parser
+from utils import InputError, number_between, run_script
 
 FACES = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique", "Display")),

@@ -32,9 +32,9 @@ from recipes import RECIPES
 from recipes.common import Plan, Target
 from sources import ConcatSource, Parquet, Source, open_source
 
-from command_line import make_parser, number_at_least
+from engine.command_line import make_parser
 from engine.loading import progress_bar
-from utils import InputError, available_cores, first_few, printable, run_script, status, warn
+from utils import InputError, available_cores, first_few, number_at_least, printable, run_script, status, warn
 
 RECIPE = 1  # to be increased when the same source gives other files
 JPEG_QUALITY = 95  # of images that are cropped or resized

@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from folders import MANIFEST, tree_hash
 
-from command_line import make_parser
 from dataloader.catalog import CATALOG, SPLITS, DatasetSpec
 from dataloader.checks import SHRUNK_TO, compare_classes, compare_counts, is_shrunk
 from dataloader.images import ImageFacts, decode_image, reason
 from dataloader.published import published_classes, published_images, published_twins
 from dataloader.readers import MISSING_SPLIT, Problem, find_root, is_hidden, read_split
+from engine.command_line import make_parser
 from engine.loading import progress_bar
 from utils import InputError, available_cores, first_few, printable, run_script, write_output
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from command_line import flag_value, number_at_least, number_between
+from engine.command_line import flag_value
 from engine.evaluation import Evaluator
 from engine.run import LAST_STATE, RECORD, read_record, result_flags
 from engine.training import FitSettings
-from utils import InputError, available_cores, check_writable
+from utils import InputError, available_cores, check_writable, number_at_least, number_between
 
 # Flags that belong to one stage of training and mean nothing to the next.
 STAGE_FLAGS = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_every", "backbone_weights")
@@ -172,7 +172,7 @@ def folder_number(value: float, digits: int) -> str:
 
 def encoder_suffix(args: Namespace) -> str:
     """What the encoder adds to the name of a run folder: nothing for the published one."""
-    name = getattr(args, "backbone", "resnet12")
+    name = args.backbone
     if name == "resnet12":
         return ""
     # A path has characters that a folder's name cannot have; without them, two paths may read alike.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from command_line import TRAINED_FLAGS, VIEW_FLAGS, flag_value
+from engine.command_line import TRAINED_FLAGS, VIEW_FLAGS, flag_value
 from utils import InputError, read_json, status, warn
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from test_house import BENCHMARKS, SCRIPTS
 
-from command_line import make_parser, number_between, whole_numbers
+from engine.command_line import make_parser
+from utils import number_between, whole_numbers
 
 
 @pytest.fixture

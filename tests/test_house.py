@@ -19,21 +19,20 @@ FILES = {
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
 # The library, which reads as a script but is imported like a package.
 LIBRARY = {"deepemd", "hubconf"} & set(FILES)
-SCRIPTS = {module for module in FILES if "." not in module} - {"utils", "command_line", *PACKAGES, *LIBRARY}
+SCRIPTS = {module for module in FILES if "." not in module} - {"utils", *PACKAGES, *LIBRARY}
 COMMANDS = {f"datasets.{name}" for name in ("prepare", "verify", "fetch", "make_glyphs")}
 BENCHMARKS = {module for module in FILES if module.startswith("benchmarks.")}
 
 # What each place may import of this project.
-ALL = {"Models", "dataloader", "engine", "pictures", "command_line", "utils"}
+ALL = {"Models", "dataloader", "engine", "pictures", "utils"}
 MAY_IMPORT = {
     "utils": set(),
-    "command_line": {"utils"},
-    "engine": {"engine", "command_line", "utils"},
-    "Models": {"Models", "command_line", "utils"},
+    "engine": {"engine", "utils"},
+    "Models": {"Models", "utils"},
     "Models.emd": {"Models.emd"},  # it can be copied into another project
-    "dataloader": {"dataloader", "command_line", "utils"},
+    "dataloader": {"dataloader", "utils"},
     "pictures": ALL,
-    "datasets": {"datasets", "dataloader", "engine", "command_line", "utils"},
+    "datasets": {"datasets", "dataloader", "engine", "utils"},
     "datasets.recipes": {"datasets", "dataloader", "utils"},
     "benchmarks": (ALL - {"pictures"}) | {"benchmarks"},
     **dict.fromkeys(SCRIPTS | LIBRARY, ALL | LIBRARY),
@@ -135,7 +134,7 @@ def test_only_scripts_and_arguments_use_argparse():
         names = {name.split(".")[0] for node in ast.walk(tree) for name in imported(module, node)}
         if "argparse" in names:
             # engine.start(args) stands at the top of every script, and takes what they parsed.
-            may = SCRIPTS | LIBRARY | COMMANDS | BENCHMARKS | {"command_line", "engine.start"}
+            may = SCRIPTS | LIBRARY | COMMANDS | BENCHMARKS | {"utils", "engine.command_line", "engine.start"}
             assert module in may or FILES[module].name == "arguments.py", module
 
 
@@ -246,7 +245,7 @@ def test_flags_of_a_page_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_of_a_page_are_accepted_by_their_parsers(page, monkeypatch):
     # Files and models that they name are the reader's.
-    monkeypatch.setattr("command_line._Parser._complete", lambda parser, parsed: None)
+    monkeypatch.setattr("engine.command_line._Parser._complete", lambda parser, parsed: None)
     monkeypatch.syspath_prepend(ROOT / "benchmarks")  # whose scripts import their neighbours
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     for command in re.findall(r"^    python ((?:benchmarks/)?\w+\.py .*)$", text, re.M):

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import utils
-from command_line import make_parser, number_at_least, number_between, whole_numbers
 from engine.arguments import folder_name
+from engine.command_line import make_parser
 from engine.run import RunFolder
 from engine.start import choose_device, choose_seed, set_seed
 from Models.emd import SolverError
@@ -25,11 +25,14 @@ from utils import (
     check_writable,
     mean_confidence_interval,
     named_generator,
+    number_at_least,
+    number_between,
     printable,
     read_json,
     run_script,
     status,
     warn,
+    whole_numbers,
     write_atomically,
     write_output,
 )

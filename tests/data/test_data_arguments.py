@@ -3,9 +3,9 @@
 import pytest
 from data_helpers import open_split
 
-from command_line import make_parser
 from dataloader import make_view
 from dataloader.arguments import add_data_arguments, add_episode_arguments, draw_episodes
+from engine.command_line import make_parser
 from utils import InputError
 
 

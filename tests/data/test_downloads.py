@@ -581,7 +581,7 @@ def test_the_command_fetches_into_its_own_project(tmp_path):
     (project / "datasets").mkdir(parents=True)
     for path in ROOT.glob("datasets/*.py"):
         shutil.copy(path, project / "datasets")
-    for name in ("utils.py", "command_line.py", "engine", "dataloader"):
+    for name in ("utils.py", "engine", "dataloader"):
         (project / name).symlink_to(ROOT / name)
     tar(tmp_path / "local.tar", ("deepemd_trained_model/a", b"x"))
     command = [sys.executable, "project/datasets/fetch.py", "trained_model", "local.tar"]

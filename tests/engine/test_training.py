@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from command_line import make_parser, whole_numbers
 from engine import arguments
 from engine.arguments import encoder_suffix, folder_number, next_command
+from engine.command_line import make_parser
 from engine.distributed import Ranks, Shard
 from engine.evaluation import DivergenceError, Evaluation
 from engine.loading import LoaderError, make_loader, stream
 from engine.run import RunFolder
 from engine.training import MAX_SKIPPED_IN_A_ROW, FitSettings, StepGuard, fit, make_optimizer, train_epoch
-from utils import InputError, process
+from utils import InputError, process, whole_numbers
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from command_line import make_parser
 from dataloader.arguments import add_data_arguments
+from engine.command_line import make_parser
 from engine.weights_flags import adopt_trained_flags, as_words
 from Models.arguments import add_model_arguments
 from utils import InputError

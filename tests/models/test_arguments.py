@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from command_line import make_parser
+from engine.command_line import make_parser
 from Models import arguments
 from Models.arguments import add_model_arguments, add_weights_arguments, build_model, open_model, solver_choice
 from Models.emd import SOLVERS, MissingLibraryError, SolverError, on_cpu

@@ -12,9 +12,9 @@ from helpers import normal_images, relative, succeed
 from torch import nn
 from torch.nn import functional as F
 
-from command_line import make_parser
 from dataloader.arguments import add_data_arguments
 from engine.arguments import encoder_suffix
+from engine.command_line import make_parser
 from Models import DeepEMD, timm_encoder
 from Models.arguments import add_model_arguments, add_weights_arguments, build_model, open_model
 from Models.backbones import make_encoder, plan_backbone

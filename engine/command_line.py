@@ -5,10 +5,8 @@ that depend on other flags.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -165,29 +163,3 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     depend on other flags, which are None until then, and raise InputError or ArgumentTypeError for flags that do not fit.
     """
     return _Parser(description=description, allow_abbrev=False, formatter_class=_Formatter)
-
-
-def number_at_least(minimum: float, kind: type) -> Callable[[str], Any]:
-    """An argparse type: ``int`` or ``float`` from ``minimum`` to a billion or a million, which no experiment exceeds."""
-    return number_between(minimum, 10**9 if kind is int else 1e6, kind)
-
-
-def number_between(minimum: float, maximum: float, kind: type) -> Callable[[str], Any]:
-    """An argparse type: ``int`` or ``float``, finite and from ``minimum`` to ``maximum``."""
-
-    def parse(text: str) -> Any:
-        with contextlib.suppress(ValueError, OverflowError):
-            value = kind(text)
-            if math.isfinite(value) and minimum <= value <= maximum:
-                return value
-        wanted = f"a {'whole ' * (kind is int)}number from {minimum} to {maximum}"
-        raise argparse.ArgumentTypeError(f"expected {wanted}; got {text!r}")
-
-    return parse
-
-
-def whole_numbers(text: str) -> tuple[int, ...]:
-    """An argparse type: ``"2,3"`` to ``(2, 3)``."""
-    if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text.strip()):
-        raise argparse.ArgumentTypeError(f"expected whole numbers above 0 joined by commas, as in 2,3; got {text!r}")
-    return tuple(int(part) for part in text.split(","))

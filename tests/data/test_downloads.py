@@ -506,6 +506,20 @@ def test_the_shell_scripts_pass_their_arguments_on(tmp_path, kind):
     assert done.stdout == f"{project}/datasets/fetch.py {kind}_model a b.tar\n"
 
 
+@pytest.mark.parametrize(("free", "is_new", "warned"), [(6e6, True, True), (8e6, True, False), (6e6, False, False)])
+def test_an_installation_that_the_disk_may_be_too_small_for_is_warned_of(tmp_path, free, is_new, warned):
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    for name, does in ((".venv/bin/python", ""), ("df", f"echo head; echo disk 9 9 {free:.0f} 9 /")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    for name in ("a.txt", *([] if is_new else [".venv/installed-from-a.txt"])):  # of an earlier a.txt
+        (tmp_path / name).write_text(name)
+    script = f'set -euo pipefail; PATH="$PWD:$PATH"; . "{ROOT}/install.sh"; install a.txt'
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("warning: 6.1 GB of disk space are free; .venv needs about 7 GB") == warned
+
+
 def git(*arguments: object, cwd: Path = ROOT) -> str:
     if not (ROOT / ".git").exists():
         pytest.skip("not a clone")

@@ -22,7 +22,7 @@ _SEEDS = 2**62  # view seeds are drawn below this bound
 
 
 class EpisodeSampler(Sampler[list[int]]):
-    """Draws episodes, one after the other: a permutation of the classes, then one of the images of each class chosen.
+    """Draws episodes in sequence: a permutation of the classes, then one of the images of each class chosen.
 
     Args:
         labels: ``(B,)`` class numbers of the images.

@@ -19,7 +19,7 @@ FIRST_PAUSE = 1.0  # seconds between attempts, then doubled each time
 TIMEOUT = 60  # seconds without an answer
 CHUNK = 1 << 16  # bytes, at most lost with a connection
 OTHERWISE = "get the file another way and pass it as -source"
-ABSENT = f"It is not there: check the name in -source and HF_ENDPOINT, or {OTHERWISE}"
+ABSENT = f"Check the name in -source and HF_ENDPOINT, or {OTHERWISE}"
 
 
 class Remote(NamedTuple):

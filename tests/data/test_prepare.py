@@ -811,8 +811,8 @@ def test_a_refusal_is_final_and_an_overloaded_server_is_asked_again(tmp_path, se
     server.status |= {"/terms": 403, "/broken": 503, "/gone": 410}
     for path, expected in (
         ("/terms", r"HTTP 403 Forbidden\). Accept the terms"),
-        ("/none", r"HTTP 404 Not Found\). It is not there: check the name in -source and HF_ENDPOINT"),
-        ("/gone", r"HTTP 410 Gone\). It is not there"),
+        ("/none", r"HTTP 404 Not Found\). Check the name in -source and HF_ENDPOINT"),
+        ("/gone", r"HTTP 410 Gone\). Check the name"),
         ("/broken", "attempts failed .*503"),
     ):
         with pytest.raises(InputError, match=expected):

@@ -342,7 +342,7 @@ DAMAGE = {
     "broken link": (
         "fc100",
         lambda at: replace_by_link(at("val/dog/0.png")),
-        [r"cannot be read: val/dog/0.png \(a link that leads nowhere\)", DOG],
+        [r"cannot be read: val/dog/0.png \(a broken link\)", DOG],
     ),
     "folder with the name of an image": ("fc100", lambda at: replace_by_folder(at("val/dog/0.png")), [DOG]),
     "the same in a table": (
@@ -350,7 +350,11 @@ DAMAGE = {
         lambda at: replace_by_folder(at("dog/0.jpg")),
         ["rows without a file: .* no file .*/cub/dog/0.jpg'", DOG],
     ),
-    "pipe": ("fc100", lambda at: os.mkfifo(at("val/dog/x.png")), [r"cannot be read: val/dog/x.png \(it is no file\)"]),
+    "pipe": (
+        "fc100",
+        lambda at: os.mkfifo(at("val/dog/x.png")),
+        [r"cannot be read: val/dog/x.png \(not a regular file\)"],
+    ),
     "image beside the classes": ("fc100", lambda at: move(at("val/dog/0.png"), "../0.png"), [DOG]),
     "class empty": (
         "omniglot",
@@ -428,9 +432,9 @@ DAMAGE = {
     "manifest broken": (
         "fc100",
         lambda at: at(verify.MANIFEST).write_text("[1"),
-        ["is no manifest of prepare.py .*JSONDecodeError"],
+        ["is not a manifest of prepare.py .*JSONDecodeError"],
     ),
-    "manifest of something else": ("fc100", lambda at: at(verify.MANIFEST).write_text("[]"), ["is no manifest of"]),
+    "manifest of something else": ("fc100", lambda at: at(verify.MANIFEST).write_text("[]"), ["is not a manifest of"]),
 }
 
 

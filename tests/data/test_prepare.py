@@ -10,13 +10,13 @@ import signal
 import sys
 import tarfile
 import threading
-import time
 import zipfile
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import data_helpers
 import download as downloads
 import folders
 import numpy as np
@@ -73,9 +73,7 @@ def zipped(path: Path, files: dict[str, bytes]) -> Path:
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Everything in a folder but the manifest."""
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    found.pop(folders.MANIFEST, None)
-    return found
+    return {name: content for name, content in data_helpers.tree(folder).items() if name != folders.MANIFEST}
 
 
 def build(name: str, out: Path, *flags: object, source: object = None) -> None:
@@ -251,19 +249,8 @@ def test_unfinished_work_of_another_source_is_not_used(tmp_path, cifar):
 
 def test_a_data_set_is_built_by_one_process_at_a_time(tmp_path, cifar):
     source = zipped(tmp_path / "cifar.zip", CIFAR)
-    child = os.fork()
-    if not child:
-        with exclusive(tmp_path / "out" / "FC100"):
-            save(tmp_path / "held", b"")
-            time.sleep(60)
-        os._exit(0)
-    try:
-        while not (tmp_path / "held").exists():
-            time.sleep(0.01)
+    with data_helpers.locked_by_another_process(tmp_path / "out" / "FC100"):
         assert "Wait for it to finish" in refused("fc100", tmp_path / "out", source=source)
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
     build("fc100", tmp_path / "out", source=source)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["FC100"]
 
@@ -825,7 +812,7 @@ def test_a_refusal_is_final_and_an_overloaded_server_is_asked_again(tmp_path, se
 def hub(server: Server, monkeypatch, repository: str, revision: str, folder: Path) -> None:
     """Serve a folder as Hugging Face serves a data set: facts in the listing, content behind a redirection."""
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = data_helpers.tree(folder)
     facts = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()}
     siblings = [{"rfilename": name, "lfs": lfs} for name, lfs in facts.items()] + [{"rfilename": "README.md"}]
     listing = json.dumps({"sha": revision, "siblings": siblings}).encode()

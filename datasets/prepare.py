@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from download import download, hub_parquet
-from folders import MANIFEST, exclusive, remove_empty, tree_hash
+from folders import MANIFEST, exclusive, remove_empty, split_counts, tree_hash
 from PIL import Image
 from recipes import RECIPES
 from recipes.common import Plan, Target
@@ -86,10 +86,8 @@ def _build(name: str, given: Sequence[str], work: Path, options: dict[str, Any])
     for path, text in plan.tables.items():
         digests[path] = _write(work / path, text.encode())
     _remove_others(work, digests)
-    splits = {}
-    for split, images in plan.splits().items():
-        labels = Counter(image.label for image in images)
-        splits[split] = {"classes": len(labels), "images": len(images), "per_class": dict(sorted(labels.items()))}
+    per_class = {split: Counter(image.label for image in images) for split, images in plan.splits().items()}
+    splits = {split: split_counts(counts) for split, counts in per_class.items()}
     record = {**state, "notes": plan.notes, "lacks": plan.faults, "splits": splits, "sha256": tree_hash(digests)}
     _write(work / MANIFEST, json.dumps(record, indent=1).encode())
     (work / STATE).unlink()

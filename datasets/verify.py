@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from folders import MANIFEST, tree_hash
+from folders import MANIFEST, split_counts, tree_hash
 
 from dataloader.catalog import CATALOG, SPLITS, DatasetSpec
 from dataloader.checks import SHRUNK_TO, compare_classes, compare_counts, is_shrunk
@@ -131,13 +131,12 @@ def verify(name: str, data_dir: Path) -> dict[str, Any]:
 def _list_images(tree: Tree) -> None:
     """The images that the scripts read, as the scripts list them."""
     for split in SPLITS:
-        problems: list[Problem] = []
+        before = len(tree.problems)
         try:
-            paths, labels, classes = read_split(tree.spec, str(tree.data_dir), split, report=problems.append)
+            paths, labels, classes = read_split(tree.spec, str(tree.data_dir), split, report=tree.problems.append)
         except InputError as error:
-            problems.append(Problem(UNREADABLE, str(error), ""))
-        tree.problems += problems
-        if any(problem.kind in (UNREADABLE, MISSING_SPLIT) for problem in problems):
+            tree.problems.append(Problem(UNREADABLE, str(error), ""))
+        if any(problem.kind in (UNREADABLE, MISSING_SPLIT) for problem in tree.problems[before:]):
             continue
         tree.counts[split] = Counter()
         for path, label in zip(paths, labels, strict=True):
@@ -352,10 +351,7 @@ def _report(tree: Tree) -> dict[str, Any]:
         "verdict": printable(f"{tree.name} in {tree.root} is {what}"),
         "faults": [printable(fault) for fault in tree.faults],
         "notes": [printable(note) for note in tree.notes],
-        "splits": {
-            split: {"classes": len(found), "images": sum(found.values()), "per_class": dict(sorted(found.items()))}
-            for split, found in tree.counts.items()
-        },
+        "splits": {split: split_counts(found) for split, found in tree.counts.items()},
         "sizes": {f"{width}x{height}": n for (width, height), n in sizes.most_common()},
         "modes": dict(modes.most_common()),
     }

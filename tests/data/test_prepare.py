@@ -90,9 +90,8 @@ def refused(name: str, out: Path, *flags: object, source: object = None) -> str:
 
 def publish(monkeypatch, classes: dict[str, dict[str, int | None]], **more) -> None:
     monkeypatch.setattr(published, "published_classes", lambda name: classes)
-    monkeypatch.setattr(
-        published, "published_images", lambda name, split: sum(n or 0 for n in classes.get(split, {}).values()) or None
-    )
+    totals = {split: sum(n or 0 for n in counts.values()) or None for split, counts in classes.items()}
+    monkeypatch.setattr(published, "published_images", lambda name, split: totals.get(split))
     for name, value in more.items():
         monkeypatch.setattr(published, name, value)
 
@@ -123,8 +122,10 @@ def cifar_pickles(images: dict[str, bytes] = CIFAR) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def cifar(monkeypatch):
+def cifar(tmp_path, monkeypatch) -> Path:
+    """A source of all images that are published."""
     publish(monkeypatch, {"train": {"apple": 5}, "val": {"bear": 5}, "test": {"castle": 5}})
+    return zipped(tmp_path / "cifar.zip", CIFAR)
 
 
 def cifar_sources(folder: Path) -> dict[str, Path]:
@@ -165,7 +166,7 @@ def test_several_sources_are_read_as_one(tmp_path, cifar):
 
 
 def test_the_manifest_records_what_was_built(tmp_path, cifar):
-    build("fc100", tmp_path, source=zipped(tmp_path / "cifar.zip", CIFAR))
+    build("fc100", tmp_path, source=cifar)
     record = json.loads((tmp_path / "FC100" / folders.MANIFEST).read_text())
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in tree(tmp_path / "FC100").items()}
     assert record["sha256"] == folders.tree_hash(digests)
@@ -175,16 +176,15 @@ def test_the_manifest_records_what_was_built(tmp_path, cifar):
 
 
 def test_a_second_run_changes_nothing_and_other_options_are_refused(tmp_path, cifar, capsys):
-    source = zipped(tmp_path / "cifar.zip", CIFAR)
-    build("fc100", tmp_path, source=source)
+    build("fc100", tmp_path, source=cifar)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "FC100").rglob("*")}
-    build("fc100", tmp_path, source=source)
+    build("fc100", tmp_path, source=cifar)
     assert "complete, built from cifar.zip: nothing to do" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "FC100").rglob("*")}
-    assert "built with other options" in refused("fc100", tmp_path, "-allow_missing", source=source)
+    assert "built with other options" in refused("fc100", tmp_path, "-allow_missing", source=cifar)
     for name, content in (("x.png", b"x"), (folders.MANIFEST, b"[" * 100_000)):
         save(tmp_path / "other" / "FC100" / name, content)
-        message = refused("fc100", tmp_path / "other", source=source)
+        message = refused("fc100", tmp_path / "other", source=cifar)
         assert "was not built by this script. Remove it to rebuild" in message
     assert (tmp_path / "other" / "FC100" / "x.png").read_bytes() == b"x"
 
@@ -195,17 +195,15 @@ def test_recipes_build_the_folders_that_the_scripts_read():
 
 
 def test_dry_run_writes_nothing(tmp_path, cifar, capsys):
-    source = zipped(tmp_path / "cifar.zip", CIFAR)
-    build("fc100", tmp_path / "out", "-dry_run", source=source)
+    build("fc100", tmp_path / "out", "-dry_run", source=cifar)
     assert "1/1/1 classes, 5/5/5 images" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
-    main(["cub", "-out", str(tmp_path / "out"), "-dry_run"])
+    build("cub", tmp_path / "out", "-dry_run")
     assert "would download https://data.caltech.edu" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", ["interrupt", "kill"])
 def test_a_stopped_run_is_resumed(tmp_path, cifar, monkeypatch, how):
-    source = zipped(tmp_path / "cifar.zip", CIFAR)
     make, made = module._make, []
 
     def interrupted(name, *rest):
@@ -219,7 +217,7 @@ def test_a_stopped_run_is_resumed(tmp_path, cifar, monkeypatch, how):
 
     monkeypatch.setattr(module, "_make", interrupted)
     monkeypatch.setattr(module, "available_cores", lambda: 1)
-    arguments = ["fc100", "-source", str(source), "-out", str(tmp_path)]
+    arguments = ["fc100", "-source", str(cifar), "-out", str(tmp_path)]
     if how == "kill":
         child = os.fork()
         if not child:
@@ -243,20 +241,19 @@ def test_a_stopped_run_is_resumed(tmp_path, cifar, monkeypatch, how):
 def test_unfinished_work_of_another_source_is_not_used(tmp_path, cifar):
     save(tmp_path / ".FC100.part" / "train" / "apple" / "apple_s_000000.png", b"of something else")
     save(tmp_path / ".FC100.part" / module.STATE, b'{"source": "else"}')
-    build("fc100", tmp_path, source=zipped(tmp_path / "cifar.zip", CIFAR))
+    build("fc100", tmp_path, source=cifar)
     assert tree(tmp_path / "FC100")["train/apple/apple_s_000000.png"] == CIFAR["train/apple/apple_s_000000.png"]
 
 
 def test_a_data_set_is_built_by_one_process_at_a_time(tmp_path, cifar):
-    source = zipped(tmp_path / "cifar.zip", CIFAR)
     with data_helpers.locked_by_another_process(tmp_path / "out" / "FC100"):
-        assert "Wait for it to finish" in refused("fc100", tmp_path / "out", source=source)
-    build("fc100", tmp_path / "out", source=source)
+        assert "Wait for it to finish" in refused("fc100", tmp_path / "out", source=cifar)
+    build("fc100", tmp_path / "out", source=cifar)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["FC100"]
 
 
 def test_a_set_that_another_process_has_just_finished_is_kept(tmp_path, cifar, monkeypatch, capsys):
-    arguments = ["fc100", "-source", str(zipped(tmp_path / "cifar.zip", CIFAR)), "-out", str(tmp_path)]
+    arguments = ["fc100", "-source", str(cifar), "-out", str(tmp_path)]
 
     def after_another_process(target):
         monkeypatch.setattr(module, "exclusive", exclusive)
@@ -289,7 +286,7 @@ def test_an_incomplete_source_is_refused_unless_allowed(tmp_path, cifar, capsys)
 
 
 @pytest.mark.parametrize(
-    "asked", ["numpy.f2py.__main__ ndarray", "numpy.distutils _reconstruct", "numpy save", "os system"]
+    "asked", ["numpy.f2py.__main__ ndarray", "numpy.ma.core _reconstruct", "numpy save", "os system"]
 )
 def test_a_pickle_is_refused_before_anything_it_names_is_imported(tmp_path, cifar, asked):
     before = {*sys.modules}
@@ -360,10 +357,9 @@ def test_a_full_disk_leaves_whole_images_under_their_names(tmp_path, cifar, monk
         if "bear" in path.name:
             raise OSError(28, "No space left on device")
 
-    source = zipped(tmp_path / "cifar.zip", CIFAR)
     monkeypatch.setattr(Path, "write_bytes", fill)
     with pytest.raises(OSError, match="No space left"):
-        build("fc100", tmp_path, source=source)
+        build("fc100", tmp_path, source=cifar)
     kept = {name: content for name, content in tree(tmp_path / ".FC100.part").items() if name.endswith(".png")}
     assert 0 < len(kept) < len(CIFAR)
     assert all(content in CIFAR.values() for content in kept.values())
@@ -699,41 +695,30 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:  # noqa: N802 - the library's name
-        server, path = self.server, self.path
+        server, path, asked = self.server, self.path, self.headers.get("Range")
         server.seen.append((self.command, path, dict(self.headers)))
-        if path in server.status:
-            return self.send_error(server.status[path])
-        if path in server.redirect:
-            self.send_response(302)
-            self.send_header("Location", server.redirect[path])
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return None
-        if path not in server.files:
-            return self.send_error(404)
-        content, asked = server.files[path], self.headers.get("Range")
-        first, last = 0, len(content) - 1
-        if asked and server.ranges:
-            start, _, end = asked.removeprefix("bytes=").partition("-")
-            first, last = int(start), min(int(end or last), last)
-            if first > last:
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(content)}")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return None
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        if path in server.status or path not in server.files | server.redirect:
+            self.send_error(server.status.get(path, 404))
+        elif path in server.redirect:
+            self.answer(302, ("Location", server.redirect[path]))
+        elif not (asked and server.ranges):
+            self.answer(200, body=server.files[path])
         else:
-            self.send_response(200)
-        body = content[first : last + 1]
-        self.send_header("Content-Length", str(len(body)))
+            content = server.files[path]
+            start, _, end = asked.removeprefix("bytes=").partition("-")
+            body = content[int(start) : int(end or len(content)) + 1]
+            found = f"{start}-{int(start) + len(body) - 1}" if body else "*"
+            self.answer(206 if body else 416, ("Content-Range", f"bytes {found}/{len(content)}"), body=body)
+
+    def answer(self, status: int, *headers: tuple[str, str], body: bytes = b"") -> None:
+        self.send_response(status)
+        for name, value in (*headers, ("Content-Length", str(len(body)))):
+            self.send_header(name, value)
         self.end_headers()
-        if server.drops:
-            server.drops -= 1
-            body = body[: server.drop]
+        if body and self.server.drops:
+            self.server.drops -= 1
+            body = body[: self.server.drop]
         self.wfile.write(body)
-        return None
 
     def log_message(self, *_) -> None:
         pass

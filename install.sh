@@ -18,6 +18,8 @@ install() {
     cmp -s "$file" "$stamp-${file//\//-}" || fresh=no
   done
   [ "$fresh" = yes ] && return 0
+  [ -e "$stamp-$1" ] || df -Pk . | awk 'NR == 2 && $4 < 7e6 { printf "warning: %.1f GB of disk space are free; .venv needs " \
+    "about 7 GB, or 1 GB with a CPU build of PyTorch\n", $4 * 1024 / 1e9 }' >&2 || true
   echo "installing $* into .venv (takes minutes the first time)"
   # shellcheck disable=SC2046 # one -r per file, and no file name has a space
   .venv/bin/python -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@") || return 1

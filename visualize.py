@@ -10,7 +10,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dataloader.arguments import add_data_arguments, add_episode_arguments, draw_episodes, open_dataset
@@ -29,8 +29,9 @@ def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, summary: str) -> ArgumentParser:
+    def command(name: str, summary: str, run: Callable[[Namespace], None]) -> ArgumentParser:
         added = commands.add_parser(name, help=summary, description=summary, formatter_class=parser.formatter_class)
+        added.set_defaults(run=run)
         group = added.add_argument_group("pictures")
         out = "folder that the pictures are written to"
         group.add_argument("-out", metavar="DIR", default="checkpoint/pictures", help=out)
@@ -47,7 +48,7 @@ def build_parser() -> ArgumentParser:
         add_evaluation_arguments(added)
         add_run_arguments(added)
 
-    added = command("episode", "draw an episode that eval.py evaluates with the same flags")
+    added = command("episode", "draw an episode that eval.py evaluates with the same flags", draw_episode)
     group = added.add_argument_group("which episode")
     which = "its number, from 0, as in the accuracies of results.json"
     group.add_argument("-episode", type=number_at_least(0, int), default=0, help=which)
@@ -58,19 +59,20 @@ def build_parser() -> ArgumentParser:
     add_episode_arguments(added)
     add_matching_arguments(added)
 
-    added = command("pair", "match two image files and draw the match")
+    added = command("pair", "match two image files and draw the match", draw_pair)
     group = added.add_argument_group("which images")
     group.add_argument("images", nargs=2, metavar="IMAGE", help="image file; the first is drawn as the query")
     add_matching_arguments(added)
 
-    added = command("curves", "draw loss and accuracy of training runs, in one picture")
+    added = command("curves", "draw loss and accuracy of training runs, in one picture", draw_curves)
     added.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its trlog.json")
-    added = command("compare", "compare evaluations, episode by episode if they used the same episodes")
+    what = "compare evaluations, episode by episode if they used the same episodes"
+    added = command("compare", what, draw_comparison)
     files = "results.json of eval.py or train_meta.py; the first is the base"
     added.add_argument("files", nargs="+", metavar="FILE", help=files)
     names = "names of the evaluations, as in before,after (default: what distinguishes the paths)"
     added.add_argument("-names", type=lambda text: text.split(","), metavar="NAMES", help=names)
-    added = command("confusion", "draw which classes an evaluation took for which")
+    added = command("confusion", "draw which classes an evaluation took for which", draw_confusion)
     added.add_argument("file", metavar="FILE", help="results.json of eval.py or train_meta.py")
     return parser
 
@@ -151,21 +153,12 @@ def draw_confusion(args: Namespace) -> None:
     print(canvas.save(plots.draw_confusion(confusion), path))
 
 
-COMMANDS = {
-    "episode": draw_episode,
-    "pair": draw_pair,
-    "curves": draw_curves,
-    "compare": draw_comparison,
-    "confusion": draw_confusion,
-}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     if "model_dir" in args:
         adopt_trained_flags(parser, args, argv)
-    COMMANDS[args.command](args)
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -92,14 +92,18 @@ def add_features_argument(group: Any) -> None:
 def open_dataset(args: Namespace, split: str, *, train: bool, deepemd: str | None = None) -> ImageDataset | FeatureSet:
     """One split as the flags say, or the file of ``-features``; ``deepemd`` overrides the flag of that name."""
     if getattr(args, "features", None):
-        return _open_features(args.features, args.map_size or 0)
+        features = read_features(args.features, map_size=args.map_size or 0)
+        images, channels, nodes = features.nodes.shape
+        found = f"{images} images of {len(features.class_names)} classes, {nodes} nodes of {channels} channels"
+        status(f"features: {args.features} ({found})")
+        return features
     view = view_of(args, train=train, deepemd=deepemd)
     return ImageDataset(args.dataset, split, data_dir=args.data_dir, view=view, verify=args.verify_images)
 
 
 def open_base_images(args: Namespace) -> ImageDataset:
-    """The images that statistics of training nodes are taken from, as evaluation sees them: those in the folder
-    ``-statistics``, at any depth, else the training split. InputError if there are none."""
+    """Images for statistics of training nodes, as evaluation sees them: those below the folder ``-statistics``, else the
+    training split. InputError if there are none."""
     if getattr(args, "features", None):
         if args.statistics:
             advice = "name a file of statistics, or leave it out for the train_nodes of the file"
@@ -122,14 +126,6 @@ def open_base_images(args: Namespace) -> ImageDataset:
         raise InputError(f"-norm {args.norm} needs statistics of training images: {error}. {sources}") from None
 
 
-def _open_features(path: str, map_size: int) -> FeatureSet:
-    features = read_features(path, map_size=map_size)
-    images, channels, nodes = features.nodes.shape
-    found = f"{images} images of {len(features.class_names)} classes, {nodes} nodes of {channels} channels"
-    status(f"features: {printable(path)} ({found})")
-    return features
-
-
 def view_of(args: Namespace, *, train: bool, deepemd: str | None = None) -> View:
     """The view that the flags ask for; ``deepemd`` overrides the flag of that name."""
     names = ("image_size", "interpolation", "patch_list", "patch_ratio", "num_patch")
@@ -147,10 +143,8 @@ def draw_episodes(
 ) -> SeededEpisodes:
     """Episodes of the task that the flags describe; ``name`` keeps the draws of several uses apart.
 
-    ``-fixed_patches`` is for evaluation; with ``train`` it is ignored.
-
-    Raises:
-        InputError: the data set has too few classes, a class has too few images, or an episode is too large for memory.
+    ``-fixed_patches`` is for evaluation; with ``train`` it is ignored. InputError if the data set has too few classes, a
+    class too few images, or an episode does not fit into memory.
     """
     check_episode_size(args, dataset)
     try:
@@ -166,10 +160,7 @@ def draw_episodes(
 def choose_episodes(
     args: Namespace, dataset: ImageDataset | FeatureSet, *, seed: int, name: str, most: int | None = None
 ) -> SeededEpisodes | ListedEpisodes:
-    """``-test_episode`` episodes, drawn, or those of ``-episodes_in``, at most ``most``, whose shape ``args`` then has.
-
-    InputError as for :func:`draw_episodes`, or a file that cannot be used.
-    """
+    """``-test_episode`` episodes, drawn, or those of ``-episodes_in``, at most ``most``, whose shape ``args`` then has."""
     if not args.episodes_in:
         return draw_episodes(args, dataset, args.test_episode, seed=seed, name=name)
     fixed_views = len(dataset) if args.fixed_patches else None

@@ -57,32 +57,27 @@ def sample(paths: Sequence[str]) -> list[str]:
 
 def opening_warnings(
     name: str, spec: DatasetSpec, split: str, counts: Mapping[str, int], sizes: Mapping[str, Size]
-) -> list[str]:
+) -> Iterator[str]:
     """What looks wrong about a split from the number of images of each class, and the sizes of a sample of images."""
-    found = [*_about_counts(name, split, counts), *_about_sizes(f"{name} {split}", spec, sizes)]
-    return [f"{message}. For a full check: python datasets/verify.py {name}" for message in found]
-
-
-def _about_counts(name: str, split: str, counts: Mapping[str, int]) -> Iterator[str]:
+    full_check = f". For a full check: python datasets/verify.py {name}"
     difference, wrong = compare_classes(name, split, counts), compare_counts(name, split, counts)
     here, published = sum(counts.values()), published_images(name, split)
     if any(difference):
         classes = len(published_classes(name)[split])
-        yield f"{name} {split} has {len(counts)} classes; the published split has {classes} ({difference})"
+        found = f"has {len(counts)} classes; the published split has {classes} ({difference})"
+        yield f"{name} {split} {found}{full_check}"
     if wrong:
         label, (few, all_of_it) = next(iter(wrong.items()))
-        what = f"first {printable(label)}: {few} of {all_of_it}"
-        yield f"{name} {split}: {len(wrong)} classes lack images or have too many, {what}"
+        found = f"{len(wrong)} classes lack images or have too many, first {printable(label)}: {few} of {all_of_it}"
+        yield f"{name} {split}: {found}{full_check}"
     elif published not in (None, here) and not any(difference):
-        yield f"{name} {split} has {here} images; the published split has {published}"
+        yield f"{name} {split} has {here} images; the published split has {published}{full_check}"
 
-
-def _about_sizes(where: str, spec: DatasetSpec, sizes: Mapping[str, Size]) -> Iterator[str]:
-    edge, sampled = spec.pixels, f"{len(sizes)} sampled images of {where}"
-    wrong = [f"{printable(path)}: {w}x{h}" for path, (w, h) in sizes.items() if edge and (w, h) != (edge, edge)]
+    edge, sampled = spec.pixels, f"{len(sizes)} sampled images of {name} {split}"
+    others = [f"{printable(path)}: {w}x{h}" for path, (w, h) in sizes.items() if edge and (w, h) != (edge, edge)]
     small = [printable(path) for path, size in sizes.items() if spec.large_images and is_shrunk(size)]
-    if wrong:
-        yield f"{len(wrong)} of {sampled} are not {edge}x{edge} as published, first {wrong[0]}"
+    if others:
+        yield f"{len(others)} of {sampled} are not {edge}x{edge} as published, first {others[0]}{full_check}"
     if len(small) > MOST_SMALL_IN_SAMPLE * len(sizes):
         cost = "the published results need them at their original size, and shrunk ones cost 8-10 points of accuracy"
-        yield f"{len(small)} of {sampled} are {SHRUNK_TO} pixels or less (first {small[0]}); {cost}"
+        yield f"{len(small)} of {sampled} are {SHRUNK_TO} pixels or less (first {small[0]}); {cost}{full_check}"

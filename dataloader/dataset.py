@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -33,8 +32,7 @@ class ImageDataset(Dataset):
         paths, labels: one per image; labels count from 0 in the order of ``class_names``, which is sorted.
 
     ``dataset[index]`` is ``(pixels, label)``: uint8 ``(3, S, S)`` or ``(P, 3, S, S)``, and an int. For
-    ``dataset[index, seed]`` the random draws of the view come from that seed alone, so they do not depend on which worker
-    process makes them.
+    ``dataset[index, seed]`` the random draws of the view come from that seed alone.
 
     Raises:
         InputError: something named is missing, or (when an item is asked for) an image cannot be read.
@@ -49,7 +47,7 @@ class ImageDataset(Dataset):
         self.paths, self.labels, self.class_names = read_split(spec, data_dir, split, advice=advice)
         root = find_root(spec, Path(data_dir))
         bases = [spec.split_folders.get(split, split)] if spec.layout == "folders" else spec.image_folders[::-1]
-        self._bases = [os.path.join(root, base, "") if base != "." else os.path.join(root, "") for base in bases]
+        self._bases = [f"{Path(root, base)}{os.sep}" for base in bases]
         if verify:
             self._leave_out_unreadable()
         counts = Counter(self.class_names[label] for label in self.labels)
@@ -73,10 +71,7 @@ class ImageDataset(Dataset):
         index, seed = item if isinstance(item, tuple) else (item, None)
         image = read_image(self.paths[index], upright=self.upright)
         try:
-            with torch.random.fork_rng(devices=[], enabled=seed is not None):
-                if seed is not None:
-                    torch.default_generator.manual_seed(seed)
-                boxes = self.view.boxes(image.size)
+            boxes = self.view.boxes(image.size) if seed is None else self.view.seeded_boxes(image.size, seed)
         except InputError as error:
             raise InputError(f"{printable(self.paths[index])}: {error}") from None
         return self.view.render(image, boxes), self.labels[index]

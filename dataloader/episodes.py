@@ -22,7 +22,7 @@ _SEEDS = 2**62  # view seeds are drawn below this bound
 
 
 class EpisodeSampler(Sampler[list[int]]):
-    """Draws episodes, one after the other: a permutation of the classes, then one of the images of each class chosen.
+    """Draws episodes in sequence: a permutation of the classes, then one of the images of each class chosen.
 
     Args:
         labels: ``(B,)`` class numbers of the images.
@@ -75,15 +75,18 @@ class EpisodeSampler(Sampler[list[int]]):
 class _Seeded(Sampler[list[tuple[int, int]]], ABC):
     """``drawn[k]`` is a list of pairs (index, view seed), a function of (seed, name, epoch, k); k from 0 to ``len - 1``.
 
-    The attribute ``epoch``, 0 at first, chooses among independent draws; ``name`` keeps those of several uses apart.
+    The attribute ``epoch``, 0 at first, chooses among independent draws; ``name`` keeps those of several uses apart. With
+    ``fixed_views``, the number of images of the data set, an image has one view seed, in every list and epoch.
     """
 
-    def __init__(self, seed: int, name: str) -> None:
-        self.seed, self.name = seed, name
-        self.epoch = 0
+    def __init__(self, seed: int, name: str, fixed_views: int | None = None) -> None:
+        self.seed, self.name, self.epoch = seed, name, 0
+        self.fixed_seeds = None
+        if fixed_views is not None:
+            generator = named_generator(seed, name, "views")
+            self.fixed_seeds = torch.randint(_SEEDS, (fixed_views,), generator=generator)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch to draw for."""
         self.epoch = epoch
 
     @abstractmethod
@@ -97,32 +100,20 @@ class _Seeded(Sampler[list[tuple[int, int]]], ABC):
         if not 0 <= k < len(self):
             raise IndexError(f"no batch {k}; there are {len(self)}")
         indices, seeds = self._draw(k)
+        if self.fixed_seeds is not None:
+            seeds = self.fixed_seeds[indices]
         return list(zip(indices, seeds.tolist(), strict=True))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return map(self.__getitem__, range(len(self)))
 
 
-def fixed_view_seeds(images: int, seed: int, name: str) -> Tensor:
-    """A view seed for each image, whatever it is drawn for."""
-    return torch.randint(_SEEDS, (images,), generator=named_generator(seed, name, "views"))
-
-
 class SeededEpisodes(_Seeded):
-    """Episodes that can be drawn one by one, in any order: lists of ``W*P`` pairs (index, view seed).
-
-    Args:
-        sampler: draws an episode; its own generator is not used.
-        fixed_views: the number of images of the data set, to give each image one view seed, whichever episode and epoch it
-            comes in; a seed per use when not given.
-    """
+    """Episodes of a sampler, whose own generator is not used: lists of ``W*P`` pairs (index, view seed), in any order."""
 
     def __init__(self, sampler: EpisodeSampler, *, seed: int, name: str, fixed_views: int | None = None) -> None:
-        super().__init__(seed, name)
+        super().__init__(seed, name, fixed_views)
         self.sampler = sampler
-        self.fixed_seeds = None
-        if fixed_views is not None:
-            self.fixed_seeds = fixed_view_seeds(fixed_views, seed, name)
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -130,8 +121,6 @@ class SeededEpisodes(_Seeded):
     def _draw(self, k: int) -> tuple[list[int], Tensor]:
         generator = named_generator(self.seed, self.name, self.epoch, "episode", k)
         indices = self.sampler.draw(generator)
-        if self.fixed_seeds is not None:
-            return indices, self.fixed_seeds[indices]
         return indices, torch.randint(_SEEDS, (len(indices),), generator=generator)
 
 
@@ -158,18 +147,15 @@ class ListedEpisodes(_Seeded):
         fixed_views: int | None = None,
         most: int | None = None,
     ) -> None:
-        super().__init__(seed, name)
+        super().__init__(seed, name, fixed_views)
         self.count = min(len(indices), most or len(indices))
         self.indices, self.way, self.shot, self.query, self.view_seeds = indices, way, shot, query, view_seeds
-        self.fixed_seeds = None if fixed_views is None else fixed_view_seeds(fixed_views, seed, name)
 
     def __len__(self) -> int:
         return self.count
 
     def _draw(self, k: int) -> tuple[list[int], Tensor]:
         indices = list(self.indices[k])
-        if self.fixed_seeds is not None:
-            return indices, self.fixed_seeds[indices]
         if self.view_seeds is not None:
             return indices, torch.tensor(self.view_seeds[k])
         generator = named_generator(self.seed, self.name, self.epoch, "views", k)

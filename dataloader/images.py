@@ -85,7 +85,7 @@ def picture_of(image: Image.Image | np.ndarray) -> Image.Image:
 
 
 def reason(error: Exception) -> str:
-    """What Pillow, or the system, has against a file, without the name of the file."""
+    """Why Pillow, or the system, refuses a file, without the name of the file."""
     text = getattr(error, "strerror", None) or re.sub(r" (in )?('[^']*'|<_io\..*>)$", "", str(error))
     return " ".join(printable(text).split()) or type(error).__name__
 

@@ -51,7 +51,7 @@ def read_split(
 
     Args:
         advice: how to get what is missing, for messages; by default as the data set is obtained.
-        report: is told of each problem. Where it returns, reading continues without the files concerned.
+        report: called with each problem. Where it returns, reading continues without the files concerned.
 
     Raises:
         InputError: the data directory, the data set's folder, the split, a class or a file is missing, or cannot be read.

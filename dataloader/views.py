@@ -1,9 +1,8 @@
 """How a PIL image becomes what the encoder sees: one tensor, a grid of patches, or random patches.
 
-A view works in two steps. ``boxes`` makes every random draw, from torch's global generator, which the data set seeds per
-image. ``render`` cuts the boxes out and resizes them to 8-bit pixels, ``(3, S, S)`` (fcn) or ``(P, 3, S, S)`` (grid,
-sampling), where S is the image size. The encoder normalises them, on its device: four times fewer bytes travel there.
-The published system has S = 84; other sizes scale in proportion.
+A view works in two steps. ``boxes`` makes every random draw, from torch's global generator. ``render`` cuts the boxes out and
+resizes them to 8-bit pixels, ``(3, S, S)`` (fcn) or ``(P, 3, S, S)`` (grid, sampling), where S is the image size, 84 in the
+published system. The encoder normalises them, on its device: four times fewer bytes travel there.
 """
 
 from abc import ABC, abstractmethod
@@ -60,6 +59,12 @@ class View(ABC):
     @abstractmethod
     def boxes(self, size: tuple[int, int]) -> list[Box]:
         """The boxes to cut from an image of ``size`` (width, height) pixels; all random draws happen here."""
+
+    def seeded_boxes(self, size: tuple[int, int], seed: int) -> list[Box]:
+        """The boxes with draws from ``seed`` alone, so that they do not depend on which process makes them."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.boxes(size)
 
     def render(self, image: Image.Image, boxes: Sequence[Box]) -> Tensor:
         """The pixels in the boxes of an RGB image, uint8: ``(3, S, S)`` or ``(P, 3, S, S)``."""

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from engine.run import hold_lock
 
@@ -40,6 +41,11 @@ def remove_empty(folder: Path) -> None:
     for root, _, _ in os.walk(folder, topdown=False):
         with suppress(OSError):  # it is not empty
             os.rmdir(root)
+
+
+def split_counts(per_class: Mapping[str, int]) -> dict[str, Any]:
+    """What a manifest, or a report, says of a split."""
+    return {"classes": len(per_class), "images": sum(per_class.values()), "per_class": dict(sorted(per_class.items()))}
 
 
 def tree_hash(digests: Mapping[str, str]) -> str:

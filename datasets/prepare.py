@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from download import download, hub_parquet
-from folders import MANIFEST, exclusive, remove_empty, tree_hash
+from folders import MANIFEST, exclusive, remove_empty, split_counts, tree_hash
 from PIL import Image
 from recipes import RECIPES
 from recipes.common import Plan, Target
@@ -34,7 +34,7 @@ from sources import ConcatSource, Parquet, Source, open_source
 
 from engine.command_line import make_parser
 from engine.loading import progress_bar
-from utils import InputError, available_cores, first_few, number_at_least, printable, run_script, status, warn
+from utils import InputError, available_cores, first_few, number_at_least, run_script, status, warn
 
 RECIPE = 1  # to be increased when the same source gives other files
 JPEG_QUALITY = 95  # of images that are cropped or resized
@@ -86,10 +86,8 @@ def _build(name: str, given: Sequence[str], work: Path, options: dict[str, Any])
     for path, text in plan.tables.items():
         digests[path] = _write(work / path, text.encode())
     _remove_others(work, digests)
-    splits = {}
-    for split, images in plan.splits().items():
-        labels = Counter(image.label for image in images)
-        splits[split] = {"classes": len(labels), "images": len(images), "per_class": dict(sorted(labels.items()))}
+    per_class = {split: Counter(image.label for image in images) for split, images in plan.splits().items()}
+    splits = {split: split_counts(counts) for split, counts in per_class.items()}
     record = {**state, "notes": plan.notes, "lacks": plan.faults, "splits": splits, "sha256": tree_hash(digests)}
     _write(work / MANIFEST, json.dumps(record, indent=1).encode())
     (work / STATE).unlink()
@@ -134,18 +132,9 @@ def _plan(name: str, source: Source, options: dict[str, Any]) -> Plan:
     twice = [path for path, n in Counter(image.path for image in plan.images.values()).items() if n > 1]
     if twice:
         raise InputError(f"{source.where} has duplicate images: {first_few(twice)}. Pass a source without them")
-    if unfit := [printable(image.path) for image in plan.images.values() if not _is_writable(image.path)]:
-        raise InputError(f"{source.where} has names that no file can have: {first_few(unfit)}. Shorten or replace them")
     if not plan.images:
         raise InputError(f"no image of this data set in {source.where}. Pass the original source, as in -h")
     return plan
-
-
-def _is_writable(path: str) -> bool:
-    try:
-        return b"\0" not in os.fsencode(path) and all(len(name) <= 250 for name in os.fsencode(path).split(b"/"))
-    except UnicodeEncodeError:
-        return False
 
 
 def _summary(plan: Plan) -> str:
@@ -193,7 +182,7 @@ def _write_images(source: Source, plan: Plan, work: Path, side: int) -> dict[str
             target, future = waiting.popleft()
             try:
                 digests[target.path] = future.result()
-            except InputError as error:
+            except ValueError as error:  # an InputError, or a name that no file can have
                 faults.append(str(error))
             bar.update()
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from folders import MANIFEST, tree_hash
+from folders import MANIFEST, split_counts, tree_hash
 
 from dataloader.catalog import CATALOG, SPLITS, DatasetSpec
 from dataloader.checks import SHRUNK_TO, compare_classes, compare_counts, is_shrunk
@@ -131,13 +131,12 @@ def verify(name: str, data_dir: Path) -> dict[str, Any]:
 def _list_images(tree: Tree) -> None:
     """The images that the scripts read, as the scripts list them."""
     for split in SPLITS:
-        problems: list[Problem] = []
+        before = len(tree.problems)
         try:
-            paths, labels, classes = read_split(tree.spec, str(tree.data_dir), split, report=problems.append)
+            paths, labels, classes = read_split(tree.spec, str(tree.data_dir), split, report=tree.problems.append)
         except InputError as error:
-            problems.append(Problem(UNREADABLE, str(error), ""))
-        tree.problems += problems
-        if any(problem.kind in (UNREADABLE, MISSING_SPLIT) for problem in problems):
+            tree.problems.append(Problem(UNREADABLE, str(error), ""))
+        if any(problem.kind in (UNREADABLE, MISSING_SPLIT) for problem in tree.problems[before:]):
             continue
         tree.counts[split] = Counter()
         for path, label in zip(paths, labels, strict=True):
@@ -184,7 +183,7 @@ def _read_file(root: str, not_images: frozenset[str], name: str) -> FileRecord:
     path = os.path.join(root, name)
     try:
         if not os.path.isfile(path):
-            return FileRecord(fault="it is no file" if os.path.exists(path) else "a link that leads nowhere")
+            return FileRecord(fault="not a regular file" if os.path.exists(path) else "a broken link")
         content = Path(path).read_bytes()
     except OSError as error:
         return FileRecord(fault=error.strerror)
@@ -196,7 +195,7 @@ def _read_file(root: str, not_images: frozenset[str], name: str) -> FileRecord:
 
 
 def check_listing(tree: Tree) -> None:
-    """What the readers met, by kind; a script needs only the splits that it reads."""
+    """The problems that the readers reported, by kind; a script needs only the splits that it reads."""
     kinds: dict[str, list[Problem]] = defaultdict(list)
     for problem in tree.problems:
         kinds[problem.kind].append(problem)
@@ -301,8 +300,8 @@ def check_manifest(tree: Tree) -> None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         name, recorded = content["dataset"], content["sha256"]
-    except Exception as error:  # whatever a file that is no manifest makes the lines above raise
-        tree.faults.append(f"{path} is no manifest of prepare.py ({type(error).__name__}: {error}). {cure}")
+    except Exception as error:  # whatever another file makes the lines above raise
+        tree.faults.append(f"{path} is not a manifest of prepare.py ({type(error).__name__}: {error}). {cure}")
         return
     digests = {path: record.digest.hex() for path, record in tree.records.items() if record.digest}
     if name != tree.name:
@@ -352,10 +351,7 @@ def _report(tree: Tree) -> dict[str, Any]:
         "verdict": printable(f"{tree.name} in {tree.root} is {what}"),
         "faults": [printable(fault) for fault in tree.faults],
         "notes": [printable(note) for note in tree.notes],
-        "splits": {
-            split: {"classes": len(found), "images": sum(found.values()), "per_class": dict(sorted(found.items()))}
-            for split, found in tree.counts.items()
-        },
+        "splits": {split: split_counts(found) for split, found in tree.counts.items()},
         "sizes": {f"{width}x{height}": n for (width, height), n in sizes.most_common()},
         "modes": dict(modes.most_common()),
     }

@@ -37,10 +37,9 @@ _generator_lock = Lock()  # all threads share torch's global generator
 
 
 def view_image(image: Image.Image, view: View, seed: int) -> ViewedImage:
-    """Apply a view to an RGB image, with random draws from ``seed`` alone, as :class:`ImageDataset` does."""
-    with _generator_lock, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        boxes = view.boxes(image.size)
+    """Apply a view to an RGB image, as :class:`ImageDataset` does for an index and a seed."""
+    with _generator_lock:
+        boxes = view.seeded_boxes(image.size, seed)
     pixels = view.render(image, boxes)
     if pixels.dim() == 3:
         return ViewedImage(pixels, None, [])

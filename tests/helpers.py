@@ -21,15 +21,9 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 # Names that files and classes may have.
 ODD_NAMES = [
-    "caf\udce9",  # a file name that is not UTF-8
-    "$x_1$ and 5$ {\\frac",
-    "two\nlines\tand \x1b[31m",
-    "\u732b \u72ac",  # cat, dog
-    "\u202eabc\u05d0\u05d1 \u0642\u0637",  # right to left
-    "\U0001f408",
-    "x" * 300,
-    "",
-    " ",
+    *("caf\udce9", "$x_1$ and 5$ {\\frac", "two\nlines\tand \x1b[31m"),  # the first is not UTF-8
+    *("\u732b \u72ac", "\u202eabc\u05d0\u05d1 \u0642\u0637", "\U0001f408"),  # cat and dog; right to left
+    *("x" * 300, "", " "),
 ]
 
 
@@ -138,18 +132,9 @@ def torchrun(count: int) -> list[object]:
 
 
 def write_run(folder: Path, epochs: int, **more) -> Path:
-    """The trlog.json of a run of so many epochs."""
-    rows = [
-        {
-            "epoch": k,
-            "train_loss": 2 / k,
-            "train_acc": 10 * k,
-            "val_loss": 1 / k,
-            "val_acc": 20 + k,
-            "val_interval": 2.0,
-        }
-        for k in range(1, epochs + 1)
-    ]
+    """The folder of a run with a trlog.json of that many epochs."""
+    names = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_interval")
+    rows = [dict(zip(names, (k, 2 / k, 10 * k, 1 / k, 20 + k, 2.0), strict=True)) for k in range(1, epochs + 1)]
     write_json(folder / "trlog.json", {"args": {}, "epochs": rows, **more})
     return folder
 

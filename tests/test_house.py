@@ -40,18 +40,7 @@ MAY_IMPORT = {
 # Modules that need an optional library, and may therefore be imported inside a function.
 NEEDS_A_LIBRARY = {"Models.emd.simplex_kernel": "numba"}
 OPTIONAL_LIBRARIES = {
-    *(
-        "cv2",
-        "numba",
-        "qpth",
-        "timm",
-        "pyarrow",
-        "gdown",
-        "huggingface_hub",
-        "safetensors",
-        "matplotlib",
-        "torchvision",
-    ),
+    *("cv2", "numba", "qpth", "timm", "pyarrow", "huggingface_hub", "safetensors", "matplotlib", "torchvision"),
     *("onnx", "onnxruntime"),
     *("ot", "scipy"),  # which benchmarks/emd.py compares with
     *("fcntl", "torch"),  # not on every system; a part of it that only torchrun needs
@@ -66,11 +55,7 @@ def place_of(module: str) -> str:
 
 def resolve(name: str) -> str | None:
     """The module of this project that an imported name is, or is defined in."""
-    for prefix in (
-        "",
-        "datasets.",
-        "benchmarks.",
-    ):  # no packages: what is in them imports its neighbours by their bare names
+    for prefix in ("", "datasets.", "benchmarks."):  # no packages: their files import each other by bare names
         parts = (prefix + name).split(".")
         for end in range(len(parts), 0, -1):
             if (candidate := ".".join(parts[:end])) in FILES:
@@ -87,6 +72,10 @@ def imported(module: str, node: ast.AST) -> set[str]:
     package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
     parts = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
     return {".".join([*parts, *filter(None, [node.module]), alias.name]) for alias in node.names}
+
+
+def functions_of(module: str) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef)]
 
 
 @functools.cache
@@ -121,8 +110,7 @@ def test_no_circle_of_files():
 # An entry point of torch.hub imports what it needs alone, and nothing before the others are listed.
 @pytest.mark.parametrize("module", sorted(FILES.keys() - {"hubconf"}))
 def test_imports_stand_at_the_top(module):
-    functions = (node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
-    for function in functions:
+    for function in functions_of(module):
         for name in {name for node in ast.walk(function) for name in imported(module, node)}:
             where = f"{module}, line {function.lineno}: {name} is imported inside {function.name}"
             assert resolve(name) in (None, *NEEDS_A_LIBRARY), where
@@ -142,9 +130,7 @@ def test_files_and_functions_are_short():
     long = {}
     for module, path in FILES.items():
         name = path.relative_to(ROOT).as_posix()
-        functions = [
-            node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        ]
+        functions = functions_of(module)
         lines = {f"{name}: {node.name}": node.end_lineno - node.lineno + 1 for node in functions}
         long |= {place: count for place, count in lines.items() if count > MOST_LINES_OF_A_FUNCTION}
         if (count := len(path.read_text(encoding="utf-8").splitlines())) > MOST_LINES:
@@ -224,9 +210,8 @@ def test_links_and_files_of_a_page_exist(page):
     for command in re.findall(r"(?:python|bash) ([\w/]+\.(?:py|sh))", text):
         assert (ROOT / command).exists(), command
     if page != HISTORY:
-        for path in re.findall(
-            r"`((?:Models|dataloader|datasets|engine|pictures|tests|benchmarks)/[\w/]+\.(?:py|sh))`", text
-        ):
+        places = "Models|dataloader|datasets|engine|pictures|tests|benchmarks"
+        for path in re.findall(rf"`((?:{places})/[\w/]+\.(?:py|sh))`", text):
             assert (ROOT / path).exists(), path
 
 

@@ -1,9 +1,15 @@
 """What the tests of several modules of dataloader share."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from folders import exclusive
 from helpers import ROOT, write_images
 
 from dataloader import ImageDataset, make_view
@@ -34,6 +40,29 @@ def refuse(monkeypatch, owner, function: str, name: str) -> None:
         return real(path, *args, **settings)
 
     monkeypatch.setattr(owner, function, refusing)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextmanager
+def locked_by_another_process(target: Path) -> Iterator[None]:
+    """A process that holds the lock of a folder being built, and is then killed."""
+    child = os.fork()
+    if not child:
+        with exclusive(target):
+            (target.parent / "held").touch()
+            time.sleep(60)
+        os._exit(0)
+    try:
+        while not (target.parent / "held").exists():
+            time.sleep(0.01)
+        (target.parent / "held").unlink()
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:

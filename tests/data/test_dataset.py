@@ -72,13 +72,21 @@ def test_huge_images_are_named_once(tmp_path):
 
 
 def test_one_decode_per_image(folder, monkeypatch):
-    calls = []
-    real = dataset_module.read_image
+    calls, read = [], dataset_module.read_image
     monkeypatch.setattr(
-        dataset_module, "read_image", lambda path, **settings: calls.append(path) or real(path, **settings)
+        dataset_module, "read_image", lambda *given, **more: calls.append(given) or read(*given, **more)
     )
     open_split("folder", folder, view=make_view("sampling", train=False, image_size=16))[0]
     assert len(calls) == 1
+
+
+def test_names_of_images_are_relative_to_the_split_wherever_the_data_are(tmp_path, monkeypatch):
+    write_images(tmp_path / "test" / "a", 1)
+    write_table(tmp_path, "0001.jpg,n01\n")
+    monkeypatch.chdir(tmp_path)
+    for data_dir in (tmp_path, ".", "./../" + tmp_path.name):
+        assert open_split("folder", data_dir).relative_paths() == ["a/0000.png"]
+        assert open_split("miniimagenet", data_dir).relative_paths() == ["0001.jpg"]
 
 
 def test_seeded_items_leave_the_global_generator_alone(folder):

@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import io
-import lzma
 import os
 import random
 import re
@@ -11,9 +10,7 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import tarfile
-import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -25,11 +22,12 @@ import pytest
 import requests
 import sources
 from archives import BrokenArchive
-from fetch import DOWNLOADS, fetch, main
+from data_helpers import locked_by_another_process, tree
+from fetch import DOWNLOADS, fetch
 from folders import exclusive
-from helpers import ROOT
+from helpers import ROOT, run
 
-from utils import InputError, run_script
+from utils import InputError
 
 PUBLISHED = {  # reference: Google Drive id, the folder inside
     "miniimagenet": ("191cFzwwNTzG_mHUDABF0Nh77cI6pa-qq", "datasets/miniimagenet"),
@@ -78,15 +76,12 @@ def flip(path: Path, position: int) -> Path:
     return path
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 # --- Archives that are as they should be ------------------------------------------------------------------------------
 
 
 def test_table_is_the_published_one():
     assert {name: found.drive_id for name, found in DOWNLOADS.items()} == {n: id_ for n, (id_, _) in PUBLISHED.items()}
+    assert module.PROJECT == ROOT
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -95,7 +90,7 @@ def test_folder_comes_into_place(tmp_path, capsys, name):
     path = tar(tmp_path / "local.tar", (f"./{Path(folder).name}/a/b.txt", b"hello"))
     project = tmp_path / "project"
     fetch(name, str(path), project)
-    assert files(project) == {f"{folder}/a/b.txt": b"hello"}
+    assert tree(project) == {f"{folder}/a/b.txt": b"hello"}
     assert "in place" in capsys.readouterr().out
     fetch(name, str(path), project)
     assert "exists: nothing to do" in capsys.readouterr().out
@@ -106,7 +101,7 @@ def test_folder_comes_into_place(tmp_path, capsys, name):
 def test_the_folder_may_have_either_spelling(tmp_path, spelling):
     path = tar(tmp_path / "local.tar", (f"{spelling}/a", b"x"))
     fetch("tieredimagenet", path.as_uri(), tmp_path / "project")
-    assert files(tmp_path / "project") == {f"datasets/{spelling}/a": b"x"}
+    assert tree(tmp_path / "project") == {f"datasets/{spelling}/a": b"x"}
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz", "zip"])
@@ -115,36 +110,18 @@ def test_every_compression_is_read(tmp_path, mode):
     path = tmp_path / "local"
     _ = zipped(path, *members) if mode == "zip" else tar(path, *members, mode=mode)
     fetch("cub", str(path), tmp_path)
-    assert files(tmp_path / "datasets") == {"cub/a": NOISE, "cub/b/c": b"x"}
+    assert tree(tmp_path / "datasets") == {"cub/a": NOISE, "cub/b/c": b"x"}
 
 
-def test_no_extraction_filter_is_needed(tmp_path, monkeypatch):
-    """Python 3.10.0 to 3.10.11 and 3.11.0 to 3.11.3 have no extraction filters."""
-
-    def extract(self, *_, **options):
-        raise TypeError(f"unexpected keyword argument {list(options)}")
-
-    monkeypatch.setattr(tarfile.TarFile, "extract", extract)
-    monkeypatch.setattr(tarfile.TarFile, "extractall", extract)
-    fetch("cub", str(tar(tmp_path / "local.tar", ("cub/a", b"x"))), tmp_path)
-    assert files(tmp_path / "datasets") == {"cub/a": b"x"}
-
-
-@pytest.mark.parametrize("pack", ["tar", "zip"])
-def test_special_permissions_do_not_survive(tmp_path, pack):
-    mode = stat.S_IFREG | 0o6777
-    if pack == "tar":
-        path = tar(tmp_path / "local", (member("cub/a", mode=mode), b"x"))
-    else:
-        path = zipped(tmp_path / "local", (zip_info("cub/a", mode), b"x"))
-    fetch("cub", str(path), tmp_path)
+def test_special_permissions_do_not_survive(tmp_path):
+    fetch("cub", str(tar(tmp_path / "local", (member("cub/a", mode=0o6777), b"x"))), tmp_path)
     assert (tmp_path / "datasets/cub/a").stat().st_mode & 0o7111 == 0
 
 
 def test_empty_folder_is_not_in_place(tmp_path):
     (tmp_path / "datasets/cub/images/a").mkdir(parents=True)
     fetch("cub", str(tar(tmp_path / "local.tar", ("cub/a", b"x"))), tmp_path)
-    assert files(tmp_path / "datasets") == {"cub/a": b"x"}
+    assert tree(tmp_path / "datasets") == {"cub/a": b"x"}
 
 
 def test_file_in_the_way_is_kept(tmp_path):
@@ -152,7 +129,7 @@ def test_file_in_the_way_is_kept(tmp_path):
     (tmp_path / "datasets/cub").write_text("mine")
     with pytest.raises(InputError, match="cub"):
         fetch("cub", str(tar(tmp_path / "local.tar", ("cub/a", b"x"))), tmp_path)
-    assert files(tmp_path / "datasets") == {"cub": b"mine"}
+    assert tree(tmp_path / "datasets") == {"cub": b"mine"}
 
 
 # --- Archives that are not --------------------------------------------------------------------------------------------
@@ -171,18 +148,6 @@ def encrypted(path: Path) -> Path:
     return path
 
 
-def unknown_compression(path: Path) -> Path:
-    data = bytearray(zipped(path, ("cub/a", b"x")).read_bytes())
-    data[8] = data[data.index(b"PK\1\2") + 10] = 99
-    path.write_bytes(data)
-    return path
-
-
-def text(path: Path, content: str) -> Path:
-    path.write_text(content)
-    return path
-
-
 def raw(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
@@ -198,15 +163,16 @@ def sparse_bomb(path: Path) -> Path:
     return raw(path, bytes(header) + bytes(10240))
 
 
-def many_empty(path: Path) -> Path:
-    return tar(path, *((f"cub/{number}", b"") for number in range(3000)), mode="w:gz")
-
-
-ZEROS = bytes(3 << 20)
+ZEROS = bytes(1 << 20)
 TWO = (("cub/a", NOISE), ("cub/b", NOISE))
+NO_FILE = "'cub/.', which is neither a file nor a folder"
+MANY_EMPTY = [(f"cub/{number}", b"") for number in range(1000)]
+LINK_OUT = (member("cub/a", tarfile.SYMTYPE, "../../../secret"), b"")
+ZIP_LINK = (zip_info("cub/a", stat.S_IFLNK | 0o777), b"/etc/passwd")
 BROKEN = {
-    "a web page": (lambda p: text(p, "<html>Quota exceeded</html>"), "neither a tar nor a zip archive"),
-    "nothing": (lambda p: text(p, ""), "neither a tar nor a zip archive"),
+    "a web page": (lambda p: raw(p, b"<html>Quota exceeded</html>"), "neither a tar nor a zip archive"),
+    "nothing": (lambda p: raw(p, b""), "neither a tar nor a zip archive"),
+    "compressed text": (lambda p: raw(p, bz2.compress(b"hello" * 1000)), "neither a tar nor a zip archive"),
     "another folder": (lambda p: tar(p, ("birds/a", b"x")), "has no folder cub; it holds birds"),
     "an empty tar": (lambda p: tar(p), "it holds none"),
     # cut off, or changed
@@ -216,72 +182,55 @@ BROKEN = {
     "tar.gz, cut": (lambda p: cut(tar(p, *TWO, mode="w:gz"), 40000), "is broken"),
     "tar.gz, cut at once": (lambda p: cut(tar(p, *TWO, mode="w:gz"), 300), "neither a tar|is broken"),
     "tar.gz, without its checksum": (lambda p: cut(tar(p, *TWO, mode="w:gz"), -8), "is broken"),
-    "tar.gz, byte changed": (lambda p: flip(tar(p, *TWO, mode="w:gz"), 30000), "is broken"),
     "tar.gz, checksum changed": (lambda p: flip(tar(p, *TWO, mode="w:gz"), -8), "is broken"),
-    "tar.bz2, byte changed": (lambda p: flip(tar(p, *TWO, mode="w:bz2"), 30000), "neither a tar|is broken"),
-    "tar.bz2, end changed": (lambda p: flip(tar(p, *TWO, mode="w:bz2"), -3), "neither a tar|is broken"),
     "tar.xz, byte changed": (lambda p: flip(tar(p, *TWO, mode="w:xz"), 30000), "neither a tar|is broken"),
     "zip, cut": (lambda p: cut(zipped(p, *TWO), 40000), "neither a tar nor a zip archive"),
     "zip, byte changed": (lambda p: flip(zipped(p, *TWO, method=zipfile.ZIP_STORED), 30000), "is broken .*CRC"),
     "zip, encrypted": (encrypted, "is encrypted"),
-    "zip, unknown compression": (unknown_compression, "not compressed by deflate"),
+    # zipfile would decompress it without a bound
+    "zip, by bzip2": (lambda p: zipped(p, ("cub/a", b"x"), method=zipfile.ZIP_BZIP2), "not compressed by deflate"),
     # bombs
     "tar.gz bomb": (lambda p: tar(p, ("cub/a", ZEROS), mode="w:gz"), "out of proportion"),
-    "tar.xz bomb": (lambda p: tar(p, ("cub/a", ZEROS), mode="w:xz"), "out of proportion"),
     "tar.gz bomb behind the end": (
         lambda p: raw(p, gzip.compress(tar(p, ("cub/a", b"x")).read_bytes() + ZEROS)),
         "out of proportion",
     ),
-    "tar.gz bomb of empty files": (many_empty, "out of proportion"),
+    "tar.gz bomb of empty files": (lambda p: tar(p, *MANY_EMPTY, mode="w:gz"), "out of proportion"),
     "sparse tar bomb": (sparse_bomb, "sparse file"),
     "zip bomb": (lambda p: zipped(p, ("cub/a", ZEROS)), "out of proportion"),
     # members that would be written outside, or are no files
     "tar, up": (lambda p: tar(p, ("cub/a", b"x"), ("../evil", b"x")), "'../evil', which leads out"),
-    "tar, up from within": (lambda p: tar(p, ("cub/../../../evil", b"x")), "leads out"),
     "tar, absolute": (lambda p: tar(p, ("cub/a", b"x"), ("/evil", b"x")), "'/evil', which leads out"),
     "tar, up by backslash": (lambda p: tar(p, ("cub/a", b"x"), ("..\\evil", b"x")), "leads out"),
     "tar, with a drive": (lambda p: tar(p, ("cub/a", b"x"), ("C:evil", b"x")), "leads out"),
-    "zip, up": (lambda p: zipped(p, ("cub/a", b"x"), ("../evil", b"x")), "leads out"),
-    "zip, absolute": (lambda p: zipped(p, ("cub/a", b"x"), ("/evil", b"x")), "leads out"),
-    "hard link": (
-        lambda p: tar(p, ("cub/a", b"x"), (member("cub/b", tarfile.LNKTYPE, "cub/a"), b"")),
-        "'cub/b', which is neither a file nor a folder",
-    ),
-    "symbolic link out": (
-        lambda p: tar(p, (member("cub/a", tarfile.SYMTYPE, "../../../secret"), b"")),
-        "'cub/a', which is neither a file nor a folder",
-    ),
-    "device": (lambda p: tar(p, (member("cub/a", tarfile.CHRTYPE), b"")), "neither a file nor a folder"),
-    "pipe": (lambda p: tar(p, (member("cub/a", tarfile.FIFOTYPE), b"")), "neither a file nor a folder"),
-    "zip, symbolic link": (
-        lambda p: zipped(p, (zip_info("cub/a", stat.S_IFLNK | 0o777), b"/etc/passwd")),
-        "neither a file nor a folder",
-    ),
+    "zip, up from within": (lambda p: zipped(p, ("cub/../../evil", b"x")), "leads out"),
+    "hard link": (lambda p: tar(p, ("cub/a", b"x"), (member("cub/b", tarfile.LNKTYPE, "cub/a"), b"")), NO_FILE),
+    "symbolic link out": (lambda p: tar(p, LINK_OUT), NO_FILE),
+    "pipe": (lambda p: tar(p, (member("cub/a", tarfile.FIFOTYPE), b"")), NO_FILE),
+    "zip, symbolic link": (lambda p: zipped(p, ZIP_LINK), NO_FILE),
     "file below a file": (lambda p: tar(p, ("cub", b"x"), ("cub/a", b"x")), "cannot be extracted"),
 }
 
 
 @pytest.fixture
 def low_bound(monkeypatch):
-    monkeypatch.setattr(archives, "SPARE_BYTES", 1 << 20)
+    monkeypatch.setattr(archives, "SPARE_BYTES", 1 << 18)
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_bad_archive_leaves_nothing(tmp_path, monkeypatch, capsys, low_bound, what):
+def test_bad_archive_leaves_nothing(tmp_path, monkeypatch, low_bound, what):
     spoil, message = BROKEN[what]
     (tmp_path / "secret").write_text("secret")
     path = spoil(tmp_path / "local")
-    before = files(tmp_path)
+    before = tree(tmp_path)
     with pytest.raises(InputError, match=message):
         fetch("cub", str(path), tmp_path / "project")
     assert list((tmp_path / "project/datasets").iterdir()) == []
-    assert files(tmp_path) == before
+    assert tree(tmp_path) == before
 
     monkeypatch.setattr(module, "PROJECT", tmp_path / "project")
-    assert run(monkeypatch, "cub", path) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
+    status, _, said = run("fetch.py", "cub", path, cwd=tmp_path)
+    assert (status, said.count("\n"), said[:7]) == (1, 1, "error: ")
 
 
 def header(kind: bytes, size: int, name: str = "././@LongLink") -> bytes:
@@ -301,39 +250,31 @@ def sized(size: int) -> bytes:
 
 MIB = 1 << 20
 HEADERS = {
-    "pax header": header(tarfile.XHDTYPE, 40 * MIB) + bytes(40 * MIB),
-    "global pax header": header(tarfile.XGLTYPE, 40 * MIB) + bytes(40 * MIB),
-    "long name": header(tarfile.GNUTYPE_LONGNAME, 40 * MIB) + b"a" * (40 * MIB),
-    "long link": header(tarfile.GNUTYPE_LONGLINK, 40 * MIB) + b"a" * (40 * MIB),
-    "many long names": (header(tarfile.GNUTYPE_LONGNAME, MIB // 2) + b"a" * (MIB // 2)) * 80,
+    "pax header": header(tarfile.XHDTYPE, 20 * MIB) + bytes(20 * MIB),
+    "long name": header(tarfile.GNUTYPE_LONGNAME, 20 * MIB) + b"a" * (20 * MIB),
+    "many long names": (header(tarfile.GNUTYPE_LONGNAME, MIB // 2) + b"a" * (MIB // 2)) * 40,
     "negative size": sized(-512),
     "size that leads back to the start": sized(-1536),
-    "very negative size": sized(-(1 << 80)),
     "size beyond 64 bits": sized(1 << 80),
-    "pax header of negative size": header(tarfile.XHDTYPE, 0)[:124] + b"\xff" * 12 + bytes(376),
 }
 
 
-@pytest.mark.parametrize("place", ["first", "behind a member", "in a class tar"])
 @pytest.mark.parametrize("what", HEADERS)
-def test_a_header_is_not_read_whole_whatever_size_it_claims(tmp_path, what, place):
-    content = HEADERS[what]
-    if content[148:156] == bytes(8):  # made by hand, without a checksum
-        content = content[:148] + b"%06o\0 " % (sum(content[:512]) + 8 * 32) + content[156:]
-    name = "cub/n01532829.tar" if place == "in a class tar" else "cub/a"
-    good = tar(tmp_path / "good", (name, b"x" if place != "in a class tar" else content)).read_bytes()
-    content = {"first": content + good, "behind a member": good[:1024] + content, "in a class tar": good}[place]
-    path = raw(tmp_path / "local", gzip.compress(content, 1))
-    tracemalloc.start()
-    with pytest.raises(InputError, match="is broken|out of proportion"):
-        sources.open_source(path).entries()
-    if place != "in a class tar":
+def test_a_header_is_not_read_whole_whatever_size_it_claims(tmp_path, what):
+    good, packed = tar(tmp_path / "good", ("cub/a", b"x")).read_bytes(), tmp_path / "local"
+    class_tar = tar(tmp_path / "outer", ("cub/n01532829.tar", HEADERS[what])).read_bytes()
+    for content in (HEADERS[what] + good, good[:1024] + HEADERS[what], class_tar):
+        raw(packed, gzip.compress(content, 1))
+        tracemalloc.start()
         with pytest.raises(InputError, match="is broken|out of proportion"):
-            fetch("cub", str(path), tmp_path)
-        assert list((tmp_path / "datasets").iterdir()) == []
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 16 * MIB
+            sources.open_source(packed).entries()
+        if content != class_tar:
+            with pytest.raises(InputError, match="is broken|out of proportion"):
+                fetch("cub", str(packed), tmp_path)
+            assert list((tmp_path / "datasets").iterdir()) == []
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 16 * MIB
 
 
 def resized(path: Path, size: int, claimed: int) -> Path:
@@ -344,7 +285,7 @@ def resized(path: Path, size: int, claimed: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("size", "claimed", "message"), [(64 * MIB, 100, "Bad CRC-32"), (5000, 70000, "ends after 5000 of 70000 bytes")]
+    ("size", "claimed", "message"), [(32 * MIB, 100, "Bad CRC-32"), (5000, 70000, "ends after 5000 of 70000 bytes")]
 )
 def test_a_zip_that_misstates_a_size_is_refused_without_decompressing_more(tmp_path, size, claimed, message):
     path = resized(tmp_path / "local.zip", size, claimed)
@@ -361,16 +302,9 @@ def test_a_zip_that_misstates_a_size_is_refused_without_decompressing_more(tmp_p
     assert list((tmp_path / "datasets").iterdir()) == []
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_a_zip_that_zipfile_would_decompress_without_a_bound_is_refused(tmp_path, method):
-    path = zipped(tmp_path / "local.zip", ("cub/a.png", b"x"), method=method)
-    with pytest.raises(BrokenArchive, match="not compressed by deflate"):
-        fetch("cub", str(path), tmp_path)
-
-
 @pytest.mark.parametrize("pack", ["w:gz", "w:bz2", "w:xz", "zip"])
 @pytest.mark.parametrize("big", ["cub/a.png", "cub/n01532829.tar"])
-def test_a_bomb_is_no_source(tmp_path, monkeypatch, low_bound, pack, big):
+def test_a_bomb_is_no_source(tmp_path, low_bound, pack, big):
     path, members = tmp_path / "local", (("cub/x.png", b"x"), (big, ZEROS))
     _ = zipped(path, *members) if pack == "zip" else tar(path, *members, mode=pack)
     with pytest.raises(BrokenArchive, match="out of proportion"):
@@ -388,22 +322,13 @@ def test_a_source_is_checked_to_its_end(tmp_path, what):
 
 def test_a_set_is_fetched_by_one_process_at_a_time(tmp_path):
     path = tar(tmp_path / "local.tar", ("cub/a", b"x"))
-    child = os.fork()
-    if not child:
-        with exclusive(tmp_path / "datasets" / DOWNLOADS["cub"].archive):
-            (tmp_path / "held").touch()
-            time.sleep(60)
-        os._exit(0)
-    try:
-        while not (tmp_path / "held").exists():
-            time.sleep(0.01)
-        with pytest.raises(InputError, match="Wait for it to finish"):
-            fetch("cub", str(path), tmp_path)
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    with (
+        locked_by_another_process(tmp_path / "datasets/cub.tar"),
+        pytest.raises(InputError, match="Wait for it to finish"),
+    ):
+        fetch("cub", str(path), tmp_path)
     fetch("cub", str(path), tmp_path)
-    assert files(tmp_path / "datasets") == {"cub/a": b"x"}
+    assert tree(tmp_path / "datasets") == {"cub/a": b"x"}
 
 
 def test_what_another_process_has_just_fetched_is_kept(tmp_path, monkeypatch, capsys):
@@ -418,12 +343,6 @@ def test_what_another_process_has_just_fetched_is_kept(tmp_path, monkeypatch, ca
     pretend_gdown(monkeypatch, lambda _: pytest.fail("downloaded again"))
     fetch("cub", None, tmp_path)
     assert "exists: nothing to do" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("pack", [bz2.compress, lzma.compress, gzip.compress])
-def test_compressed_text_is_no_archive(tmp_path, pack):
-    with pytest.raises(InputError, match="neither a tar nor a zip archive"):
-        fetch("cub", str(raw(tmp_path / "local", pack(b"hello" * 1000))), tmp_path)
 
 
 @pytest.mark.parametrize("source", ["absent.tar", "file:///absent.tar", "file://[", "http://absent/cub.tar", "."])
@@ -457,9 +376,7 @@ def pretend_gdown(monkeypatch, outcome):
 REFUSED = gdown.exceptions.FileURLRetrievalError(
     "Failed to retrieve file url:\n\n\tCannot retrieve the public link of the file. You may need to change\n\tthe permission"
 )
-NO_NAME = requests.ConnectionError(
-    "HTTPSConnectionPool(host='drive.google.com', port=443): Max retries exceeded\nwith url"
-)
+NO_NAME = requests.ConnectionError("HTTPSConnectionPool(host='drive.google.com'): Max retries exceeded\nwith url")
 
 
 @pytest.mark.parametrize(
@@ -468,11 +385,6 @@ NO_NAME = requests.ConnectionError(
         (REFUSED, "You may need to change the permission"),
         (NO_NAME, "Max retries exceeded with url"),
         (requests.exceptions.ReadTimeout(), "ReadTimeout"),
-        (
-            requests.HTTPError("404 Client Error: Not Found for url: https://drive.google.com/uc?id=1"),
-            "404 Client Error",
-        ),
-        (gdown.exceptions.DownloadError("Server did not honor the range"), "did not honor the range"),
         (KeyError("Content-Type"), "Content-Type"),
     ],
 )
@@ -485,10 +397,9 @@ def test_a_failed_download_ends_with_its_reason_and_what_to_do(tmp_path, monkeyp
         fetch("miniimagenet", None, tmp_path)
     said = str(caught.value)
     assert said.startswith("cannot download miniimagenet.tar from Google Drive")
-    assert reason in said
+    advice = ("fetch.py miniimagenet path/to/miniimagenet.tar", "datasets/prepare.py miniimagenet")
+    assert all(part in said for part in (reason, *advice))
     assert "\n" not in said
-    assert "fetch.py miniimagenet path/to/miniimagenet.tar" in said
-    assert "datasets/prepare.py miniimagenet" in said
     assert list((tmp_path / "datasets").iterdir()) == []
 
 
@@ -500,18 +411,15 @@ def test_a_download_that_is_no_archive_is_removed(tmp_path, monkeypatch, broken)
     assert list((tmp_path / "datasets").iterdir()) == []
 
 
-def test_a_download_is_extracted_and_removed(tmp_path, monkeypatch):
-    pretend_gdown(monkeypatch, lambda out: tar(out, ("cub/a", b"x")))
-    fetch("cub", None, tmp_path)
-    assert files(tmp_path) == {"datasets/cub/a": b"x"}
-
-
-def test_a_complete_download_is_extracted_without_the_network(tmp_path, monkeypatch):
-    pretend_gdown(monkeypatch, lambda _: pytest.fail("downloaded again"))
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_a_download_is_extracted_and_removed(tmp_path, monkeypatch, is_complete):
     (tmp_path / "datasets").mkdir()
-    tar(tmp_path / "datasets" / "cub.tar.part", ("cub/a", b"x"))
+    pretend_gdown(monkeypatch, lambda out: tar(out, ("cub/a", b"x")))
+    if is_complete:  # by a call that was stopped before it extracted it
+        tar(tmp_path / "datasets" / "cub.tar.part", ("cub/a", b"x"))
+        pretend_gdown(monkeypatch, lambda _: pytest.fail("downloaded again"))
     fetch("cub", None, tmp_path)
-    assert files(tmp_path) == {"datasets/cub/a": b"x"}
+    assert tree(tmp_path) == {"datasets/cub/a": b"x"}
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------
@@ -525,26 +433,18 @@ def restore_signals():
         signal.signal(number, handler)
 
 
-def run(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["fetch.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        run_script(main)
-    return stopped.value.code
-
-
 @pytest.mark.parametrize("arguments", [["imagenet"], [], ["cub", "a.tar", "b.tar"], ["-x"]])
-def test_bad_arguments_end_with_one_line(monkeypatch, capsys, arguments):
+def test_bad_arguments_end_with_one_line(tmp_path, monkeypatch, arguments):
     monkeypatch.setattr(module, "fetch", lambda *_: pytest.fail("accepted"))
-    assert run(monkeypatch, *arguments) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
+    status, _, said = run("fetch.py", *arguments, cwd=tmp_path)
+    assert (status, said.count("\n")) == (2, 1)
     if arguments == ["imagenet"]:
         assert all(name in said for name in PUBLISHED)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("when", ["download", "extraction"])
-def test_a_stopped_command_ends_with_130_and_keeps_its_download(tmp_path, monkeypatch, capsys, number, when):
+def test_a_stopped_command_ends_with_130_and_keeps_its_download(tmp_path, monkeypatch, number, when):
     monkeypatch.setattr(module, "PROJECT", tmp_path)
     into = tmp_path / "datasets"
 
@@ -557,10 +457,8 @@ def test_a_stopped_command_ends_with_130_and_keeps_its_download(tmp_path, monkey
     pretend_gdown(monkeypatch, download)
     if when == "extraction":
         monkeypatch.setattr(archives.Archive, "chunks", lambda *_: os.kill(os.getpid(), number))
-    assert run(monkeypatch, "cub") == 130
-    said = capsys.readouterr().err
-    assert said.startswith("\ninterrupted")
-    assert said.count("\n") == 2
+    status, _, said = run("fetch.py", "cub", cwd=tmp_path)
+    assert (status, said.count("\n"), said[:12]) == (130, 2, "\ninterrupted")
     assert [path.name for path in into.iterdir()] == [
         "cub.tar.part1234.part" if when == "download" else "cub.tar.part"  # what the next call resumes
     ]
@@ -576,18 +474,18 @@ def test_the_shell_scripts_pass_their_arguments_on(tmp_path, kind):
     assert done.stdout == f"{project}/datasets/fetch.py {kind}_model a b.tar\n"
 
 
-def test_the_command_fetches_into_its_own_project(tmp_path):
-    project = tmp_path / "project"
-    (project / "datasets").mkdir(parents=True)
-    for path in ROOT.glob("datasets/*.py"):
-        shutil.copy(path, project / "datasets")
-    for name in ("utils.py", "engine", "dataloader"):
-        (project / name).symlink_to(ROOT / name)
-    tar(tmp_path / "local.tar", ("deepemd_trained_model/a", b"x"))
-    command = [sys.executable, "project/datasets/fetch.py", "trained_model", "local.tar"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert files(project / "deepemd_trained_model") == {"a": b"x"}
+@pytest.mark.parametrize(("free", "is_new", "warned"), [(6e6, True, True), (8e6, True, False), (6e6, False, False)])
+def test_an_installation_that_the_disk_may_be_too_small_for_is_warned_of(tmp_path, free, is_new, warned):
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    for name, does in ((".venv/bin/python", ""), ("df", f"echo head; echo disk 9 9 {free:.0f} 9 /")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    for name in ("a.txt", *([] if is_new else [".venv/installed-from-a.txt"])):  # of an earlier a.txt
+        (tmp_path / name).write_text(name)
+    script = f'set -euo pipefail; PATH="$PWD:$PATH"; . "{ROOT}/install.sh"; install a.txt'
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("warning: 6.1 GB of disk space are free; .venv needs about 7 GB") == warned
 
 
 def git(*arguments: object, cwd: Path = ROOT) -> str:

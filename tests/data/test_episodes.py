@@ -35,9 +35,7 @@ def test_episode_layout():
         (7, 2, "7-way episodes need 7 classes; .* has 6"),
         (5, 5, "at least 5 images in every class .* has 4"),
         (0, 1, "no episodes of 0 classes with 1 images"),
-        (-1, 1, "no episodes of -1 classes"),
         (1.5, 1, "no episodes of 1.5 classes .* whole numbers"),
-        (2, 2.0, "with 2.0 images"),
         (2, float("nan"), "with nan images"),
     ],
 )
@@ -51,13 +49,6 @@ LABELS = torch.arange(6).repeat_interleave(4)
 
 def seeded_episodes(episodes: int = 5, **settings) -> SeededEpisodes:
     return SeededEpisodes(EpisodeSampler(LABELS, episodes, 3, 2), **{"seed": 1, "name": "test", **settings})
-
-
-def test_draw_gives_the_next_episode():
-    generator = torch.Generator().manual_seed(1)
-    sampler = EpisodeSampler(LABELS, 3, 3, 2)
-    drawn = [sampler.draw(generator) for _ in range(3)]
-    assert drawn == list(EpisodeSampler(LABELS, 3, 3, 2, torch.Generator().manual_seed(1)))
 
 
 def test_seeded_episodes_are_a_function_of_seed_name_epoch_and_index():
@@ -145,7 +136,5 @@ def test_seeded_batches():
 
 
 def test_labels_of_another_shape_are_refused_in_a_sentence():
-    with pytest.raises(
-        ValueError, match=r"labels are one number per image, a shape \(B,\); these have the shape \(3, 2\)"
-    ):
+    with pytest.raises(ValueError, match=r"one number per image, a shape \(B,\); these have the shape \(3, 2\)"):
         EpisodeSampler(torch.zeros(3, 2), 1, 1, 1)

@@ -10,7 +10,6 @@ from helpers import write_images
 from PIL import Image
 
 from dataloader import CATALOG
-from dataloader.catalog import DatasetSpec
 from dataloader.images import IMAGE_SUFFIXES
 from dataloader.published import published_classes
 from dataloader.readers import image_files, read_split
@@ -107,12 +106,8 @@ def test_cub_layouts(tmp_path, below):
 @pytest.mark.parametrize(
     ("name", "folder"),
     [
-        ("tieredimagenet", "tiered_imagenet/val"),
-        ("tieredimagenet", "tieredimagenet/val"),
-        ("fc100", "FC100/val"),
-        ("cifar_fs", "cifar_fs/meta-val"),
-        ("folder", "val"),
-        ("glyphs", "glyphs/val"),
+        *(("tieredimagenet", f"{name}/val") for name in ("tiered_imagenet", "tieredimagenet")),
+        *(("fc100", "FC100/val"), ("cifar_fs", "cifar_fs/meta-val"), ("folder", "val"), ("glyphs", "glyphs/val")),
     ],
 )
 def test_folder_layouts(tmp_path, name, folder):
@@ -147,27 +142,15 @@ def test_constants():
 @pytest.mark.parametrize(
     ("name", "spoil", "message"),
     [
-        (
-            "folder",
-            lambda root: shutil.rmtree(root),
-            "no folder .*data. Set -data_dir to the folder that holds the data, or get it: put",
-        ),
+        ("folder", shutil.rmtree, "no folder .*data. Set -data_dir to the folder that holds the data, or get it: put"),
         (
             "cub",
-            lambda root: None,
+            lambda _: None,
             "no data set in .*cub: there is no such folder. .*get it: python datasets/prepare.py cub$",
         ),
         ("folder", lambda root: shutil.rmtree(root / "test"), "no test classes: there is no folder"),
-        (
-            "folder",
-            lambda root: (root / "test" / "empty").mkdir(),
-            "no images in .*empty. Remove the folder or fill it",
-        ),
-        (
-            "miniimagenet",
-            lambda root: (root / "miniimagenet").mkdir(),
-            "no list of test images: there is no file .*test.csv",
-        ),
+        ("folder", lambda root: (root / "test/empty").mkdir(), "no images in .*empty. Remove the folder or fill it"),
+        ("miniimagenet", lambda root: (root / "miniimagenet").mkdir(), "no list of test images: .* no file .*test.csv"),
     ],
 )
 def test_missing_things(tmp_path, name, spoil, message):
@@ -183,7 +166,7 @@ def test_missing_things(tmp_path, name, spoil, message):
     [
         (
             "filename,label\nmissing.jpg,n01\n",
-            r"test.csv, line 2: there is no file '.*missing.jpg'. Get the images again",
+            "test.csv, line 2: there is no file '.*missing.jpg'. Get the images again",
         ),
         ("filename,label\n\n0000.jpg\n", "line 3: a row is file,class; this one is '0000.jpg'"),
         ("filename,label\n,n01\n", "line 2: a row is file,class; this one is ',n01'"),
@@ -194,7 +177,6 @@ def test_missing_things(tmp_path, name, spoil, message):
         ("filename,label\n0000.jpg,é\n".encode("latin-1"), "test.csv, line 2: the byte 0xe9 is not text in UTF-8"),
         ("filename,label\n0000.jpg,n01\n".encode("utf-16"), "test.csv, line 1: the byte 0xff is not text in UTF-8"),
         ("filename,label\n0000.jpg,n01\n".encode("utf-16-le"), r"test.csv, line [12]: "),
-        (bytes(range(256)) * 4, "test.csv, line 2: the byte 0x80 is not text in UTF-8"),
         ("filename,label\n0000.jpg," + "n" * 200_000, r"test.csv, line 2: .*cannot be read \(field larger than"),
         ('filename,label\n"0000.jpg,n01\n' + "0001.jpg,n01\n" * 50, r"line 52: a row [^\n]{1,300}$"),
         ("0000.jpg,n01\n../images/0000.jpg,n01\n", "line 2: '../images/0000.jpg' of class 'n01' is outside of "),
@@ -252,14 +234,14 @@ def test_what_is_left_out_of_class_folders_is_counted(tmp_path, capsys):
         write_images(tmp_path / "test" / name, 2)
     open_split("folder", tmp_path)
     assert capsys.readouterr().err == ""
-    for name in ("a/0.heic", "a/1.HEIC", "b/notes.txt", "b/Thumbs.db", "b/.hidden"):
+    for name in ("a/0.heic", "a/1.HEIC", "a/2.avi", "b/x.xyz", "b/notes.txt", "b/Thumbs.db", "b/.hidden"):
         (tmp_path / "test" / name).write_bytes(b"")
     (tmp_path / "test" / "b" / "more").mkdir()
     write_images(tmp_path / "test", 1)
     assert len(open_split("folder", tmp_path)) == 4
     beside, inside = capsys.readouterr().err.splitlines()
     assert f"1 images in {tmp_path}/test itself are left out, first 0000.png. Move" in beside
-    left_out = "4 that cannot be read as images (.heic 2, .txt 1, folders 1), first a/0.heic"
+    left_out = "6 that cannot be read as images (.avi 1, .heic 2, .txt 1 and 2 other kinds), first a/0.heic"
     assert inside == f"warning: left out of {tmp_path}/test: {left_out}"
 
 
@@ -278,17 +260,6 @@ def test_only_files_are_images(tmp_path, capsys):
         table.write_text(f"{name}.jpg,n01\n")
         with pytest.raises(InputError, match=f"line 1: there is no file '.*{name}.jpg'"):
             open_split("miniimagenet", tmp_path)
-
-
-def test_the_kinds_that_are_left_out_are_counted(tmp_path, capsys):
-    write_images(tmp_path / "test" / "a", 1)
-    for number in range(22):
-        (tmp_path / "test" / "a" / f"{number}.kind{number % 11:02}").touch()
-    open_split("folder", tmp_path)
-    assert (
-        "22 that cannot be read as images (.kind00 2, .kind01 2, .kind02 2 and 8 other kinds)"
-        in capsys.readouterr().err
-    )
 
 
 def test_linked_classes_and_every_suffix_of_pillow_are_read(tmp_path):
@@ -324,12 +295,9 @@ def test_image_files_follows_links_once_around(tmp_path, capsys):
     assert capsys.readouterr().err == f"warning: no images in {tmp_path}/empty\n"
 
 
-def test_advice_does_not_depend_on_a_script(tmp_path):
-    layout = DatasetSpec("folders", folders=(".",), split_folders={"support": "."}, obtain="put images in DIR/<class>/")
-    with pytest.raises(InputError, match=r"^no class folders in \S+. To get it: put images in DIR/<class>/$"):
-        read_split(layout, str(tmp_path), "support")
-    with pytest.raises(InputError, match="gone. Look again$"):
-        read_split(layout, str(tmp_path / "gone"), "support", advice="Look again")
+def test_the_caller_of_a_reader_may_give_the_advice(tmp_path):
+    with pytest.raises(InputError, match=r"^there is no folder \S+gone. Look again$"):
+        read_split(CATALOG["folder"], str(tmp_path / "gone"), "test", advice="Look again")
 
 
 ODD_NAMES = ["-gpu", "a\nb", os.fsdecode(b"caf\xe9"), "caf\u00e9", "A", "a", "\u732b", "x" * 200, "100 %"]

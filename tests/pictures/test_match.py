@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ODD_NAMES
+from matplotlib.image import AxesImage
 from matplotlib.text import Text
 
 from Models.matching import Matching, match_nodes
@@ -20,14 +21,7 @@ def test_cells_of_a_pyramid():
 
 @pytest.mark.parametrize(
     "pixels",
-    [
-        np.zeros((20, 20, 3), np.uint8),
-        np.zeros((1, 20, 20), np.uint8),
-        np.zeros((20, 20), np.uint8),
-        np.zeros((5, 3, 20, 20), np.uint8),
-        np.zeros((3, 20, 20), np.float32),
-        torch.zeros(3, 20, 20),
-    ],
+    [*(np.zeros(shape, np.uint8) for shape in ((20, 20, 3), (20, 20), (5, 3, 20, 20))), torch.zeros(3, 20, 20)],
 )
 def test_images_of_another_shape_or_type_are_rejected(pixels):
     with pytest.raises(ValueError, match=r"8-bit pixels of shape \(3, S, S\); got "):
@@ -79,9 +73,8 @@ def test_the_prediction_is_in_words(way, truth, words):
     elif truth is None:
         assert f"title\npredicted {best}" in text
     else:
-        assert (
-            f"right: predicted {best}" if best == "class0" else f"wrong: predicted {best}, true class class0"
-        ) in text
+        right, wrong = f"right: predicted {best}", f"wrong: predicted {best}, true class class0"
+        assert (right if best == "class0" else wrong) in text
 
 
 def test_a_node_is_as_bright_as_its_weight():
@@ -89,9 +82,7 @@ def test_a_node_is_as_bright_as_its_weight():
     ones, weights = torch.ones(1, 4), torch.tensor([[0.0, 0.75, 2.5, 0.75]])
     matching = Matching(torch.ones(1), torch.eye(4)[None], torch.ones(1, 4, 4), weights, ones)
     figure = match.draw_match(white, [white], matching, names=[""])
-    image = figure.findobj(lambda artist: hasattr(artist, "get_array") and np.ndim(artist.get_array()) == 3)[
-        0
-    ].get_array()
+    image = figure.findobj(AxesImage)[0].get_array()
     found = [float(image[row, column, 0]) for row in (2, 7) for column in (2, 7)]
     middle = match.DARKEST + (1 - match.DARKEST) / 2
     assert found == pytest.approx([match.DARKEST, middle, 1, middle], abs=1e-6)

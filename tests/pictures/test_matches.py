@@ -60,11 +60,8 @@ def test_the_support_image_nearest_to_the_prototype_is_shown(tmp_path, monkeypat
     monkeypatch.setattr(matches, "draw_match", lambda *given, **named: drawn.append((given, named)))
     episode.draw(0, names=["x", "y"], title="", flows=3, truth=0)
     (((query, protos, _), named),) = drawn
-    assert [np.array_equal(panels[0].pixels.transpose(2, 0, 1), a.pixels) for panels in (query, *protos)] == [
-        False,
-        True,
-        True,
-    ]
+    is_a = [np.array_equal(panels[0].pixels.transpose(2, 0, 1), a.pixels) for panels in (query, *protos)]
+    assert is_a == [False, True, True]
     assert "shot 1 of 3" in named["notes"][0]
     assert "shot 2 of 3" in named["notes"][1]
 

@@ -71,9 +71,8 @@ def test_evaluations_are_paired_by_their_images_and_episodes():
     """Nodes of images have another hash than the images, and the same order; episodes of a file have a hash."""
 
     def reason(one, other, **flags):
-        return plots.why_not_paired(
-            plots.Results([1.0], {"seed": 1}, one), plots.Results([1.0], {"seed": 1} | flags, other)
-        )
+        results = plots.Results([1.0], {"seed": 1}, one)
+        return plots.why_not_paired(results, plots.Results([1.0], {"seed": 1} | flags, other))
 
     images, nodes = {"sha256": "a", "order": "x"}, {"sha256": "b", "order": "x"}
     assert reason(images, nodes) == ""
@@ -111,15 +110,13 @@ def test_confusion_is_by_true_class(tmp_path):
     assert plots.worst_pairs(right) == ["no class was taken for another"]
 
 
-@pytest.mark.parametrize("count", [1, 5, 64, 200])
+@pytest.mark.parametrize("count", [1, 30, 200])
 def test_confusion_of_any_number_of_classes_can_be_read(count):
     counts = np.ones((count, count), dtype=int)
-    figure = plots.draw_confusion(
-        plots.Confusion([f"{name}{k}" for k, name in enumerate((ODD_NAMES * 30)[:count])], counts)
-    )
+    names = [f"{name}{k}" for k, name in enumerate((ODD_NAMES * 30)[:count])]
+    figure = plots.draw_confusion(plots.Confusion(names, counts))
     pixels = to_pixels(figure)
     assert 200 < min(pixels.shape[:2]) <= max(pixels.shape[:2]) < 3500
-    figure.canvas.draw()
     for labels in (figure.axes[0].get_xticklabels(), figure.axes[0].get_yticklabels()):
         boxes = [label.get_window_extent() for label in labels]
         assert len(boxes) == (count if count < 100 else 67)

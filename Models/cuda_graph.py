@@ -48,7 +48,8 @@ class GraphedStep:
         # one that pins what a loader has read, allocate memory meanwhile.
         settings = {"stream": torch.cuda.Stream(batch.device), "capture_error_mode": "thread_local"}
         try:
-            with torch.cuda.graph(graph, **settings):
+            # The outer one: a capture that fails to end leaves its stream the current one.
+            with torch.cuda.stream(torch.cuda.current_stream(batch.device)), torch.cuda.graph(graph, **settings):
                 self.step(read)
             self.graphs[batch.shape[1]] = graph, read
         except RuntimeError as error:

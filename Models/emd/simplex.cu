@@ -24,6 +24,8 @@ typedef long long mass_t;
 #define COST_BITS (N <= 32 || M <= 32 ? 25 : 24)  // a reduced cost is at most min(N, M) costs either way: fits 31 bits
 #define LIMIT (100 * (N + M))          // pivots: a guard; a hundredth of it is typical
 #define CERTIFIED 1e-6                 // largest duality gap, in units of the largest cost times the mass
+#define RESOLVED 1e-4                  // a plan whose prices are all below this times the largest cost cannot be told from others
+#define ROUNDING (sizeof(real) == 4 ? 1.2e-7 : 2.2e-16)
 #define PASSES 12                      // see REACH
 // Cells that cost more than this many times the dearest cell of any feasible plan are in no optimal plan: exchanging flow
 // around a cycle of at most min(N, M) other cells would be cheaper. Twice that, so that they never tie either.
@@ -158,6 +160,8 @@ FN int solve_one(const real* cost, const real* supply, const real* demand, real*
   mass_t amount[WORDS], whole = 1;
   const mass_t step = 2 * (N + 1);
   while (whole < ((mass_t)1 << 59) / step) whole *= 2;
+  // Flows that rounding of the weights may cause, where forbidden cells separate nodes whose weights add up to the same.
+  const mass_t dust = (mass_t)((N + M) * (ROUNDING * (double)whole + 1)) * step;
 again:
   // Costs as integers: less the smallest, times a power of two.
   unit = 1.0;
@@ -327,10 +331,13 @@ again:
     }
   }
 
-  double dearest = 0;
+  double dearest = 0, paid = 0;
   for (int w = 0; w < WORDS; w++)
-    if (cell[w] >= 0 && amount[w] + N + 1 >= step) dearest = fmax(dearest, (double)cost[cell[w]] - low);
-  dearest = -least(-dearest) * REACH;
+    if (cell[w] >= 0 && amount[w] > dust) {
+      double c = cost[cell[w]];
+      dearest = fmax(dearest, c - low); paid = fmax(paid, fabs(c));
+    }
+  dearest = -least(-dearest) * REACH; paid = -least(-paid);
   if (dearest > 0 && dearest > 1e-13 * fabs(low) && 16 * dearest < high - low && ++pass < PASSES) { high = low + dearest; goto again; }
 
   // Results.
@@ -339,12 +346,12 @@ again:
 #pragma unroll 4
     for (int i = 0; i < N; i++) if (lane + 32 * k < M) flow[i * M + 32 * k + lane] = 0;
   __syncwarp();
-  double primal = 0, dual = 0;
+  double total = 0, primal = 0, dual = 0;  // these two of the problem with costs cut
   for (int w = 0; w < WORDS; w++)
     if (cell[w] >= 0) {
-      double moved = (double)((amount[w] + N + 1) / step) / (double)whole * supply_sum;
-      flow[cell[w]] = moved;
-      primal += moved * (double)cost[cell[w]];
+      double c = cost[cell[w]], moved = (double)((amount[w] + N + 1) / step) / (double)whole * supply_sum;
+      primal += moved * fmin(c, high);
+      if (amount[w] > dust || c - low <= dearest) { flow[cell[w]] = moved; total += moved * c; }
     }
   for (int k = 0; k < ROWS; k++)
     if (lane + 32 * k < N) { double x = u[k] / unit + low; u_out[32 * k + lane] = x; dual += x * s[k]; }
@@ -356,8 +363,10 @@ again:
     if (lane + 32 * k < M) { v_out[32 * k + lane] = x; dual += x * d[k] * (demand_sum > 0 ? supply_sum / demand_sum : 0.0); }
   }
   primal = sum(primal); dual = sum(dual);
-  *value = primal;
-  return fabs(primal - dual) <= CERTIFIED * fmax(fabs(low), fabs(high)) * supply_sum ? SOLVED : NOT_CERTIFIED;
+  *value = sum(total);
+  const double largest = fmax(fabs(low), fabs(high));
+  const bool resolved = dearest == 0 || paid >= RESOLVED * largest;
+  return resolved && fabs(primal - dual) <= CERTIFIED * largest * supply_sum ? SOLVED : NOT_CERTIFIED;
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)

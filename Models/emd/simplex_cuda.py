@@ -53,13 +53,13 @@ def solve_tensors(cost: Tensor, supply: Tensor, demand: Tensor) -> Solution:
     """Contiguous ``(B,N,M), (B,N), (B,M)`` of one dtype on one CUDA device to a :class:`Solution`. Does not wait for it."""
     batch, n, m = cost.shape
     device = cost.device
-    kernel = _kernel(device.index, n, m, cost.dtype)
     like = (torch.empty_like(tensor) for tensor in (cost, supply, demand))
     if device not in _fault_counters:
         _fault_counters[device] = torch.zeros(1, dtype=torch.int32, device=device)
     with torch.cuda.device(device):
         # Filling them is a call of the CUDA runtime, which makes its context current in a thread that is new to it.
         counts = torch.zeros(2, batch, dtype=torch.int32, device=device)
+        kernel = _kernel(device.index, n, m, cost.dtype)
         solution = Solution(cost.new_empty(batch), *like, *counts)
         # The stream of each call: inside a graph capture it is another one.
         stream = torch.cuda.current_stream(device).cuda_stream
@@ -101,8 +101,12 @@ def _try(device: int, n: int, m: int, dtype: torch.dtype) -> str | None:
     torch.cuda.set_sync_debug_mode(0)
     try:
         problems = [part.to(torch.device("cuda", device)) for part in trial_problems(n, m, dtype)]
-        wrong = certificate_fault(*problems, solve_tensors(*problems))
-        return f"the CUDA kernel gave wrong answers for {n} x {m} nodes on this device ({wrong})" if wrong else None
+        if wrong := certificate_fault(*problems, solve_tensors(*problems)):
+            _fault_counters[problems[0].device].zero_()  # no problem of the caller failed
+            return f"the CUDA kernel gave wrong answers for {n} x {m} nodes on this device ({wrong})"
+        return None
+    except torch.OutOfMemoryError:  # says nothing about the kernel
+        raise
     except (OSError, RuntimeError, AttributeError) as error:
         if "captur" in str(error):  # says nothing about the device
             first = f"solve one problem of {n} x {m} nodes by simplex before a CUDA graph captures it"
@@ -157,10 +161,7 @@ class Kernel(NamedTuple):
 def _kernel(device: int, n: int, m: int, dtype: torch.dtype) -> Kernel:
     major, minor = torch.cuda.get_device_capability(device)
     options, warps = compile_options(f"sm_{major}{minor}", n, m, dtype)
-    with torch.cuda.device(device):
-        torch.cuda.current_stream(device)  # makes the context current, in which the module is loaded
-        image = _libraries().compile(source(), options)
-        return Kernel(_libraries().load(image), warps)
+    return Kernel(_libraries().load(_libraries().compile(source(), options)), warps)
 
 
 def source() -> str:

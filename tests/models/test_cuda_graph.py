@@ -31,20 +31,29 @@ class Device:
                 pass
 
         @contextlib.contextmanager
+        def on(stream):
+            before, stand_in.stream = stand_in.stream, stream
+            try:
+                yield
+            finally:
+                stand_in.stream = before
+
+        @contextlib.contextmanager
         def graph(found, *, stream, capture_error_mode):
             assert stream.device == batch_device
             assert capture_error_mode == "thread_local"  # the loader pins memory in another thread
             stand_in.captures += 1
-            stand_in.recording = found
+            stand_in.recording, stand_in.stream = found, stream  # which torch leaves current if the capture cannot end
             try:
                 yield
             finally:
                 stand_in.recording = None
 
         cuda = cuda_graph.torch.cuda
-        for name, value in {"CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream, "graph": graph}.items():
+        self.main = self.stream = Stream()
+        replaced = {"CUDAGraph": Graph, "Stream": Stream, "stream": on, "graph": graph}
+        for name, value in {**replaced, "current_stream": lambda device=None: self.stream}.items():
             monkeypatch.setattr(cuda, name, value)
-        monkeypatch.setattr(cuda, "stream", lambda stream: contextlib.nullcontext())
 
     def step(self, batch):
         if self.recording is not None:
@@ -86,3 +95,4 @@ def test_a_failed_capture_is_reported_and_loses_no_step(monkeypatch, batches):
         run(GraphedStep(step), batches)
     assert device.done == [batch.tolist() for batch in batches]
     assert device.captures == 1
+    assert device.stream is device.main

@@ -119,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path("checkpoint", "eval", args.extra_dir)
     if ranks.is_first:  # a file that cannot be written is an error now, not after the evaluation
         append_line(folder / "results.txt")
-        arguments.check_outputs(folder / "results.json", args.json, args.csv, args.features_out, args.episodes_out)
+        arguments.check_outputs(folder / "results.json")
+        arguments.check_outputs(args.json, args.csv, args.features_out, args.episodes_out)
 
     model, weights = open_model(args, device=device, device_ids=device_ids, **data.pixel_statistics(args))
     dataset = data.open_dataset(args, args.set, train=False)

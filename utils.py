@@ -252,7 +252,7 @@ def read_json(path: Path, what: str, parse: Callable[[Any], T] = lambda content:
     InputError if it cannot be read, or is not ``what`` it should be, as in "the results of an evaluation".
     """
     try:
-        return parse(json.loads(path.read_text(encoding="utf-8")))
+        return parse(json.loads(path.read_text(encoding="utf-8-sig")))
     except InputError:
         raise
     except OSError as error:

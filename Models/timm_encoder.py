@@ -3,6 +3,7 @@
 import copy
 import difflib
 import inspect
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -142,8 +143,10 @@ def _check_name(model: str) -> None:
         return
     architecture, dot, _ = model.partition(".")
     if not timm.is_model(architecture):
-        known, what = timm.list_models(), "model"
-        near = difflib.get_close_matches(architecture, known, n=3) or [name for name in known if architecture in name]
+        known, what, words = timm.list_models(), "model", re.findall("[a-z]{3,}[0-9]*", architecture.lower())
+        found = {name: sum(word in name for word in words) for name in known}  # in dinov2_vits14, for example
+        near = difflib.get_close_matches(architecture.lower(), known, n=3)
+        near = near or sorted(filter(found.get, known), key=lambda name: -found[name])
     else:
         try:
             timm.get_pretrained_cfg(model)

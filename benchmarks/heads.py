@@ -27,10 +27,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import utils
 from dataloader import arguments as data
 from dataloader import episode_labels
+from dataloader.episodes import SeededEpisodes
 from engine import arguments
 from engine.command_line import make_parser
+from engine.evaluation import Evaluator
 from engine.run import environment, fingerprint
-from engine.start import set_seed, start
+from engine.start import start
 from engine.statistics import prepare_statistics
 from engine.weights_flags import adopt_trained_flags
 from Models import DeepEMD
@@ -146,40 +148,37 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_models(
-    args: argparse.Namespace, device: torch.device, train_nodes: Tensor | None, own_lr: bool
-) -> dict[Name, DeepEMD]:
-    """A model for each row, all with one encoder. Norms whose statistics cannot be computed are dropped from ``args.norms``.
-
-    ``train_nodes`` are those of ``-features``. ``own_lr``: each norm has its own learning rate of the prototype fit, as
-    ``-sfc_lr`` is not given.
+def open_shared(args: argparse.Namespace, device: torch.device, train_nodes: Tensor | None) -> DeepEMD:
+    """The model whose encoder and statistics all rows have. Norms whose statistics cannot be computed are dropped from
+    ``args.norms``; ``train_nodes`` are those of ``-features``.
     """
-    set_seed(args.seed, deterministic=args.deterministic)  # random weights do not depend on what is compared
-    shared, args.source = open_model(args, device=device, device_ids=(), **data.pixel_statistics(args))
+    needing = [norm for norm in args.norms if norm in OF_STATISTICS]
+    flags = argparse.Namespace(**{**vars(args), "head": args.heads[0], "norm": (needing or args.norms)[-1]})
+    shared, args.source = open_model(flags, device=device, device_ids=(), **data.pixel_statistics(args))
+    source = {"open_train": partial(data.open_base_images, flags), "train_nodes": train_nodes}
+    source["num_workers"] = arguments.loader_processes(args)
+    try:
+        prepare_statistics(flags, shared, args.source, device=device, **source)
+    except utils.InputError as error:
+        if args.statistics or len(needing) == len(args.norms):
+            raise
+        utils.status(f"rows of -norm {' and '.join(needing)} are left out: {error}")
+        args.norms = tuple(norm for norm in args.norms if norm not in OF_STATISTICS)
+    return shared
 
-    def build(**changed: Any) -> DeepEMD:
-        return build_model(argparse.Namespace(**{**vars(args), **changed}), encoder=shared.encoder)
 
-    if needing := [norm for norm in args.norms if norm in OF_STATISTICS]:
-        flags = argparse.Namespace(**{**vars(args), "norm": needing[-1]})
-        source = {"open_train": partial(data.open_base_images, flags), "train_nodes": train_nodes}
-        source["num_workers"] = arguments.loader_processes(args)
-        shared = build(norm=needing[-1])
-        try:
-            prepare_statistics(flags, shared, args.source, device=device, **source)
-        except utils.InputError as error:
-            if args.statistics or len(needing) == len(args.norms):
-                raise
-            utils.status(f"rows of -norm {' and '.join(needing)} are left out: {error}")
-            args.norms = tuple(norm for norm in args.norms if norm not in OF_STATISTICS)
+def build_models(args: argparse.Namespace, shared: DeepEMD, own_lr: bool) -> dict[Name, DeepEMD]:
+    """A model for each row. ``own_lr``: each norm has its own learning rate of the prototype fit, as ``-sfc_lr`` is not given."""
     models: dict[Name, DeepEMD] = {}
     for head, norm, kshot in product(args.heads, args.norms, args.kshots if args.shot > 1 else (None,)):
         if norm == "center" and "none" in args.norms and not HEADS[head.partition(":")[0]].weighs_nodes:
             continue  # this head has no such norm
         rate = SCALED_SFC_LR if own_lr and norm in OF_STATISTICS else args.sfc_lr
-        models[head, norm, kshot] = model = build(head=head, norm=norm, kshot=kshot or args.kshot, sfc_lr=rate)
+        changed = {"head": head, "norm": norm, "kshot": kshot or args.kshot, "sfc_lr": rate}
+        model = build_model(argparse.Namespace(**{**vars(args), **changed}), encoder=shared.encoder)
         if norm in OF_STATISTICS:
             model.use_statistics(shared.settings.statistics)
+        models[head, norm, kshot] = model
     return models
 
 
@@ -190,14 +189,12 @@ def baseline_norm(args: argparse.Namespace, head: str) -> str:
 
 
 def compare(
-    args: argparse.Namespace, device: torch.device, shot: int, count: int, own_lr: bool
+    args: argparse.Namespace, evaluator: Evaluator, shared: DeepEMD, shot: int, episodes: SeededEpisodes, own_lr: bool
 ) -> list[dict[str, Any]]:
     """One row for each head, each norm and, above one shot, each way to prototypes."""
-    args.shot, args.head = shot, args.heads[0]
-    dataset = data.open_dataset(args, args.set, train=False)
-    comparison = Comparison(build_models(args, device, getattr(dataset, "train_nodes", None), own_lr))
-    episodes = data.draw_episodes(args, dataset, count, seed=args.seed, name=args.set)
-    arguments.make_evaluator(args, dataset, device=device)(comparison, episodes, title=f"{shot}-shot")
+    args.shot = evaluator.shot = shot
+    comparison, count = Comparison(build_models(args, shared, own_lr)), len(episodes)
+    evaluator(comparison, episodes, title=f"{shot}-shot")
     kshot, rows = args.kshots[0] if shot > 1 else None, []
     for name, accuracies in comparison.accuracies.items():
         row = {"head": name[0], "norm": name[1], "shot": shot, "kshot": name[2], "episodes": count}
@@ -268,9 +265,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.check_outputs(args.json, args.csv)
     own_lr = "sfc_lr" not in parser.given(argv)
     _, device, _ = start(args, one_process=True)
-    rows = []
-    for shot, count in zip(args.shots, counts, strict=True):
-        found = compare(args, device, shot, count, own_lr)
+    dataset, tasks, rows = data.open_dataset(args, args.set, train=False), [], []
+    for shot, count in zip(args.shots, counts, strict=True):  # all before any work, as classes may be too small for one
+        args.shot = shot
+        tasks.append((shot, data.draw_episodes(args, dataset, count, seed=args.seed, name=args.set)))
+    shared = open_shared(args, device, getattr(dataset, "train_nodes", None))
+    evaluator = arguments.make_evaluator(args, dataset, device=device, keep_nodes=True)
+    for shot, episodes in tasks:
+        found = compare(args, evaluator, shared, shot, episodes, own_lr)
         if args.json != "-":
             print("\n".join([*([] if rows else [heading(args, device)]), *map(line, found)]), flush=True)
         rows += found

@@ -104,11 +104,19 @@ def _are_seeds(seeds: Any, count: int) -> bool:
 
 def _parse(episode: Any, dataset: NamedImages, number_of: dict[str, int]) -> tuple[Shape, list[int]]:
     """The shape of an episode, and its images, class-interleaved."""
-    parts = [episode.get(name) if isinstance(episode, dict) else None for name in ("classes", "support", "query")]
-    classes, support, query = parts
-    if not (_are_names(classes) and all(_are_rows(rows, len(classes)) for rows in (support, query))):
-        needed = '"classes", a list of names, and "support" and "query", a list of files for each of them'
-        raise InputError(f"an episode needs {needed}, as many for each class")
+    classes, support, query = (
+        episode.get(name) if isinstance(episode, dict) else None for name in ("classes", "support", "query")
+    )
+    needed = 'an episode is {"classes": [name, ...], "support": [[file, ...], ...], "query": [[file, ...], ...]}'
+    if not _are_names(classes):
+        raise InputError(f'"classes" is no list of names; {needed}')
+    for name, rows in (("support", support), ("query", query)):
+        if not (isinstance(rows, list) and len(rows) == len(classes) and all(map(_are_names, rows))):
+            raise InputError(
+                f'"{name}" is no list with a list of files for each of the {len(classes)} classes; {needed}'
+            )
+        if len(counts := set(map(len, rows))) > 1:
+            raise InputError(f'"{name}" has {min(counts)} to {max(counts)} files for a class; all classes need as many')
     if unknown := [name for name in classes if name not in dataset.class_names]:
         raise InputError(f"there is no class {printable(unknown[0])!r} in the data")
     rows = [one + other for one, other in zip(support, query, strict=True)]
@@ -129,8 +137,3 @@ def _parse(episode: Any, dataset: NamedImages, number_of: dict[str, int]) -> tup
 
 def _are_names(names: Any) -> bool:
     return isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
-
-
-def _are_rows(rows: Any, way: int) -> bool:
-    """Whether there is a list of files for each class, all of the same length."""
-    return isinstance(rows, list) and len(rows) == way and all(map(_are_names, rows)) and len(set(map(len, rows))) == 1

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dataloader.views import FcnView
-from utils import InputError, check_node_count, file_hash, first_few, printable, write_output
+from utils import InputError, check_node_count, file_hash, first_few, printable, warn, write_output
 
 REQUIRED = ("nodes", "labels")
 ARRAYS = (*REQUIRED, "class_names", "files", "train_nodes", "train_labels")
@@ -95,13 +95,11 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 def _read_array(archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
     try:
         return np.asarray(archive[name])
-    except MemoryError:
-        raise
     except Exception as error:
         if "allow_pickle" in str(error):
-            needed = "text (dtype=str)" if name in ("class_names", "files") else "numbers"
+            needed = "numbers" if "nodes" in name else "numbers or text" if "labels" in name else "text (dtype=str)"
             raise InputError(f"{name} is an array of Python objects, which are not read. Save it as {needed}") from None
-        raise InputError(f"{name} is damaged ({type(error).__name__})") from error
+        raise InputError(f"{name} cannot be read, or is damaged ({printable(str(error))})") from error
 
 
 def _parse(arrays: dict[str, np.ndarray], sha256: str, map_size: int) -> FeatureSet:
@@ -132,7 +130,11 @@ def _nodes(arrays: dict[str, np.ndarray], name: str, map_size: int) -> Tensor:
     if nodes.dtype.kind != "f":
         raise InputError(f"{name} must hold floating-point numbers; its type is {nodes.dtype}")
     if nodes.ndim not in (2, 3) or not nodes.size:
-        raise InputError(f"{name} must have the shape (images, C, N), or (images, C); its shape is {nodes.shape}")
+        flat = ". Flatten maps with nodes.reshape(images, C, -1)" if nodes.ndim == 4 else ""
+        raise InputError(f"{name} must have the shape (images, C, N), or (images, C); its shape is {nodes.shape}{flat}")
+    if name == "nodes" and nodes.shape[1] < math.prod(nodes.shape[2:]):
+        found = f"nodes has {nodes.shape[2]} nodes of {nodes.shape[1]} channels for an image"
+        warn(f"{found}. If it is the other way round, write nodes.transpose(0, 2, 1)")
     with np.errstate(over="ignore"):  # found below
         nodes = nodes.astype(np.float16 if nodes.dtype.itemsize == 2 else np.float32, order="C", copy=False)
     broken = next((number for number, image in enumerate(nodes) if not np.isfinite(image).all()), None)

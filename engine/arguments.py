@@ -140,10 +140,16 @@ def add_csv_argument(group: Any, what: str) -> None:
 
 
 def check_outputs(*paths: str | Path | None) -> None:
-    """InputError for a file that cannot be written, before any work; None and "-" are none."""
+    """InputError for a file that cannot be written, or that two outputs name, before any work; None and "-" are none."""
+    files: set[Path] = set()
     for path in paths:
-        if path not in (None, "-"):
-            check_writable(Path(path))
+        if path in (None, "-"):
+            continue
+        check_writable(Path(path))
+        file = Path(path).resolve()
+        if file in files and (file.is_file() or not file.exists()):  # not /dev/null
+            raise InputError(f"{path} is named for two outputs; give each a file of its own")
+        files.add(file)
 
 
 def _table_file(text: str) -> str:

@@ -194,6 +194,7 @@ class Evaluator:
     feature_cache: str = "auto"  # or "off", to encode an image for every use
     episode_batch: int = 8  # episodes in a group; affects memory and speed, not results
     keep_pixels: bool = False  # keep decoded images for later calls
+    keep_nodes: bool = False  # keep nodes for later calls, all of which have the same encoder
     ranks: Ranks = field(default_factory=Ranks)  # they share the groups, and all of them receive all scores
     stop: StopRequest = field(default_factory=StopRequest)
 
@@ -201,6 +202,7 @@ class Evaluator:
         # The part of the free memory of this machine that one cache of this process may take.
         self.share = cache.CACHE_SHARE / self.ranks.local_size
         self.pixels = PixelCache(self.share * cache.free_memory(torch.device("cpu")) if self.keep_pixels else 0)
+        self.table: NodeTable | None = None
         self.queue = Queue()
         self.loader = make_loader(self.dataset, self.queue, num_workers=self.num_workers, device=self.device)
 
@@ -255,7 +257,10 @@ class Evaluator:
         view = self.dataset.view
         repeats = not view.is_random or episodes.fixed_seeds is not None
         most = len(self.dataset) if repeats and self.feature_cache == "auto" else 0
-        table = NodeTable(self.device, most=most, share=self.share)
+        table = self.table
+        if table is None or table.capacity < min(most, size * len(episodes[0])):
+            table = NodeTable(self.device, most=most, share=self.share)
+        self.table = table if self.keep_nodes and most else None
 
         def items(k: int) -> list[Item]:
             return [item if view.is_random else item[0] for item in episodes[k]]
@@ -284,7 +289,9 @@ class Evaluator:
         rows = torch.cat([losses.unsqueeze(1), logits.argmax(2)], dim=1).tolist()  # one wait for the device
         if not all(math.isfinite(loss) for loss, *_ in rows):
             model.settle()
-            raise DivergenceError("the logits are not finite: the encoder's weights have diverged")
+            raise DivergenceError(
+                "the logits are not finite: the nodes are too large, or the encoder's weights have diverged"
+            )
         scores, confusion, classes_of = [], Counter(), getattr(self.dataset, "labels", None)
         for k, (loss, *found) in enumerate(rows):
             hits = sum(predicted == query % self.way for query, predicted in enumerate(found))

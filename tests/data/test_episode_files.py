@@ -70,7 +70,7 @@ def test_views_have_seeds_without_those_of_the_file(path, images):
     content = json.loads(path.read_text())
     for episode in content:
         del episode["view_seeds"]
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8-sig")  # with the mark that programs on Windows put first
     found = read_episodes(path, images, **DRAWS)
     assert list(found) == list(read_episodes(path, images, **DRAWS))
     assert len({seed for episode in found for _, seed in episode}) == 4 * 15
@@ -93,12 +93,15 @@ def change(*keys, to):
     ("fault", "sentence"),
     [
         (change(1, "classes", 0, to="what"), "episode 1: there is no class 'what' in the data"),
-        (change(1, "classes", 0, to=7), "episode 1: an episode needs"),
+        (change(1, "classes", 0, to=7), 'episode 1: "classes" is no list of names; an episode is'),
         (change(1, "support", 0, 1, to="class9/x.png"), "episode 1: there is no file 'class9/x.png' in the data"),
-        (change(1, "support", 0, to=[]), "episode 1: an episode needs"),
-        (change(2, "query", to=[]), "episode 2: an episode needs"),
-        (change(2, to=[]), "episode 2: an episode needs"),
-        (lambda content: content[3]["query"][0].pop(), "episode 3: an episode needs .* as many for each class"),
+        (
+            change(1, "support", 0, to=[]),
+            'episode 1: "support" is no list with a list of files for each of the 3 classes',
+        ),
+        (change(2, "query", to=[]), 'episode 2: "query" is no list'),
+        (change(2, to=[]), 'episode 2: "classes" is no list of names'),
+        (lambda content: content[3]["query"][0].pop(), 'episode 3: "query" has 2 to 3 files for a class'),
         (lambda content: [row.pop() for row in content[3]["query"]], "episode 3 3-way 2-shot with 2 queries per class"),
         (
             lambda content: content[0]["classes"].reverse(),

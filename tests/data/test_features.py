@@ -56,10 +56,11 @@ def test_labels_may_be_names(tmp_path, kind):
     assert found.train_labels == found.labels
 
 
-def test_square_maps_are_pooled(tmp_path):
+def test_square_maps_are_pooled(tmp_path, capsys):
     nodes = np.random.RandomState(0).standard_normal((6, 4, 22, 22)).astype(np.float16)
     np.savez(tmp_path / "f.npz", nodes=nodes.reshape(6, 4, -1), labels=LABELS, train_nodes=nodes.reshape(6, 4, -1)[:2])
     found = read_features(tmp_path / "f.npz", map_size=2)
+    assert "nodes has 484 nodes of 4 channels for an image. If it is the other way round" in capsys.readouterr().err
     cells = nodes.astype(np.float64).reshape(6, 4, 2, 11, 2, 11).mean((3, 5)).reshape(6, 4, 4)
     assert np.allclose(found.nodes.numpy(), cells, atol=1e-6)
     assert torch.equal(found.train_nodes, found.nodes[:2])
@@ -121,7 +122,7 @@ def test_other_files_are_named(tmp_path):
         ".": "it cannot be read",
         "one.npy": "a single array",
         "cut": "it is damaged",
-        "flipped": "nodes is damaged",
+        "flipped": "nodes cannot be read, or is damaged .*CRC",
         "text": "no .npz file",
     }.items():
         with pytest.raises(InputError, match=sentence):

@@ -322,7 +322,7 @@ def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch):
         ("-backbone conv4:x", "Conv4 is one network: leave out ':x'"),
         ("-backbone timm:test_vot", "has no model 'test_vot'; the nearest: test_vit"),
         ("-backbone timm:test_vit.r161", "has no weights 'test_vit.r161'; the nearest: test_vit.r160_in1k"),
-        ("-backbone timm:dinov2", "has no model 'dinov2'; the nearest: vit_base_patch14_dinov2"),
+        ("-backbone timm:DINOv2_vits14", "has no model 'DINOv2_vits14'; the nearest: vit_base_patch14_dinov2"),
         (
             "-backbone timm:test_resnet -image_size 16",
             "-image_size 16 does not suit timm:test_resnet, which was made for 160",

@@ -202,6 +202,7 @@ def test_many_classes_have_no_matrix():
         (["-features", "f.npz", "-episodes_out", "e.json"], 1, "no array files"),
         (["-episodes_in", "none.json"], 1, "cannot read a list of episodes from none.json"),
         (["-features_out", "f.npz/g.npz"], 1, "cannot write f.npz/g.npz"),
+        (["-csv", "r.json", "-json", "./r.json"], 1, "r.json is named for two outputs"),
     ],
 )
 def test_files_that_cannot_be_used_are_one_line(flags, tmp_path, more, status, sentence):

@@ -24,13 +24,12 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from measuring import megabytes, print_row
+from measuring import make_images, megabytes, print_row
 
 from dataloader import EpisodeSampler, ImageDataset, SeededEpisodes, episode_labels, make_view
 from engine.evaluation import ENCODE_BATCH, Evaluator
@@ -132,16 +131,6 @@ def peak_memory(deepemd: str, shot: int, image_size: int) -> float:
         episodes = torch.randn(8, WAY * (shot + QUERY), 640, nodes).abs()
         model.match(episodes[:, : WAY * shot], episodes[:, WAY * shot :], way=WAY, shot=shot)
     return megabytes("VmHWM")
-
-
-def make_images(folder: Path) -> None:
-    """20 classes of 25 images of 160 pixels."""
-    random = np.random.RandomState(0)
-    for number in range(500):
-        place = folder / "test" / f"class{number // 25:02d}" / f"{number % 25:03d}.jpg"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        pixels = Image.fromarray(random.randint(0, 255, (20, 20, 3), dtype=np.uint8))
-        pixels.resize((160, 160), Image.Resampling.BICUBIC).save(place, quality=90)
 
 
 def open_images(folder: Path, deepemd: str, image_size: int) -> ImageDataset:

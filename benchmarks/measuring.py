@@ -1,10 +1,12 @@
-"""Problems like an encoder's, the memory of this process as Linux reports it, and the rows of a table."""
+"""Problems like an encoder's, images, the memory of this process as Linux reports it, and the rows of a table."""
 
 import math
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,6 +42,16 @@ def problems(nodes: int, batch: int) -> list[Tensor]:
     cost = 1 - cosine_similarity_map(query, proto)[:, 0, 0]
     weights = (cross_reference_weights(*pair)[:, 0, 0] for pair in ((query, proto), (proto, query)))
     return [cost, *(scale_to_mass(weight, nodes) for weight in weights)]
+
+
+def make_images(folder: Path) -> None:
+    """A test split of the layout ``folder``: 20 classes of 25 images of 160 pixels."""
+    random = np.random.RandomState(0)
+    for number in range(500):
+        place = folder / "test" / f"class{number // 25:02d}" / f"{number % 25:03d}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        pixels = Image.fromarray(random.randint(0, 255, (20, 20, 3), dtype=np.uint8))
+        pixels.resize((160, 160), Image.Resampling.BICUBIC).save(place, quality=90)
 
 
 def megabytes(field: str) -> float:

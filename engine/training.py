@@ -202,6 +202,7 @@ def _differentiate(
             hits = (logits.argmax(1) == labels).sum()
             scores.append(Score(*torch.stack([loss.detach(), hits]).tolist(), len(labels)))
             if not math.isfinite(scores[-1].loss):
+                getattr(guard.network, "settle", lambda: None)()  # raises what a solver on a GPU has met
                 raise FloatingPointError("the loss is not finite")
             guard.scaler.scale(loss / len(places)).backward()
         except (FloatingPointError, *settings.skip_on) as error:

@@ -180,13 +180,20 @@ def test_a_batch_that_overflows_leaves_no_trace(run):
     assert network[0].num_batches_tracked == 2
 
 
-def test_a_failing_batch_costs_its_step(run):
+@pytest.mark.parametrize("reports_late", [False, True])
+def test_a_failing_batch_costs_its_step(run, capsys, reports_late):
+    """Also where the solver answers NaN at first, as on a GPU, and gives the reason when it is asked."""
     network = nn.Linear(2, 2)
 
+    def fail():
+        raise ArithmeticError("no solution")
+
     def forward(images, labels, at):
-        if at[1] == 2:
-            raise ArithmeticError("no solution")
-        return network(images), labels
+        if at[1] == 2 and not reports_late:
+            fail()
+        return network(images) * (math.nan if at[1] == 2 else 1), labels
+
+    network.settle = fail
 
     loader = loader_of([[0, 1], [2, 3], [4, 5], [6, 7]])
     guard = guard_of(network)
@@ -196,6 +203,7 @@ def test_a_failing_batch_costs_its_step(run):
     assert guard.progress.skipped == 1
     assert len(guard.progress.losses) == 2  # of the step that was taken
     assert len(weights) == 1  # the step of the second pair only
+    assert "step skipped (1 so far): no solution" in capsys.readouterr().out
     with pytest.raises(ArithmeticError):
         train_epoch(network, forward, loader, guard_of(network), run, settings())
 

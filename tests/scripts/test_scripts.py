@@ -456,6 +456,69 @@ def test_divergence_says_so(data, tmp_path):
     assert re.search(r"diverged.*skipped since epoch 1, batch \d+. Lower -lr", last), done.err
 
 
+# --- benchmarks/gpu.sh and gpu.py ---
+
+
+def test_what_a_gpu_is_worth_is_measured_once(tmp_path, monkeypatch):
+    """A case that fails is a row with the error, and is measured by the next call."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    real, calls = gpu.emd, []
+
+    def emd(*problem, solver):
+        calls.append((len(problem[1][0]), solver))
+        if solver == "opencv" and len(calls) < 7:
+            raise RuntimeError("no such\nlibrary")
+        return real(*problem, solver=solver)
+
+    monkeypatch.setattr(gpu, "emd", emd)
+    flags = ["-gpu", "cpu", "-quick", "-out", "out"]
+    done = run("gpu.py", "solver", *flags, cwd=tmp_path)
+    assert (done.status, "error: of part solver, 2 failed: 9 20 opencv (cpu), 25 20" in done.err) == (1, True)
+    assert (
+        "| 9 | 20 | opencv (cpu) |  | RuntimeError: no such library |"
+        in run("gpu.py", "table", *flags, cwd=tmp_path).out
+    )
+    calls.clear()
+    monkeypatch.setattr(gpu, "emd", lambda *problem, solver: calls.append(solver) or real(*problem, solver=solver))
+    succeed("gpu.py", "solver", *flags, cwd=tmp_path)
+    assert set(calls) == {"opencv"}
+    table = succeed("gpu.py", "table", *flags, cwd=tmp_path)
+    assert "error" not in table
+    assert table.count("| 20 | opencv (cpu) |") == 3
+    done = run("gpu.py", "solver", cwd=tmp_path)
+    assert (done.status, "finds no CUDA device" in done.err) == (1, True)
+
+
+def test_the_steps_of_gpu_sh_are_done_in_parts(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\ncase "$*" in *"$FAILS") exit 3 ;; esac\n')
+    python.chmod(0o755)
+
+    def call(*flags: str, **settings: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+        (tmp_path / "calls").write_text("")
+        environment = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), "FAILS": "-", **settings}
+        command = ["bash", str(ROOT / "benchmarks/gpu.sh"), *flags]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        return done, [line.split()[-1] for line in (tmp_path / "calls").read_text().splitlines()]
+
+    steps = ["tests/test_cuda.py", "solver", "encoder", "episodes", "fit"]
+    done, calls = call(LIMIT="20")
+    assert (done.returncode, calls) == (0, ["device", steps[0], "table"])
+    assert done.stdout.endswith("run the same command again. Left: solver encoder episodes fit\n")
+    done, calls = call(FAILS="episodes")
+    assert (done.returncode, calls) == (1, ["device", *steps[1:], "table"])
+    assert "Failed: episodes." in done.stdout
+    done, calls = call()
+    assert (done.returncode, calls) == (0, ["device", "episodes", "table"])
+    done, calls = call(FAILS="device")
+    assert (done.returncode, calls) == (3, ["device"])
+    done, calls = call("-h")
+    assert (done.returncode, calls, "-data_dir DIR" in done.stdout) == (0, [], True)
+    assert call("-quack")[0].returncode == 2
+
+
 # --- in a process of its own ---
 
 

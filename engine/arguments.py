@@ -118,7 +118,7 @@ def folder_name(text: str) -> str:
     """An argparse type: a relative path that stays below the folder it is joined to."""
     path = Path(text)
     if path.is_absolute() or ".." in path.parts or "\0" in text:
-        raise ArgumentTypeError(f"expected the name of a folder below checkpoint/, as in trial-2; got {text!r}")
+        raise ArgumentTypeError(f"{text!r} is not the name of a folder below checkpoint/, as in trial-2")
     return text
 
 
@@ -148,7 +148,7 @@ def check_outputs(*paths: str | Path | None) -> None:
 
 def _table_file(text: str) -> str:
     if text == "-":
-        raise ArgumentTypeError('expected the name of a file; "-" is for -json')
+        raise ArgumentTypeError('a table needs the name of a file; "-" is for -json')
     return text
 
 

@@ -148,7 +148,7 @@ def flag_value(action: argparse.Action, value: Any, *, is_of_package: bool = Fal
 
     try:
         if action.nargs == 0 or isinstance(value, dict | bool | None):
-            raise ValueError(f"expected {'true or false' if action.nargs == 0 else 'a value'}; got {json.dumps(value)}")
+            raise ValueError(f"{json.dumps(value)} is not {'true or false' if action.nargs == 0 else 'a value'}")
         if action.nargs == "+":
             return [parse(str(word)) for word in (value if isinstance(value, list) else [value])]
         return parse(",".join(map(str, value)) if isinstance(value, list | tuple) else str(value))

@@ -25,7 +25,7 @@ SECONDS_BEFORE_NOTICE = 2.0
 def solve(cost: Tensor, supply: Tensor, demand: Tensor, *, gradient: str = "full") -> tuple[Tensor, Tensor]:
     """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``, see :func:`Models.emd.emd`. ``gradient`` is a key of GRADIENTS."""
     if gradient not in GRADIENTS:
-        raise ProblemError(f"expected gradient to be one of {', '.join(GRADIENTS)}; got {gradient!r}")
+        raise ProblemError(f"unknown gradient {gradient!r}; choose one of {', '.join(GRADIENTS)}")
     if gradient == "cost":
         supply, demand = supply.detach(), demand.detach()
     precision = max(torch.finfo(weight.dtype).eps for weight in (supply, demand))

@@ -48,7 +48,7 @@ def test_help_says_each_default_once(capsys):
 def test_image_size_has_bounds(capsys, size):
     with pytest.raises(SystemExit):
         parse("-image_size", size)
-    assert f"expected a whole number from 16 to 1024; got '{size}'" in capsys.readouterr().err
+    assert f"'{size}' is not a whole number from 16 to 1024" in capsys.readouterr().err
     assert [parse("-image_size", good).image_size for good in ("16", "1024")] == [16, 1024]
 
 
@@ -68,11 +68,11 @@ def test_draw_episodes(folder):
 @pytest.mark.parametrize(
     ("flag", "largest", "message"),
     [
-        ("way", "1000", "expected a whole number from 1 to 1000; got '1001'"),
-        ("shot", "1000", "expected a whole number from 1 to 1000"),
-        ("query", "1000", "expected a whole number from 1 to 1000"),
-        ("num_patch", "1000", "expected a whole number from 1 to 1000"),
-        ("patch_ratio", "100", "expected a number from 1 to 100"),
+        ("way", "1000", "'1001' is not a whole number from 1 to 1000"),
+        ("shot", "1000", "is not a whole number from 1 to 1000"),
+        ("query", "1000", "is not a whole number from 1 to 1000"),
+        ("num_patch", "1000", "is not a whole number from 1 to 1000"),
+        ("patch_ratio", "100", "is not a number from 1 to 100"),
         ("patch_list", "31,6", "makes 1010 patches of an image; at most 1000 are allowed"),
     ],
 )

@@ -111,7 +111,7 @@ def test_a_match_is_the_optimal_one(own_images, model):
         ({"ant": np.zeros((4, 4, 3), np.float32)}, [], "an array must be an image of uint8"),
         ([np.zeros((4, 4, 3), np.uint8)], [], "must be a folder, or a dict from class to images; got a list"),
         (None, [], "must be a folder, or a dict from class to images; got a NoneType"),
-        ({"ant": 7}, [], "expected a path, a PIL image or an array; got a int"),
+        ({"ant": 7}, [], "must be a path, a PIL image or an array, not int"),
         ({"ant": np.zeros((40, 40, 3), np.uint8)}, "no/such.png", "no/such.png"),
     ],
 )

@@ -58,7 +58,7 @@ def build_parser() -> ArgumentParser:
     layout = '<dataset>/resnet12/max_acc.pth in it; "none" starts from random weights'
     encoder = f"encoder to start from: what -model_dir of eval.py takes, or a folder with {layout} "
     encoder += f"(default: {PRETRAINED}; timm: the model with its own weights)"
-    group.add_argument("-pretrain_dir", help=encoder)
+    group.add_argument("-pretrain_dir", metavar="SOURCE", help=encoder)
     parser.completions.append(complete)
     data.add_data_arguments(parser)
     data.add_episode_arguments(parser)

@@ -100,7 +100,9 @@ def _counted(what: str, where: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", choices=SPECS, help=f"one of {', '.join(SPECS)}")
-    parser.add_argument("-data_dir", default=str(Path(__file__).parent), help="folder that holds the data sets")
+    parser.add_argument(
+        "-data_dir", metavar="DIR", default=str(Path(__file__).parent), help="folder that holds the data sets"
+    )
     parser.add_argument("-json", metavar="FILE", help="write the full report to this file; - for standard output")
     args = parser.parse_args(argv)
     report = verify(args.name, Path(args.data_dir))

@@ -111,7 +111,7 @@ def add_run_arguments(parser: ArgumentParser, *, has_folder: bool = True) -> Non
     if has_folder:
         results = "checkpoint/eval/<extra_dir>/results.txt"
         subfolder = f"subfolder of the run folder, to keep runs apart; eval.py adds its result to {results}"
-        group.add_argument("-extra_dir", type=folder_name, default="", help=subfolder)
+        group.add_argument("-extra_dir", type=folder_name, metavar="NAME", default="", help=subfolder)
 
 
 def folder_name(text: str) -> str:

@@ -18,7 +18,12 @@ from utils import InputError, printable, read_json
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, "", []) else super()._get_help_string(action)
+        is_unset = action.default is False or action.default in (None, "", [])  # 0 is a value
+        return action.help if is_unset else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        is_number = isinstance(action.default, int | float)
+        return "N" if is_number else super()._get_default_metavar_for_optional(action)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -186,7 +186,7 @@ def _read_file(root: str, not_images: frozenset[str], name: str) -> FileRecord:
     path = os.path.join(root, name)
     try:
         if not os.path.isfile(path):
-            return FileRecord(fault="it is no file" if os.path.exists(path) else "a link that leads nowhere")
+            return FileRecord(fault="it is not a regular file" if os.path.exists(path) else "a link that leads nowhere")
         content = Path(path).read_bytes()
     except OSError as error:
         return FileRecord(fault=error.strerror)
@@ -207,7 +207,7 @@ def check_listing(tree: Tree) -> None:
         is_optional = kind == MISSING_SPLIT and tree.spec.folders == (".",) and tree.counts
         if problems[0].is_fault and not is_optional:
             tree.fault(kind, texts, problems[0].cure)
-        elif kind != "files in class folders that are no images":  # check_strays counts them
+        elif kind != "files in class folders that are not images":  # check_strays counts them
             tree.note(kind, texts)
 
 
@@ -303,8 +303,8 @@ def check_manifest(tree: Tree) -> None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         name, recorded = content["dataset"], content["sha256"]
-    except Exception as error:  # whatever a file that is no manifest makes the lines above raise
-        tree.faults.append(f"{path} is no manifest of prepare.py ({type(error).__name__}: {error}). {cure}")
+    except Exception as error:  # whatever a file that is not a manifest makes the lines above raise
+        tree.faults.append(f"{path} is not a manifest of prepare.py ({type(error).__name__}: {error}). {cure}")
         return
     digests = {path: record.digest.hex() for path, record in tree.records.items() if record.digest}
     if name != tree.name:

@@ -379,7 +379,7 @@ DAMAGE = {
     "pipe": (
         "fc100",
         lambda root: os.mkfifo(root / "val/dog/x.png"),
-        [r"cannot be read: val/dog/x.png \(it is no file\)"],
+        [r"cannot be read: val/dog/x.png \(it is not a regular file\)"],
     ),
     "image beside the classes": (
         "fc100",
@@ -469,12 +469,12 @@ DAMAGE = {
     "manifest broken": (
         "fc100",
         lambda root: (root / verify.MANIFEST).write_text("[1"),
-        ["is no manifest .*JSONDecodeError"],
+        ["is not a manifest .*JSONDecodeError"],
     ),
     "manifest of something else": (
         "fc100",
         lambda root: (root / verify.MANIFEST).write_text("[]"),
-        ["is no manifest of prepare"],
+        ["is not a manifest of prepare"],
     ),
 }
 

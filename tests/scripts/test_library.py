@@ -61,6 +61,7 @@ def test_answers_are_those_of_predict(own_images, model, tmp_path):
     assert [as_json(answer, 1, None) for answer in answers] == json.loads(written.read_text())
     assert [answer.ranking[0] for answer in answers] == [(answer.class_name, answer.probability) for answer in answers]
     assert all(answer.runner_up == answer.ranking[1][0] for answer in answers)
+    assert repr(answers[0]).endswith(f"runner_up={answers[0].runner_up!r}, cost={answers[0].cost!r})")
 
 
 def test_images_may_be_files_pictures_or_arrays(own_images, model):

@@ -149,8 +149,8 @@ def match_nodes(
     mass = similarity.shape[-2]
     supply, demand = scale_to_mass(supply, mass), scale_to_mass(demand, mass)
     distance, flow = emd(1 - similarity, supply, demand, solver=solver, **options)
-    # sum(flow * similarity) = sum(flow) - <cost, flow>. The sum of the flow is the mass, but for what an iterative
-    # solver leaves undone, and that belongs to the logit (equation 7 as published).
+    # sum(flow * similarity) = sum(flow) - <cost, flow>. The sum of the flow is the mass, except for what an
+    # iterative solver leaves undone, which equation 7 has in the logit.
     logits = temperature / mass * (flow.sum((-2, -1)) - distance)
     return Matching(logits, flow, similarity, supply, demand)
 

@@ -107,7 +107,7 @@ def image_files(paths: Sequence[str]) -> Iterator[str]:
 
 
 def _walk(top: Path) -> Iterator[Path]:
-    """The files below a folder but for hidden ones, and the folders that cannot be listed."""
+    """The files below a folder except hidden ones, and the folders that cannot be listed."""
     closed: list[OSError] = []
     seen = set()  # so that a link to a folder that it is in ends there
     for folder, folders, files in os.walk(top, followlinks=True, onerror=closed.append):

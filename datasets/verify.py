@@ -69,7 +69,7 @@ class Tree:
     root: Path
     images: dict[str, tuple[str, str]] = field(default_factory=dict)  # split and class of each image the scripts read
     counts: dict[str, Counter[str]] = field(default_factory=dict)  # split -> class -> images
-    others: list[str] = field(default_factory=list)  # the other files, but for hidden ones
+    others: list[str] = field(default_factory=list)  # the other files, except hidden ones
     records: dict[str, FileRecord] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)  # of the readers
     faults: list[str] = field(default_factory=list)

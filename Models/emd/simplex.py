@@ -83,8 +83,8 @@ def solve_arrays(
 ) -> tuple[np.ndarray, ...]:
     """Contiguous float64 ``(B,N,M), (B,N), (B,M)`` to value ``(B,)``, flow ``(B,N,M)`` and duals ``u (B,N), v (B,M)``.
 
-    ``precision`` is the relative error of the weights: those of nodes that forbidden cells separate from the others may add
-    up to the same only but for this.
+    ``precision`` is the relative error of the weights: where forbidden cells separate some nodes from the others, their totals
+    are equal only up to this error.
 
     Raises:
         SolverError: a problem was not solved within its limit of pivots, or its costs cannot be told apart in float64.

@@ -116,6 +116,10 @@ class Answer(NamedTuple):
         """The second class; None where there is only one."""
         return self.ranking[1][0] if len(self.ranking) > 1 else None
 
+    def __repr__(self) -> str:
+        shown = ("file", "class_name", "probability", "runner_up", "cost")
+        return f"Answer({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
 
 class Match(NamedTuple):
     """How the nodes of one image were matched with those of another."""

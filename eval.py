@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.features and args.features_out:
         parser.error("-features are nodes already: leave out -features_out, which writes those of an encoder")
     if "-" in (args.features_out, args.episodes_out):
-        parser.error('-features_out and -episodes_out expect the name of a file; "-" is for -json')
+        parser.error('-features_out and -episodes_out need the name of a file; "-" is for -json')
 
     ranks, device, device_ids = start(args)
     adopt_trained_flags(parser, args, argv)

@@ -162,7 +162,7 @@ def load_prototypes(path: str, model: DeepEMD | None = None, *, settings: dict[s
         statistics = NodeStatistics(**content["statistics"]) if made_with.get("norm") in OF_STATISTICS else None
     except (KeyError, TypeError, ValueError, IndexError) as error:
         kind = type(error).__name__
-        raise InputError(f"-prototypes {path} is damaged, or no file of -save ({kind}: {error})") from error
+        raise InputError(f"-prototypes {path} is damaged, or not a file of -save ({kind}: {error})") from error
     if made_by != weights:
         advice = "Set the same -model_dir, or make them again with -support and -save"
         raise InputError(f"-prototypes {path}: made with other weights ({made_by}, not {weights}). {advice}")

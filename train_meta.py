@@ -58,7 +58,7 @@ def build_parser() -> ArgumentParser:
     layout = '<dataset>/resnet12/max_acc.pth in it; "none" starts from random weights'
     encoder = f"encoder to start from: what -model_dir of eval.py takes, or a folder with {layout} "
     encoder += f"(default: {PRETRAINED}; timm: the model with its own weights)"
-    group.add_argument("-pretrain_dir", help=encoder)
+    group.add_argument("-pretrain_dir", metavar="SOURCE", help=encoder)
     parser.completions.append(complete)
     data.add_data_arguments(parser)
     data.add_episode_arguments(parser)
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset[0, 0]  # what is wrong with all images is reported before the first step
 
     pixels = data.pixel_statistics(args)
-    weights = "none" if resumes else starting_weights(args, args.pretrain_dir)
+    weights = "none" if resumes else starting_weights(args, args.pretrain_dir)  # the run's state replaces them
     given = {"device_ids": device_ids, "val_solver": args.val_solver, "weights": weights}
     model = build_model(args, **given, **pixels).to(device)
     started_from = None if resumes else fingerprint(model.encoder.weights)
@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     start_weights = "none" if args.pretrain_dir in (None, "none") else pretrained_weights(args)
     source = {"open_train": partial(data.open_base_images, args), "num_workers": arguments.loader_processes(args)}
+    # What the norms base and standard need, beside the weights: it stays a fixed layer while the encoder learns.
     keep_for_run(args, model, start_weights, folder, resumes=resumes, device=device, ranks=ranks, **source)
 
     shard = Shard(train_episodes, ranks, by_image=False)
@@ -130,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels = episode_labels(args.way, args.query).to(device)
 
     def forward(images, _, place):
+        """One task through encoder, prototypes and matching; :func:`fit` takes the cross entropy of its queries."""
         order = named_generator(args.seed, "train", "sfc", *place)
         return model(images, way=args.way, shot=args.shot, generator=order), labels
 
@@ -149,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = arguments.fit_settings(args, accumulate=args.bs, skip_on=(SolverError, ProblemError))
         fit(model, forward, loader, validate, run, settings, weights_of=model, ranks=ranks, stop=stop)
 
+        # The test protocol, with the weights of the best epoch.
         best = folder / BEST_WEIGHTS
         changed = {"leave_out": OWN_FLAGS, "model_dir": str(best), "solver": args.val_solver}
         test_command = arguments.next_command("eval.py", parser, args, **changed)

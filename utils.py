@@ -64,7 +64,7 @@ def number_between(minimum: float, maximum: float, kind: type) -> Callable[[str]
             if math.isfinite(value) and minimum <= value <= maximum:
                 return value
         wanted = f"a {'whole ' * (kind is int)}number from {minimum} to {maximum}"
-        raise argparse.ArgumentTypeError(f"expected {wanted}; got {text!r}")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {wanted}")
 
     return parse
 
@@ -72,7 +72,7 @@ def number_between(minimum: float, maximum: float, kind: type) -> Callable[[str]
 def whole_numbers(text: str) -> tuple[int, ...]:
     """An argparse type: ``"2,3"`` to ``(2, 3)``."""
     if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text.strip()):
-        raise argparse.ArgumentTypeError(f"expected whole numbers above 0 joined by commas, as in 2,3; got {text!r}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers above 0 joined by commas, as in 2,3")
     return tuple(int(part) for part in text.split(","))
 
 
@@ -298,7 +298,7 @@ def printable(name: str) -> str:
 def mean_confidence_interval(accuracies: Sequence[float]) -> tuple[float, float]:
     """Mean and half width of the 95 % interval, ``1.96 std / sqrt(n)`` with the population std, in the unit given."""
     if not len(accuracies):
-        raise ValueError("expected at least one accuracy; got none")
+        raise ValueError("the mean needs at least one accuracy")
     return float(np.mean(accuracies)), float(1.96 * np.std(accuracies) / math.sqrt(len(accuracies)))
 
 

@@ -80,7 +80,7 @@ def build_parser() -> ArgumentParser:
 def query_numbers(text: str) -> tuple[int, ...]:
     """An argparse type: ``"0,3"`` to ``(0, 3)``."""
     if not re.fullmatch(r"\d{1,8}(,\d{1,8})*", text):
-        raise ArgumentTypeError(f"expected whole numbers of 0 or more joined by commas, as in 0,1,2; got {text!r}")
+        raise ArgumentTypeError(f"{text!r} is not whole numbers of 0 or more joined by commas, as in 0,1,2")
     return tuple(map(int, text.split(",")))
 
 

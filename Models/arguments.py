@@ -76,12 +76,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
     gradients = f"gradient of simplex: {_words(GRADIENTS)}"
     group.add_argument("-emd_gradient", choices=GRADIENTS, default="full", help=gradients)
     cores = "threads of the solvers on the CPU (default: this process's share of the cores)"
-    group.add_argument("-solver_threads", type=threads, help=cores)
+    group.add_argument("-solver_threads", type=threads, metavar="N", help=cores)
 
     group = parser.add_argument_group("prototypes, for -shot above 1")
     group.add_argument("-kshot", choices=KSHOT, default="sfc", help=_words(KSHOT))
-    rates = f"sfc: learning rate (default: {sfc_lr}; with -norm base and standard {SCALED_SFC_LR})"
-    group.add_argument("-sfc_lr", type=rate, help=rates)
+    scaled = "" if sfc_lr == SCALED_SFC_LR else f"; {SCALED_SFC_LR} with -norm base and standard"
+    rates = f"sfc: learning rate (default: {sfc_lr}{scaled})"
+    group.add_argument("-sfc_lr", type=rate, metavar="N", help=rates)
     group.add_argument("-sfc_wd", type=decay, default=0.0, help="sfc: weight decay")
     group.add_argument("-sfc_update_step", type=count, default=100, help="sfc: passes over the support images")
     group.add_argument("-sfc_bs", type=count, default=4, help="sfc: support images per step")
@@ -96,7 +97,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sfc_lr: float = 0.1)
     weights += "(default: hub, unless the weights come from a checkpoint of this project)"
     group.add_argument("-backbone_weights", metavar="FILE|hub|none", help=weights)
     cells = "fcn only: pool the map to so many cells along an edge; 0 keeps it (default: 0; timm: 5, or the map's edge)"
-    group.add_argument("-map_size", type=number_between(0, 1024, int), help=cells)
+    group.add_argument("-map_size", type=number_between(0, 1024, int), metavar="N", help=cells)
     group.add_argument("-amp", choices=AMP, default="off", help="number format of the convolutions")
     group.add_argument("-compile", action="store_true", help="run the encoder through torch.compile; one device only")
     less = "in training, compute the encoder's activations twice instead of keeping them: less memory, more time"

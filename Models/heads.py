@@ -182,7 +182,7 @@ def chamfer_logits(proto: Tensor, query: Tensor, settings: HeadSettings) -> Tens
 
 
 def _compared(proto: Tensor, query: Tensor, settings: HeadSettings) -> tuple[Tensor, Tensor]:
-    """The nodes that heads without weights compare: those of the encoder, but for the norms ``base`` and ``standard``."""
+    """The nodes that heads without weights compare: those of the encoder, except with the norms ``base`` and ``standard``."""
     return normalised(proto, **settings.of_nodes), normalised(query, **settings.of_nodes)
 
 

@@ -4,7 +4,7 @@ Zhang, Cai, Lin, Shen: "DeepEMD: Few-Shot Image Classification with Differentiab
 Structured Classifiers", CVPR 2020. Section and equation numbers refer to it. This file goes backwards through section 3:
 what a node weighs (3.4), what it costs to match two nodes (3.3), and the matching itself (3.2).
 
-Axes: W way (prototypes), Q queries, C channels, N and M nodes. Any leading axes (episodes) come before them.
+Axes: W way (prototypes), Q queries, C channels, M nodes of a query, N of a prototype. Any leading axes (episodes) come first.
 """
 
 from typing import Any, NamedTuple
@@ -43,7 +43,8 @@ def cross_reference_weights(nodes: Tensor, other: Tensor) -> Tensor:
     that does not is probably background: ``weight_i = relu(<node_i, mean_j other_j>) + 1e-3``. Taken on the nodes as the
     encoder gives them, not centred.
 
-    ``(..., A, C, N)`` and ``(..., B, C, M)``, with the same leading axes, to ``(..., A, B, N)``, at least 1e-3, not scaled.
+    ``(..., A, C, N)`` and ``(..., B, C, M)``, A images against B, with the same leading axes, to ``(..., A, B, N)``: at least
+    1e-3, not scaled.
     """
     return F.relu(other.mean(-1).unsqueeze(-3) @ nodes) + WEIGHT_FLOOR  # (..., 1, B, C) x (..., A, C, N)
 
@@ -51,9 +52,10 @@ def cross_reference_weights(nodes: Tensor, other: Tensor) -> Tensor:
 def node_weights(
     nodes: Tensor, other: Tensor, *, weights: str = "cross", power: float = 1.0, floor: float = 0.0
 ) -> Tensor:
-    """:func:`cross_reference_weights` plus a ``floor``, to a ``power``, or the same for all nodes: ``(..., A, B, N)``.
+    """The weights of nodes by a key of ``WEIGHTS``, shaped as those of :func:`cross_reference_weights`.
 
-    Only the ratios within a set of nodes mean something. ``weights`` is a key of ``WEIGHTS``; ``uniform`` has no power.
+    ``cross`` adds ``floor`` to cross-reference weights and raises them to ``power``; ``uniform`` is 1 for every node. Only the
+    ratios within an image matter: the caller scales them.
     """
     check_choice("weights", weights, WEIGHTS)
     if weights == "uniform":
@@ -72,21 +74,20 @@ def cosine_similarity_map(
 ) -> Tensor:
     """Cosine similarity of every query node with every prototype node (equation 6: cost = 1 - similarity).
 
-    ``(..., Q, C, N)`` and ``(..., W, C, M)`` to ``(..., Q, W, N, M)``, in [-1, 1]. ``norm`` is a key of ``NORMS``; ``center``
+    ``(..., Q, C, M)`` and ``(..., W, C, N)`` to ``(..., Q, W, M, N)``, in [-1, 1]. ``norm`` is a key of ``NORMS``; ``center``
     first subtracts each node's mean over channels, ``base`` and ``standard`` need ``statistics``.
     """
     check_choice("norm", norm, NORMS)
     query, proto = normalised(query, norm, statistics), normalised(proto, norm, statistics)
     if norm == "center":
         query, proto = query - query.mean(-2, keepdim=True), proto - proto.mean(-2, keepdim=True)
-    # One matrix product per episode, (Q*N, C) x (C, W*M). Dividing it by the lengths touches fewer numbers than normalising
-    # the nodes.
-    left = query.transpose(-2, -1).flatten(-3, -2)  # (..., Q*N, C)
-    right = proto.transpose(-3, -2).flatten(-2)  # (..., C, W*M)
-    similarity = left @ right  # (..., Q*N, W*M)
+    # One matrix product per episode. Dividing it by the lengths touches fewer numbers than normalising the nodes.
+    left = query.transpose(-2, -1).flatten(-3, -2)  # (..., Q*M, C)
+    right = proto.transpose(-3, -2).flatten(-2)  # (..., C, W*N)
+    similarity = left @ right  # (..., Q*M, W*N)
     similarity = similarity / left.norm(dim=-1).unsqueeze(-1).clamp_min(SMALLEST_NORM)
     similarity = similarity / right.norm(dim=-2).unsqueeze(-2).clamp_min(SMALLEST_NORM)
-    # (..., Q*N, W*M) -> (..., Q*N, W, M) -> (..., Q, N, W, M) -> (..., Q, W, N, M)
+    # (..., Q*M, W*N) -> (..., Q*M, W, N) -> (..., Q, M, W, N) -> (..., Q, W, M, N)
     similarity = similarity.unflatten(-1, (proto.shape[-3], proto.shape[-1]))
     return similarity.unflatten(-3, (query.shape[-3], query.shape[-1])).transpose(-3, -2)
 
@@ -138,7 +139,8 @@ def match_nodes(
     check_choice("metric", metric, METRICS)
     check_choice("solver", solver, SOLVERS)
     similarity = cosine_similarity_map(query, proto, norm=norm, statistics=statistics)  # (..., Q, W, M, N)
-    has_gradient = "supply" in SOLVERS[solver].differentiable and options.get("gradient") != "cost"  # for weights
+    # Without a gradient for the weights, the encoder learns through the cost alone, as in the published OpenCV path.
+    has_gradient = "supply" in SOLVERS[solver].differentiable and options.get("gradient") != "cost"
     given = {"weights": weights, "power": weight_power, "floor": 0.0 if has_gradient else OPENCV_FLOOR}
     supply = node_weights(query, proto, **given)  # (..., Q, W, M)
     demand = node_weights(proto, query, **given).transpose(-3, -2)  # (..., Q, W, N)
@@ -147,8 +149,8 @@ def match_nodes(
     mass = similarity.shape[-2]
     supply, demand = scale_to_mass(supply, mass), scale_to_mass(demand, mass)
     distance, flow = emd(1 - similarity, supply, demand, solver=solver, **options)
-    # sum(flow * similarity) = sum(flow) - <cost, flow>. The sum of the flow is the mass, but for what an iterative
-    # solver leaves undone, and that belongs to the logit (equation 7 as published).
+    # sum(flow * similarity) = sum(flow) - <cost, flow>. The sum of the flow is the mass, except for what an
+    # iterative solver leaves undone, which equation 7 has in the logit.
     logits = temperature / mass * (flow.sum((-2, -1)) - distance)
     return Matching(logits, flow, similarity, supply, demand)
 

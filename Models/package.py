@@ -135,7 +135,7 @@ def _from_hub(source: str) -> Path:
     try:
         read_config(config)  # before weights of another project, which may be large, are downloaded
     except InputError as error:
-        raise InputError(f"{source} is no package of export.py that this version reads: {error}") from error
+        raise InputError(f"{source} is not a package that this version reads: {error}") from error
     with _hub_errors(source):
         # From the same commit, which names the folder: the branch may have moved on.
         return Path(hf_hub_download(name, PACKAGE_WEIGHTS, revision=config.parent.name, **server)).parent

@@ -21,7 +21,7 @@ from Models.statistics import needed_statistics
 from utils import InputError
 
 KSHOT = {
-    "sfc": "prototypes fitted to the support images through the head, from their mean on",
+    "sfc": "prototypes fitted to the support images through the head, starting from their mean",
     "mean": "the mean of the support images of a class, node by node",
 }
 
@@ -82,8 +82,8 @@ def fit_prototypes(
     settings: HeadSettings | None = None,
     **head: Any,
 ) -> Tensor:
-    """Fit one set of nodes per class to the support images, from their mean on, by SGD on the cross entropy of the images'
-    logits against the prototypes. Episodes are fitted side by side and do not influence each other.
+    """Fit one set of nodes per class to the support images: starting from their mean, by SGD on the cross entropy of the
+    images' logits against the prototypes. Episodes are fitted side by side and do not influence each other.
 
     With the norms ``base`` and ``standard``, SGD moves ``(nodes - mean) / unit``, where ``unit`` gives a training node the
     length 1: ``sqrt(C)`` times the deviation of each channel, or the root of the sum of their squares for ``base``.
@@ -138,7 +138,7 @@ def fit_prototypes(
 
     solver, count = SOLVERS[settings.solver], node_shape[1]
     if device.type == "cuda" and (not settings.uses_solver or solver.never_waits(device, count, count, support.dtype)):
-        step = GraphedStep(step)
+        step = GraphedStep(step)  # hundreds of small kernels, launched at once
     for number in range(fit.steps):
         for chosen in order[:, number].split(fit.batch_size, dim=1):
             step(chosen)

@@ -306,7 +306,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         try:
             content = load_file(path)
         except SafetensorError as error:
-            raise InputError(f"-backbone_weights {path} is no safetensors file, or damaged ({error})") from error
+            raise InputError(f"-backbone_weights {path} is damaged, or not a safetensors file ({error})") from error
     else:
         content = load_plain(path, "file of weights")
     if isinstance(content, dict) and "params" in content:

@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("-others", action="store_true", help="compare with POT and scipy instead")
     args = parser.parse_args()
     for name in set(args.solvers) - SOLVERS.keys():
-        parser.error(f"argument -solvers: expected solvers out of {', '.join(SOLVERS)}; got {name!r}")
+        parser.error(f"argument -solvers: unknown solver {name!r}; choose one of {', '.join(SOLVERS)}")
     if args.others:
         torch.set_num_threads(1)
         print_row("on one thread", "nodes", "us per problem", "error of the value: mean", "largest")

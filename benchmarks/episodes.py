@@ -9,7 +9,6 @@ The published way, written here from its description, encodes every image of eve
 on the same threads; those marked with * are extrapolated. Memory is the peak of a fresh process that runs our way alone.
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -32,9 +31,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from measuring import make_images, megabytes, print_row
 
 from dataloader import EpisodeSampler, ImageDataset, SeededEpisodes, episode_labels, make_view
+from engine.command_line import make_parser
 from engine.evaluation import ENCODE_BATCH, Evaluator
 from Models import DeepEMD
 from Models.sfc import fit_prototypes
+from utils import number_between
 
 WAY, QUERY = 5, 15
 VARIANTS = {"fcn": {}, "grid": {"patch_list": (2, 3)}, "sampling": {"num_patch": 9}}
@@ -216,10 +217,11 @@ PARTS = {"parts": parts, "sfc": sfc, "end_to_end": end_to_end, "training": train
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-image_size", type=int, default=84)
-    parser.add_argument("-only", choices=PARTS)
-    parser.add_argument("-threads", type=int, default=torch.get_num_threads())
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("-image_size", type=number_between(16, 1024, int), default=84, help="pixels along an edge")
+    parser.add_argument("-only", choices=PARTS, help="measure this part (default: all of them)")
+    threads = number_between(1, 1024, int)
+    parser.add_argument("-threads", type=threads, default=torch.get_num_threads(), help="threads of torch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

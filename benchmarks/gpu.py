@@ -234,7 +234,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__.splitlines()[0])
     parts = "what to measure; device prints which GPU is used, table all results"
     parser.add_argument("part", choices=[*PARTS, "device", "table"], help=parts)
-    parser.add_argument("-out", type=Path, default=Path("checkpoint/gpu"), help="folder of the measurements")
+    out = "folder of the measurements"
+    parser.add_argument("-out", type=Path, metavar="DIR", default=Path("checkpoint/gpu"), help=out)
     parser.add_argument("-gpu", help='the GPU to use, or "cpu" (default: the first GPU)')
     parser.add_argument("-quick", action="store_true", help="one small call of everything")
     args = parser.parse_args(argv)

@@ -26,18 +26,18 @@ def add_data_arguments(parser: ArgumentParser, *, has_splits: bool = True) -> No
     what = "to read" if has_splits else "that the model was trained on, whose pixel statistics are used"
     data.add_argument("-dataset", choices=CATALOG, default="miniimagenet", help=f"data set {what}")
     if has_splits:
-        data.add_argument("-data_dir", default="datasets", help="folder that holds the data sets")
+        data.add_argument("-data_dir", metavar="DIR", default="datasets", help="folder that holds the data sets")
         text = "decode every image first, and skip those that cannot be read"
         data.add_argument("-verify_images", action="store_true", help=text)
         cores = "the cores that this process may use, at most 8, divided by the processes of the run on this machine"
         text = f"processes that load images; results do not depend on it (default: {cores})"
-        data.add_argument("-num_workers", type=number_between(0, 256, int), help=text)
+        data.add_argument("-num_workers", type=number_between(0, 256, int), metavar="N", help=text)
 
     views.add_argument("-deepemd", choices=VIEWS, default="fcn", help="what becomes a node")
     text = f"pixels along an edge of what the encoder sees, {SMALLEST_IMAGE} to {LARGEST_IMAGE}; less for quick runs "
     text += f"(default: {CROP_TO}; timm: what the model was made for, at most 224)"
     edge = number_between(SMALLEST_IMAGE, LARGEST_IMAGE, int)
-    views.add_argument("-image_size", type=edge, help=text)
+    views.add_argument("-image_size", type=edge, metavar="N", help=text)
     text = "how images are resized (default: bilinear; timm: as the model was trained)"
     views.add_argument("-interpolation", choices=INTERPOLATIONS, help=text)
     patches = number_between(1, MOST_PATCHES, int)

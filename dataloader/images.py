@@ -50,7 +50,7 @@ def read_image(path: str, *, upright: bool = True, advice: str = _ADVICE) -> Ima
         with open(path, "rb") as file:
             image, facts = decode_image(file, upright=upright)
     except Exception as error:  # whatever a broken file makes Pillow raise
-        message = f"expected an image in {printable(path)}; it cannot be read ({reason(error)})"
+        message = f"{printable(path)} cannot be read as an image ({reason(error)})"
         raise InputError(f"{message}. {advice}" if advice else message) from error
     pixels = facts.shape[0] * facts.shape[1]
     if Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:
@@ -75,7 +75,7 @@ def picture_of(image: Image.Image | np.ndarray) -> Image.Image:
             raise InputError(f"an array must be an image of uint8, (H, W) or (H, W, 3); {found}")
         image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
     if not isinstance(image, Image.Image):
-        raise InputError(f"expected a path, a PIL image or an array; got a {type(image).__name__}")
+        raise InputError(f"an image must be a path, a PIL image or an array, not {type(image).__name__}")
     if image.mode == "F" or image.mode.startswith("I"):
         raise InputError(f"the image has the mode {image.mode}, of more than 8 bits. {_CONVERT}")
     try:
@@ -197,8 +197,8 @@ def _scale(values: np.ndarray, has_16_bits: bool = False) -> np.ndarray:
     """
     low, high = values.min(), values.max()
     if values.dtype.kind == "f" or low < 0 or high > 65535:
-        found = "floats" if values.dtype.kind == "f" else f"{low} to {high}"
-        raise InputError(f"expected pixels of 8 or 16 bits; got {found}. {_CONVERT}")
+        found = "floating-point numbers" if values.dtype.kind == "f" else f"from {low} to {high}"
+        raise InputError(f"its pixels are {found}, not of 8 or 16 bits. {_CONVERT}")
     if high <= 255 and not has_16_bits:
         return values.astype(np.uint8)
     if high < 2**15 and not has_16_bits:

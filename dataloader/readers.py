@@ -107,7 +107,7 @@ def image_files(paths: Sequence[str]) -> Iterator[str]:
 
 
 def _walk(top: Path) -> Iterator[Path]:
-    """The files below a folder but for hidden ones, and the folders that cannot be listed."""
+    """The files below a folder except hidden ones, and the folders that cannot be listed."""
     closed: list[OSError] = []
     seen = set()  # so that a link to a folder that it is in ends there
     for folder, folders, files in os.walk(top, followlinks=True, onerror=closed.append):
@@ -126,7 +126,7 @@ def _describe_left_out(folder: Path, files: Sequence[Path]) -> str:
 
 
 def _read_folders(spec: DatasetSpec, root: Path, split: str, advice: str, report: Report) -> Pairs:
-    """``<split>/<class>/<image>``. Hidden names are ignored; folders, pipes and dead links are no images."""
+    """``<split>/<class>/<image>``. Hidden names are ignored; folders, pipes and dead links are not images."""
     folder = root / spec.split_folders.get(split, split)
     if not folder.is_dir():
         report(Problem(MISSING_SPLIT, f"no {split} classes: there is no folder {printable(str(folder))}", advice))
@@ -150,7 +150,7 @@ def _read_folders(spec: DatasetSpec, root: Path, split: str, advice: str, report
         pairs += [(path, class_folder.name) for path in images]
     if others:
         text = _describe_left_out(folder, others)
-        report(Problem("files in class folders that are no images", text, "", is_fault=False))
+        report(Problem("files in class folders that are not images", text, "", is_fault=False))
     return pairs
 
 

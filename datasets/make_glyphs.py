@@ -52,7 +52,7 @@ Face = tuple[ImageFont.FreeTypeFont, set[int]]  # and the code points that it ha
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__.splitlines()[0])
     default = Path(__file__).parent / "glyphs"
-    parser.add_argument("-out", type=Path, default=default, help="folder to write")
+    parser.add_argument("-out", type=Path, metavar="DIR", default=default, help="folder to write")
     images, pixels = number_between(1, 10000, int), number_between(8, 512, int)
     parser.add_argument("-per_class", type=images, default=20, help="images per letter, 1 to 10000")
     parser.add_argument("-size", type=pixels, default=40, help="pixels along an edge, 8 to 512")

@@ -256,7 +256,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("name", metavar="NAME", choices=RECIPES, help=f"one of {', '.join(RECIPES)}")
     source = "archives, folders or hf://datasets/<repository>[@<revision>] (default: download it, where possible)"
     parser.add_argument("-source", nargs="+", metavar="PATH", help=source)
-    parser.add_argument("-out", type=Path, default=Path(__file__).parent, help="folder to build the data set in")
+    parser.add_argument(
+        "-out", type=Path, metavar="DIR", default=Path(__file__).parent, help="folder to build the data set in"
+    )
     size = "shrink images to this many pixels along their shorter side; 0: do not (default: 224 for tieredimagenet, else 0)"
     parser.add_argument("-size", type=number_at_least(0, int), help=size)
     parser.add_argument("-no_crop", action="store_true", help="cub: do not crop images to the bounding boxes")

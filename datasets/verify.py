@@ -69,7 +69,7 @@ class Tree:
     root: Path
     images: dict[str, tuple[str, str]] = field(default_factory=dict)  # split and class of each image the scripts read
     counts: dict[str, Counter[str]] = field(default_factory=dict)  # split -> class -> images
-    others: list[str] = field(default_factory=list)  # the other files, but for hidden ones
+    others: list[str] = field(default_factory=list)  # the other files, except hidden ones
     records: dict[str, FileRecord] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)  # of the readers
     faults: list[str] = field(default_factory=list)
@@ -100,7 +100,9 @@ def _counted(what: str, where: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", choices=SPECS, help=f"one of {', '.join(SPECS)}")
-    parser.add_argument("-data_dir", default=str(Path(__file__).parent), help="folder that holds the data sets")
+    parser.add_argument(
+        "-data_dir", metavar="DIR", default=str(Path(__file__).parent), help="folder that holds the data sets"
+    )
     parser.add_argument("-json", metavar="FILE", help="write the full report to this file; - for standard output")
     args = parser.parse_args(argv)
     report = verify(args.name, Path(args.data_dir))
@@ -204,7 +206,7 @@ def check_listing(tree: Tree) -> None:
         is_optional = kind == MISSING_SPLIT and tree.spec.folders == (".",) and tree.counts
         if problems[0].is_fault and not is_optional:
             tree.fault(kind, texts, problems[0].cure)
-        elif kind != "files in class folders that are no images":  # check_strays counts them
+        elif kind != "files in class folders that are not images":  # check_strays counts them
             tree.note(kind, texts)
 
 

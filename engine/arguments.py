@@ -111,14 +111,14 @@ def add_run_arguments(parser: ArgumentParser, *, has_folder: bool = True) -> Non
     if has_folder:
         results = "checkpoint/eval/<extra_dir>/results.txt"
         subfolder = f"subfolder of the run folder, to keep runs apart; eval.py adds its result to {results}"
-        group.add_argument("-extra_dir", type=folder_name, default="", help=subfolder)
+        group.add_argument("-extra_dir", type=folder_name, metavar="NAME", default="", help=subfolder)
 
 
 def folder_name(text: str) -> str:
     """An argparse type: a relative path that stays below the folder it is joined to."""
     path = Path(text)
     if path.is_absolute() or ".." in path.parts or "\0" in text:
-        raise ArgumentTypeError(f"expected the name of a folder below checkpoint/, as in trial-2; got {text!r}")
+        raise ArgumentTypeError(f"{text!r} is not the name of a folder below checkpoint/, as in trial-2")
     return text
 
 
@@ -154,7 +154,7 @@ def check_outputs(*paths: str | Path | None) -> None:
 
 def _table_file(text: str) -> str:
     if text == "-":
-        raise ArgumentTypeError('expected the name of a file; "-" is for -json')
+        raise ArgumentTypeError('a table needs the name of a file; "-" is for -json')
     return text
 
 

@@ -18,7 +18,12 @@ from utils import InputError, printable, read_json
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, "", []) else super()._get_help_string(action)
+        is_unset = action.default is False or action.default in (None, "", [])  # 0 is a value
+        return action.help if is_unset else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        is_number = isinstance(action.default, int | float)
+        return "N" if is_number else super()._get_default_metavar_for_optional(action)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -148,7 +153,7 @@ def flag_value(action: argparse.Action, value: Any, *, is_of_package: bool = Fal
 
     try:
         if action.nargs == 0 or isinstance(value, dict | bool | None):
-            raise ValueError(f"expected {'true or false' if action.nargs == 0 else 'a value'}; got {json.dumps(value)}")
+            raise ValueError(f"{json.dumps(value)} is not {'true or false' if action.nargs == 0 else 'a value'}")
         if action.nargs == "+":
             return [parse(str(word)) for word in (value if isinstance(value, list) else [value])]
         return parse(",".join(map(str, value)) if isinstance(value, list | tuple) else str(value))

@@ -27,7 +27,7 @@ RECORD = "run.json"
 # Flags that do not decide the result of a run, and may differ when it is resumed.
 NON_RESULT_FLAGS = (
     *("num_workers", "gpu", "data_dir", "save_every", "save_all", "solver_threads"),
-    *("feature_cache", "episode_batch", "checkpoint_activations"),  # the same but for float rounding
+    *("feature_cache", "episode_batch", "checkpoint_activations"),  # the same except for rounding
     *("resume", "extra_dir", "json", "csv", "log_images"),  # where it is written, and what beside it
     *("features", "features_out", "episodes_in", "episodes_out"),  # whose content is a part of the data
 )

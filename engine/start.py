@@ -72,7 +72,7 @@ def gpu_numbers(gpu: str | None) -> list[int]:
     if gpu.strip().lower() == "cpu":
         return []
     if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", gpu.strip()):
-        raise InputError(f'-gpu {gpu}: expected GPU numbers joined by commas, as in 0,1, or "cpu"')
+        raise InputError(f'-gpu {gpu} is neither GPU numbers joined by commas, as in 0,1, nor "cpu"')
     ids = list(dict.fromkeys(map(int, gpu.split(","))))
     if max(ids) >= count:
         there = f"0 to {count - 1}" if count > 1 else "only 0" if count else "none"

@@ -41,7 +41,7 @@ class StopRequest:
 
 @contextmanager
 def stop_request(resume_command: str | None = None) -> Iterator[StopRequest]:
-    """Turn signals, but for ignored ones as under nohup, into a request to stop, which prints the ``resume_command``."""
+    """Turn signals, except ignored ones (as under nohup), into a request to stop, which prints the ``resume_command``."""
     request = StopRequest(is_launched=read_launch() is not None)
     before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
     for number in before:

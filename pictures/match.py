@@ -82,7 +82,7 @@ def _as_raster(pixels: Any, shape: str) -> np.ndarray:
     """8-bit pixels of that shape with the colours last."""
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8 or pixels.ndim != len(shape.split(",")) or pixels.shape[-3] != 3:
-        raise ValueError(f"expected 8-bit pixels of shape {shape}; got {pixels.dtype} of shape {pixels.shape}")
+        raise ValueError(f"pixels must be uint8 of shape {shape}; these are {pixels.dtype} of shape {pixels.shape}")
     return np.ascontiguousarray(np.moveaxis(pixels, -3, -1))
 
 

@@ -55,8 +55,8 @@ def test_devices(monkeypatch, capsys):
     assert capsys.readouterr().err == "device: cpu (no CUDA device found)\n"
     for gpu, message in (
         ("0", "there is no GPU 0.*here: none"),
-        ("0;1", "expected GPU numbers"),
-        ("-1", "expected GPU"),
+        ("0;1", "is neither GPU numbers"),
+        ("-1", "is neither GPU"),
     ):
         with pytest.raises(InputError, match=message):
             choose_device(gpu)
@@ -114,11 +114,11 @@ def test_the_seed_does_not_choose_the_kernels():
 @pytest.mark.parametrize(
     ("kind", "text", "message"),
     [
-        (number_at_least(0, int), "-1", "expected a whole number from 0 to 1000000000; got '-1'"),
+        (number_at_least(0, int), "-1", "'-1' is not a whole number from 0 to 1000000000"),
         (number_at_least(1, int), "1.5", "whole number"),
-        (number_at_least(1e-12, float), "inf", "expected a number from 1e-12 to 1000000.0"),
-        (number_between(0, 9, int), "10", "expected a whole number from 0 to 9"),
-        (number_between(0, 9, int), "9" * 5000, "expected a whole number from 0 to 9"),
+        (number_at_least(1e-12, float), "inf", "is not a number from 1e-12 to 1000000.0"),
+        (number_between(0, 9, int), "10", "is not a whole number from 0 to 9"),
+        (number_between(0, 9, int), "9" * 5000, "is not a whole number from 0 to 9"),
         (whole_numbers, "2,,3", "as in 2,3"),
         (whole_numbers, "9" * 5000, "as in 2,3"),
         (folder_name, "../x", "name of a folder"),

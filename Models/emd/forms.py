@@ -37,9 +37,9 @@ def solve_prepared(
         SolverError: cells that were cut carry more than ``leak`` of the mass, or costs are as far below zero.
     """
     if form not in FORMS:
-        raise ProblemError(f"expected form to be one of {', '.join(FORMS)}; got {form!r}")
+        raise ProblemError(f"unknown form {form!r}; choose one of {', '.join(FORMS)}")
     if not l2_strength > 0:
-        raise ProblemError(f"expected a positive l2_strength; got {l2_strength}")
+        raise ProblemError(f"l2_strength must be above 0; it is {l2_strength}")
     cost, supply, demand = (tensor.double() for tensor in problem)
     if min(cost.shape[1:]) == 1:  # one feasible flow, and no interior
         total = demand.sum(1, keepdim=True)

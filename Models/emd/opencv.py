@@ -6,7 +6,7 @@ problems.
 
 cv2 returns a flow that is not optimal where it takes more than 500 pivots, or where costs span orders of magnitude: its
 tolerance is 1e-5 of the largest. Such problems are solved by :mod:`Models.emd.simplex` as well, whose flow is returned where
-that of cv2 is dearer.
+that of cv2 is more expensive.
 """
 
 from functools import lru_cache

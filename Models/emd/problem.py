@@ -29,18 +29,18 @@ def check_tensors(cost: Tensor, supply: Tensor, demand: Tensor) -> None:
     """Raise ProblemError unless types, dtypes, devices and shapes match. Reads no value."""
     for name, tensor in {"cost": cost, "supply": supply, "demand": demand}.items():
         if not isinstance(tensor, Tensor):
-            raise ProblemError(f"expected {name} to be a tensor; got {type(tensor).__name__}")
+            raise ProblemError(f"{name} must be a tensor; it is a {type(tensor).__name__}")
         if tensor.dtype not in (torch.float32, torch.float64):
-            raise ProblemError(f"expected {name} in float32 or float64; got {tensor.dtype}: convert it with .float()")
+            raise ProblemError(f"{name} must be float32 or float64; it is {tensor.dtype}: convert it with .float()")
         if tensor.device != cost.device:
             raise ProblemError(f"{name} is on {tensor.device} and cost on {cost.device}: move them to one device")
     if cost.dim() < 2 or min(cost.shape[-2:]) < 1:
-        raise ProblemError(f"expected cost (..., N, M) with N and M at least 1; got {tuple(cost.shape)}")
+        raise ProblemError(f"cost must be (..., N, M) with N and M at least 1; it is {tuple(cost.shape)}")
     shapes = ("supply", supply, cost.shape[:-1]), ("demand", demand, cost.shape[:-2] + cost.shape[-1:])
     for name, tensor, expected in shapes:
         if tensor.shape != expected:
             of = f"for cost {tuple(cost.shape)}"
-            raise ProblemError(f"expected {name} {tuple(expected)} {of}; got {tuple(tensor.shape)}")
+            raise ProblemError(f"{name} must be {tuple(expected)} {of}; it is {tuple(tensor.shape)}")
 
 
 def check_values(cost: Tensor, supply: Tensor, demand: Tensor) -> None:

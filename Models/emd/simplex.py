@@ -25,7 +25,7 @@ SECONDS_BEFORE_NOTICE = 2.0
 def solve(cost: Tensor, supply: Tensor, demand: Tensor, *, gradient: str = "full") -> tuple[Tensor, Tensor]:
     """``(B,N,M), (B,N), (B,M) -> value (B,), flow (B,N,M)``, see :func:`Models.emd.emd`. ``gradient`` is a key of GRADIENTS."""
     if gradient not in GRADIENTS:
-        raise ProblemError(f"expected gradient to be one of {', '.join(GRADIENTS)}; got {gradient!r}")
+        raise ProblemError(f"unknown gradient {gradient!r}; choose one of {', '.join(GRADIENTS)}")
     if gradient == "cost":
         supply, demand = supply.detach(), demand.detach()
     precision = max(torch.finfo(weight.dtype).eps for weight in (supply, demand))
@@ -83,8 +83,8 @@ def solve_arrays(
 ) -> tuple[np.ndarray, ...]:
     """Contiguous float64 ``(B,N,M), (B,N), (B,M)`` to value ``(B,)``, flow ``(B,N,M)`` and duals ``u (B,N), v (B,M)``.
 
-    ``precision`` is the relative error of the weights: those of nodes that forbidden cells separate from the others may add
-    up to the same only but for this.
+    ``precision`` is the relative error of the weights: where forbidden cells separate some nodes from the others, their totals
+    are equal only up to this error.
 
     Raises:
         SolverError: a problem was not solved within its limit of pivots, or its costs cannot be told apart in float64.

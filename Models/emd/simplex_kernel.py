@@ -11,9 +11,9 @@ the rows and a part of the columns never have equal masses, so no flow in a basi
 strictly. Every flow differs from a multiple of ``unit`` by at most n m, and so rounds back to the exact one. Nodes without
 mass need no care: they are in the tree, and their duals are the slopes of the value at a small mass.
 
-Reduced costs are compared with a tolerance relative to the largest cost. Cells dearer than ``2 min(n, m)`` times the dearest
-cell that some plan uses (prices above the lowest) are in no optimal plan, because exchanging flow around a cycle of other
-cells is cheaper. Where that is far below the largest cost (forbidden cells), costs are cut there and the problem is solved on.
+Reduced costs are compared with a tolerance relative to the largest cost. A cell that costs more than ``2 min(n, m)`` times
+the most expensive cell of some plan (costs above the lowest) is in no optimal plan, because exchanging flow around a cycle of
+other cells is cheaper. Where that is far below the largest cost (forbidden cells), costs are cut there and pivoting continues.
 """
 
 import math

@@ -60,9 +60,12 @@ def test_draw_episodes(folder):
 @pytest.mark.parametrize(
     ("flag", "largest", "message"),
     [
-        ("image_size", "1024", "expected a whole number from 16 to 1024; got '1025'"),
-        *((flag, "1000", "expected a whole number from 1 to 1000") for flag in ("way", "shot", "query", "num_patch")),
-        ("patch_ratio", "100", "expected a number from 1 to 100"),
+        ("image_size", "1024", "'1025' is not a whole number from 16 to 1024"),
+        *(
+            (flag, "1000", "'1001' is not a whole number from 1 to 1000")
+            for flag in ("way", "shot", "query", "num_patch")
+        ),
+        ("patch_ratio", "100", "is not a number from 1 to 100"),
         ("patch_list", "31,6", "makes 1010 patches of an image; at most 1000 are allowed"),
     ],
 )

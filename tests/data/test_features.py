@@ -123,7 +123,7 @@ def test_other_files_are_named(tmp_path):
         "one.npy": "a single array",
         "cut": "it is damaged",
         "flipped": "nodes cannot be read, or is damaged .*CRC",
-        "text": "no .npz file",
+        "text": "not an .npz file",
     }.items():
         with pytest.raises(InputError, match=sentence):
             read_features(tmp_path / name)

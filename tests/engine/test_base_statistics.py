@@ -238,7 +238,7 @@ def test_predictions_by_standardised_nodes(place):
     for damage in ({}, {"mean": torch.zeros(64)}, {"mean": torch.zeros(3), "deviation": torch.zeros(3)}):
         torch.save({**content, "statistics": damage}, place / "bad.pth")
         bad = run("predict.py", *flags, "-prototypes", "bad.pth", *kept[2:], cwd=place)
-        assert "error: -prototypes bad.pth is damaged, or no file of -save" in bad.err
+        assert "error: -prototypes bad.pth is damaged, or not a file of -save" in bad.err
 
 
 def test_a_folder_is_drawn_from_as_one_class(place, monkeypatch):

@@ -71,7 +71,7 @@ HUGE = "9" * 400
         ("-solver ipm:form=LP", "L2, QP"),
         ("-solver ipm:l2_strength=-1", "l2_strength"),
         ("-solver ipm:l2_strength=much", "solver ipm: l2_strength must be a number; got 'much'"),
-        ("-solver ipm:l2_strength=nan", "expected a positive l2_strength; got nan"),
+        ("-solver ipm:l2_strength=nan", "l2_strength must be above 0; it is nan"),
         ("-solver ipm:differentiable_flow=1", "differentiable_flow must be true or false; got '1'"),
         ("-solver simplex:gradient=half", "full, cost"),
         ("-solver simplex:", "solver simplex has no option ''"),

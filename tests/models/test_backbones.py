@@ -280,7 +280,7 @@ def damaged(folder, kind: str) -> str:
         ("one of ours", "was trained here: name it with -model_dir"),
         ("a list", "holds no weights by name; it holds a list"),
         ("text", "it is damaged or in another format"),
-        ("safetensors", "is no safetensors file, or damaged"),
+        ("safetensors", "is damaged, or not a safetensors file"),
     ],
 )
 def test_files_of_other_things_are_refused(tmp_path, kind, message):

@@ -309,7 +309,7 @@ def test_what_the_hub_does_not_have_is_said_in_a_line(server, model, state):
     assert "no such repository, or this is not allowed to see it" in refusal(model, "hf://me/none")
     assert "It has no such revision" in refusal(model, "hf://me/mine@v9")
     assert "It is not a package of export.py" in refusal(model, "hf://me/empty")
-    assert "hf://me/mine is no package of export.py that this version reads" in refusal(model, "hf://me/mine")
+    assert "hf://me/mine is not a package that this version reads" in refusal(model, "hf://me/mine")
     assert not [path for path in files_of(asked, "") if path.endswith(".safetensors")]
 
 

@@ -24,10 +24,10 @@ def test_cells_of_a_pyramid():
     [*(np.zeros(shape, np.uint8) for shape in ((20, 20, 3), (20, 20), (5, 3, 20, 20))), torch.zeros(3, 20, 20)],
 )
 def test_images_of_another_shape_or_type_are_rejected(pixels):
-    with pytest.raises(ValueError, match=r"8-bit pixels of shape \(3, S, S\); got "):
+    with pytest.raises(ValueError, match=r"uint8 of shape \(3, S, S\); these are "):
         match.cell_panels(pixels, [2])
     if pixels.ndim != 4:
-        with pytest.raises(ValueError, match=r"8-bit pixels of shape \(P, 3, S, S\); got "):
+        with pytest.raises(ValueError, match=r"uint8 of shape \(P, 3, S, S\); these are "):
             match.patch_panels(np.zeros((20, 20, 3), np.uint8), [(0, 0, 9, 9)], pixels, [1])
 
 

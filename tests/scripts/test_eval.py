@@ -195,8 +195,8 @@ def test_many_classes_have_no_matrix():
     ("more", "status", "sentence"),
     [
         (["-features", "f.npz", "-features_out", "g.npz"], 2, "leave out -features_out"),
-        (["-csv", "-"], 2, 'argument -csv: expected the name of a file; "-" is for -json'),
-        (["-episodes_out", "-"], 2, '-features_out and -episodes_out expect the name of a file; "-" is for -json'),
+        (["-csv", "-"], 2, 'argument -csv: a table needs the name of a file; "-" is for -json'),
+        (["-episodes_out", "-"], 2, '-features_out and -episodes_out need the name of a file; "-" is for -json'),
         (["-features", "none.npz"], 1, "-features none.npz: there is no such file"),
         (["-features", "f.npz", "-way", 3], 1, "-features f.npz: 3-way episodes need 3 classes"),
         (["-features", "f.npz", "-episodes_out", "e.json"], 1, "no array files"),

@@ -61,6 +61,7 @@ def test_answers_are_those_of_predict(own_images, model, tmp_path):
     assert [as_json(answer, 1, None) for answer in answers] == json.loads(written.read_text())
     assert [answer.ranking[0] for answer in answers] == [(answer.class_name, answer.probability) for answer in answers]
     assert all(answer.runner_up == answer.ranking[1][0] for answer in answers)
+    assert repr(answers[0]).endswith(f"runner_up={answers[0].runner_up!r}, cost={answers[0].cost!r})")
 
 
 def test_images_may_be_files_pictures_or_arrays(own_images, model):
@@ -111,7 +112,7 @@ def test_a_match_is_the_optimal_one(own_images, model):
         ({"ant": np.zeros((4, 4, 3), np.float32)}, [], "an array must be an image of uint8"),
         ([np.zeros((4, 4, 3), np.uint8)], [], "must be a folder, or a dict from class to images; got a list"),
         (None, [], "must be a folder, or a dict from class to images; got a NoneType"),
-        ({"ant": 7}, [], "expected a path, a PIL image or an array; got a int"),
+        ({"ant": 7}, [], "must be a path, a PIL image or an array, not int"),
         ({"ant": np.zeros((40, 40, 3), np.uint8)}, "no/such.png", "no/such.png"),
     ],
 )

@@ -352,25 +352,25 @@ GOOD = ["-dataset", "folder", "-data_dir", "good", "-model_dir", "none", *SMALL]
         (["-data_dir", "few", "-way", "1"], 1, "at least 3 images in every class (shot + query); the smallest class has 2"),
         (["-way", "7"], 1, "7-way episodes need 7 classes; the split has 6"),
         (["-shot", "6"], 1, "at least 8 images in every class"),
-        (["-data_dir", "broken", "-way", "1"], 1, "it cannot be read"),
-        (["-data_dir", "broken", "-way", "1", "-num_workers", "1"], 1, "it cannot be read"),
+        (["-data_dir", "broken", "-way", "1"], 1, "cannot be read as an image"),
+        (["-data_dir", "broken", "-way", "1", "-num_workers", "1"], 1, "cannot be read as an image"),
         (["-data_dir", "broken", "-way", "1", "-verify_images"], 1, "no image of class a can be read"),
         (["-model_dir", "nowhere.pth"], 1, "no checkpoint at nowhere.pth"),
         (["-model_dir", "resnet18.pth"], 1, "resnet18.pth does not hold the weights of ResNet12: it lacks"),
-        (["-patch_list", "a,b"], 2, "whole numbers above 0 joined by commas, as in 2,3; got 'a,b'"),
+        (["-patch_list", "a,b"], 2, "'a,b' is not whole numbers above 0 joined by commas, as in 2,3"),
         (["-patch_list", "33", "-deepemd", "grid"], 2, "33 makes 1089 patches"),
         (["-gpu", "99"], 1, "there is no GPU 99"),
-        (["-gpu", "one"], 1, "expected GPU numbers"),
+        (["-gpu", "one"], 1, "is neither GPU numbers"),
         (["-dataset", "imagenet"], 2, "invalid choice: 'imagenet'"),
-        (["-shot", "0"], 2, "expected a whole number from 1 to 1000; got '0'"),
-        (["-sfc_lr", "nan"], 2, "expected a number from 1e-12 to 1000000.0; got 'nan'"),
-        (["-image_size", "8"], 2, "from 16 to 1024; got '8'"),
-        (["-image_size", "100000"], 2, "from 16 to 1024; got '100000'"),
-        (["-seed", "9" * 24], 2, "expected a whole number from 0 to 9223372036854775807; got"),
-        (["-test_episode", "9" * 5000], 2, "expected a whole number from 1 to 1000000000"),
+        (["-shot", "0"], 2, "'0' is not a whole number from 1 to 1000"),
+        (["-sfc_lr", "nan"], 2, "'nan' is not a number from 1e-12 to 1000000.0"),
+        (["-image_size", "8"], 2, "'8' is not a whole number from 16 to 1024"),
+        (["-image_size", "100000"], 2, "'100000' is not a whole number from 16 to 1024"),
+        (["-seed", "9" * 24], 2, "is not a whole number from 0 to 9223372036854775807"),
+        (["-test_episode", "9" * 5000], 2, "is not a whole number from 1 to 1000000000"),
         (["-deepemd", "grid", "-feature_pyramid", "2,1"], 1, "-feature_pyramid requires -deepemd fcn"),
         (["-compile", "-checkpoint_activations"], 1, "-compile and -checkpoint_activations exclude each other"),
-        (["-extra_dir", "../elsewhere"], 2, "expected the name of a folder below checkpoint/"),
+        (["-extra_dir", "../elsewhere"], 2, "is not the name of a folder below checkpoint/"),
         (["-extra_dir", "n" * 300], 1, "cannot write checkpoint/eval/nnn"),
     ],
 )  # fmt: skip
@@ -425,7 +425,7 @@ def test_bad_input_of_training_is_told_before_it_starts(bad_place, folder, tmp_p
         broken.write_bytes(whole[:70])
         stage = ["-pretrain_dir", "none"] if script == "train_meta.py" else []
         done = run(script, "-dataset", "folder", "-data_dir", "data", *SMALL, *stage, cwd=tmp_path)
-        assert (done.status, f"{broken.relative_to(tmp_path)}; it cannot be read" in done.err) == (1, True)
+        assert (done.status, f"{broken.relative_to(tmp_path)} cannot be read as an image" in done.err) == (1, True)
         assert not (tmp_path / "checkpoint").exists()
         broken.write_bytes(whole)
 
@@ -438,7 +438,7 @@ def test_a_failing_final_test_costs_nothing_but_itself(folder, tmp_path):
     counts = ["-max_epoch", 1, "-val_frequency", 1, "-val_episode", 1, "-test_episode", 1, "-way", 2]
     flags = ["-dataset", "folder", "-data_dir", "data", *SMALL, *counts, "-pretrain_dir", "none"]
     done = run("train_meta.py", *flags, cwd=tmp_path)
-    assert (done.status, "it cannot be read" in done.err) == (1, True)
+    assert (done.status, "cannot be read as an image" in done.err) == (1, True)
     assert (tmp_path / "checkpoint/folder/fcn/1shot-2way/max_acc.pth").is_file()
     assert "to test them, run: python eval.py " in done.err
 

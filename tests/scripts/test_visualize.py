@@ -200,7 +200,7 @@ def test_compare(tmp_path):
     [
         (["episode", "-head", "proto"], "error: -head proto computes no flow"),
         (["episode", "-queries", "6"], "error: there is no query 6: -way times -query are 6, numbered from 0"),
-        (["episode", "-queries", "1,-2"], "expected whole numbers of 0 or more joined by commas"),
+        (["episode", "-queries", "1,-2"], "is not whole numbers of 0 or more joined by commas"),
         (
             ["episode", "-episode", "5", "-test_episode", "5"],
             "error: there is no -episode 5: the evaluation has -test_episode 5",
@@ -208,7 +208,7 @@ def test_compare(tmp_path):
         (["episode", "-model_dir", "nowhere"], "error: no checkpoint at nowhere"),
         (["episode", "-out", "file"], "error: cannot write file/episode-0.png"),
         (["episode", "-format", "gif"], "argument -format"),
-        (["pair", "good.png", "bad.png"], "error: expected an image in bad.png"),
+        (["pair", "good.png", "bad.png"], "error: bad.png cannot be read as an image"),
         (["pair", "good.png", "good.png", "-head", "knn"], "error: -head knn computes no flow"),
         (["curves", "nowhere"], "error: cannot read the curves of a run from nowhere"),
         (["curves", "empty"], "error: empty/trlog.json has no curves yet: no epoch of the run is finished"),

@@ -29,7 +29,7 @@ from dataloader.views import View
 from engine.arguments import add_run_arguments, loader_processes
 from engine.command_line import TRAINED_FLAGS, make_parser
 from engine.evaluation import encode_images
-from engine.run import RECORD, environment
+from engine.run import environment
 from engine.start import start
 from engine.statistics import prepare_statistics
 from engine.weights_flags import adopt_trained_flags, as_words
@@ -39,7 +39,17 @@ from Models.package import FORMAT, PACKAGE_CONFIG, PACKAGE_WEIGHTS, STATISTICS, 
 from Models.weights import load_encoder_weights
 from pictures.canvas import save
 from pictures.matches import ViewedImage, match_episode, view_items
-from utils import InputError, file_hash, named_generator, read_json, run_script, status, write_atomically, write_json
+from utils import (
+    RECORD,
+    InputError,
+    file_hash,
+    named_generator,
+    read_json,
+    run_script,
+    status,
+    write_atomically,
+    write_json,
+)
 
 CARD, PICTURE, GRAPH = "README.md", "match.png", "encoder.onnx"
 FILES = (PACKAGE_WEIGHTS, CARD, PICTURE, GRAPH, PACKAGE_CONFIG)  # in the order in which they are put in a package

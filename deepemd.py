@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,7 +184,7 @@ class Model(NamedTuple):
 
         InputError if images cannot be read, or there are none.
         """
-        if not isinstance(abstain, int | float) or not 0 <= abstain <= 1:
+        if not isinstance(abstain, Real) or not 0 <= abstain <= 1:
             raise InputError(f"abstain is a probability, from 0 to 1; got {abstain!r}")
         prototypes = support if isinstance(support, Prototypes) else self.prototypes(support)
         return list(self.answers(prototypes, _listed(queries), abstain=abstain))
@@ -310,7 +311,9 @@ def _examples(support: str | Path | Mapping[str, Pictures]) -> tuple[list[Pictur
         given = type(support).__name__
         raise InputError(f"the examples must be a folder, or a dict from class to images; got a {given}")
     layout = DatasetSpec("folders", folders=(".",), split_folders={"support": "."}, obtain="")
-    return read_split(layout, str(support), "support", advice="the support needs a folder of images for each class")
+    return read_split(
+        layout, str(support), "support", advice="To be used, the support needs a folder of images for each class"
+    )
 
 
 def _name(image: Picture, place: int) -> str:

@@ -8,38 +8,53 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the script without a traceback
 
 import copy
+import glob
 import importlib.util
 import math
 import os
+import re
 import shlex
 import shutil
 import uuid
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dataloader import arguments as data
 from dataloader.views import View
 from engine.arguments import add_run_arguments, loader_processes
 from engine.command_line import TRAINED_FLAGS, make_parser
 from engine.evaluation import encode_images
-from engine.run import RECORD, environment
+from engine.run import environment
 from engine.start import start
 from engine.statistics import prepare_statistics
 from engine.weights_flags import adopt_trained_flags, as_words
 from Models import DeepEMD
 from Models.arguments import OF_DEEPEMD, add_model_arguments, add_weights_arguments, open_model
-from Models.package import FORMAT, PACKAGE_CONFIG, PACKAGE_WEIGHTS, STATISTICS, is_package, read_config
+from Models.backbones import backbone_class
+from Models.package import FORMAT, PACKAGE_CONFIG, PACKAGE_WEIGHTS, STATISTICS, find_record, is_package, read_config
 from Models.weights import load_encoder_weights
 from pictures.canvas import save
 from pictures.matches import ViewedImage, match_episode, view_items
-from utils import InputError, file_hash, named_generator, read_json, run_script, status, write_atomically, write_json
+from utils import (
+    RECORD,
+    InputError,
+    check_writable,
+    file_hash,
+    named_generator,
+    read_json,
+    run_script,
+    status,
+    warn,
+    write_atomically,
+    write_json,
+)
 
 CARD, PICTURE, GRAPH = "README.md", "match.png", "encoder.onnx"
 FILES = (PACKAGE_WEIGHTS, CARD, PICTURE, GRAPH, PACKAGE_CONFIG)  # in the order in which they are put in a package
@@ -58,7 +73,7 @@ def build_parser() -> ArgumentParser:
     results = "results.json of eval.py or train_meta.py for these weights: rows of the card's table"
     group.add_argument("-results", nargs="+", default=[], metavar="FILE", help=results)
     spelled = "of the weights, as the Hub spells it: mit, apache-2.0, cc-by-nc-4.0"
-    group.add_argument("-license", metavar="NAME", help=spelled)
+    group.add_argument("-license", type=license_name, metavar="NAME", help=spelled)
     group.add_argument("-half", action="store_true", help="store float16; the change in logits is measured")
     onnx = f"add {GRAPH}, from 8-bit images to nodes, checked against onnxruntime"
     group.add_argument("-onnx", action="store_true", help=onnx)
@@ -69,13 +84,21 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def license_name(text: str) -> str:
+    """An argparse type: the Hub refuses a card with a licence that is not spelled like this."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", text):
+        raise ArgumentTypeError(f"the Hub spells licences in lower case, as in mit or apache-2.0; got {text!r}")
+    return text
+
+
 def check_out(out: Path) -> None:
-    """InputError for a folder with other files than those of a package; hidden ones, as of git, do not count."""
+    """InputError for a folder that cannot be written, or has other files than a package; hidden ones, as of git, do not count."""
     if out.exists() and not out.is_dir():
         raise InputError(f"-out {out} is a file. Name a folder")
     names = {path.name for path in out.glob("*") if not path.name.startswith(".")} if out.exists() else set()
     if names and not (names <= set(FILES) and PACKAGE_CONFIG in names or names == {CARD}):
         raise InputError(f"-out {out} has other files than a package. Name a new folder, or the one of a package")
+    check_writable(out / PACKAGE_CONFIG if out.exists() else out)
 
 
 # --- What is known of the weights -------------------------------------------------------------------------------------
@@ -102,9 +125,9 @@ def read_results(files: Sequence[str], hashes: set[str]) -> list[dict[str, Any]]
     for file in files:
         found = read_json(Path(file), "the results of an evaluation", row)
         if found["weights"] not in hashes:
-            measured = f"weights of SHA-256 {found['weights'][:12]}..." if found["weights"] else "random weights"
-            raise InputError(f"-results {file}: it was measured with {measured}, not with those of -model_dir")
-        rows.append(found)
+            known = f"weights of SHA-256 {found['weights'][:12]}..." if found["weights"] else "random weights"
+            raise InputError(f"-results {file}: it was measured with {known}, not with those that are exported")
+        rows += [found] if found not in rows else []
     return rows
 
 
@@ -113,11 +136,12 @@ def describe(args: Namespace, model: DeepEMD, weights: Path, stored: Path) -> di
     before = read_config(weights) if is_package(weights) else {}
     path = weights.parent / RECORD
     run = read_json(path, "the flags of a run", dict) if path.is_file() and not before else {}
-    checkpoint = before["weights"].get("checkpoint") if before else file_hash(weights)
+    source = file_hash(weights) if weights.is_file() else None
+    checkpoint = before["weights"].get("checkpoint") if before else source
     about = {"sha256": file_hash(stored), "dtype": "float16" if args.half else "float32", "checkpoint": checkpoint}
     about["parameters"] = sum(part.numel() for part in model.encoder.parameters())
-    rows = read_results(args.results, {checkpoint, file_hash(weights), about["sha256"]})
-    kept = [row for row in before.get("results", []) if row.get("flags") not in [new["flags"] for new in rows]]
+    rows = read_results(args.results, {checkpoint, source, about["sha256"]} - {None})
+    kept = [row for row in before.get("results", []) if row["flags"] not in [new["flags"] for new in rows]]
     return {
         "format": FORMAT,
         "backbone": args.backbone,
@@ -127,7 +151,7 @@ def describe(args: Namespace, model: DeepEMD, weights: Path, stored: Path) -> di
         "mean": list(model.encoder.mean),
         "std": list(model.encoder.std),
         "head": {name: getattr(args, name) for name in OF_HEAD},
-        "data": before.get("data") or {"set": args.dataset, "fingerprint": run.get("data")},
+        "data": before.get("data") or {"set": args.dataset if args.model_dir else None, "fingerprint": run.get("data")},
         "results": kept + rows,
         "weights": about,
         "versions": before.get("versions") or run.get("versions") or environment(),
@@ -185,15 +209,6 @@ def draw_picture(probe: Probe, model: DeepEMD, view: View, device: torch.device,
     return True
 
 
-class _Nodes(nn.Module):
-    def __init__(self, model: DeepEMD) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model.encode(images)
-
-
 def write_graph(model: DeepEMD, probe: Probe, nodes: Tensor, path: Path) -> str:
     """Write the encoder as an ONNX graph, and compare it with ``nodes``, those of the probe; the result in words."""
     try:
@@ -203,7 +218,8 @@ def write_graph(model: DeepEMD, probe: Probe, nodes: Tensor, path: Path) -> str:
         raise InputError(f"-onnx requires two libraries: pip install onnx onnxruntime ({error})") from error
     free = {"images": {0: "B"}, "nodes": {0: "B"}}
     names = {"input_names": ["images"], "output_names": ["nodes"], "dynamic_axes": free}
-    network = _Nodes(model.folded()).eval().cpu()
+    network = model.folded().eval().cpu()
+    network.forward = network.encode  # what is traced
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer warns that it sees one shape only
@@ -222,13 +238,15 @@ def write_graph(model: DeepEMD, probe: Probe, nodes: Tensor, path: Path) -> str:
 # --- The card ---------------------------------------------------------------------------------------------------------
 
 
-def card(args: Namespace, config: dict[str, Any], name: str, notes: Sequence[str], *, has_picture: bool) -> str:
+def card(config: dict[str, Any], name: str, notes: Sequence[str], *, has_picture: bool) -> str:
     """The README.md of a package, as the Hub reads it."""
     picture = f"![A query, its classes, and what was matched with what]({PICTURE})\n\n"
-    picture += "The query of a test episode that was classified correctly with the highest probability.\n\n"
-    flags, versions = config["flags"], (f"{library} {version}" for library, version in config["versions"].items())
-    trained = as_words({key: value for key, value in flags.items() if value is not None})
-    parameters = config["weights"]["parameters"] / 1e6
+    picture += "The query of a test episode that was given to its class with the highest probability.\n\n"
+    flags, data_set = config["flags"], (config["data"] or {}).get("set")
+    versions = (f"{library} {version}" for library, version in (config["versions"] or {}).items())
+    used = as_words({key: value for key, value in flags.items() if value is not None})
+    notes = "".join(f"- {note}\n" for note in notes)
+    facts = f"{config['weights']['parameters'] / 1e6:.1f} million parameters, images of {config['image_size']} pixels"
     return f"""\
 ---
 {_metadata(config, name)}
@@ -236,9 +254,8 @@ def card(args: Namespace, config: dict[str, Any], name: str, notes: Sequence[str
 
 # {name}
 
-A few-shot image classifier: an image becomes nodes, and images are compared by the optimal transport between their nodes
-(DeepEMD). Trained on {config["data"]["set"]}, backbone {config["backbone"]}, {parameters:.1f} million parameters, images of
-{config["image_size"]} pixels.
+A few-shot image classifier: an image becomes nodes, and images are compared by their nodes, with the head `{flags["head"]}` of
+DeepEMD. {f"Trained on {data_set}. " if data_set else ""}Backbone {config["backbone"]}, {facts}.
 
 {picture if has_picture else ""}## Use
 
@@ -262,9 +279,8 @@ python eval.py -model_dir PACKAGE -dataset {flags["dataset"]}
 
 ## Details
 
-- flags: `{trained}`
-{"".join(f"- {note}{chr(10)}" for note in notes)}\
-- SHA-256 of {PACKAGE_WEIGHTS}: `{config["weights"]["sha256"]}`
+- flags: `{used}`
+{notes}- SHA-256 of {PACKAGE_WEIGHTS}: `{config["weights"]["sha256"]}`
 - versions: {", ".join(versions)}
 - licence of the weights: {config["license"] or "not stated"}
 """
@@ -277,9 +293,8 @@ def _metadata(config: dict[str, Any], name: str) -> str:
     for row in config["results"]:
         task = f"{row['way']}-way {row['shot']}-shot"
         data_set = {"dataset_type": row["dataset"], "dataset_name": row["dataset"], "dataset_split": row["set"]}
-        data_set["dataset_config"] = (
-            f"{task}, {row['flags'].get('head', '')}, {row['episodes']} episodes {_further(config, row)}".strip()
-        )
+        further = f"{row['episodes']} episodes {_further(config, row)}"
+        data_set["dataset_config"] = f"{task}, {row['flags'].get('head', '')}, {further}".strip()
         metric = {"metric_type": "accuracy", "metric_value": round(row["accuracy"], 2)}
         metric["metric_name"] = f"accuracy, 95 % interval +- {row['interval']:.2f}"
         results.append(EvalResult(task_type="image-classification", task_name=task, **data_set, **metric))
@@ -292,21 +307,11 @@ def _table(config: dict[str, Any]) -> str:
     if not config["results"]:
         return "None are recorded. `python eval.py` measures them, and `export.py -results` adds them."
     lines = ["Accuracy in percent over episodes, with its 95 % interval.\n"]
-    lines += [
-        "| data set | split | task | head | episodes | accuracy | further flags |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines += ["| data set | split | task | head | episodes | accuracy | further flags |", "|---" * 7 + "|"]
     for row in config["results"]:
         task, found = f"{row['way']}-way {row['shot']}-shot", f"{row['accuracy']:.2f} ± {row['interval']:.2f}"
-        cells = (
-            row["dataset"],
-            row["set"],
-            task,
-            row["flags"].get("head", ""),
-            row["episodes"],
-            found,
-            _further(config, row),
-        )
+        head, further = row["flags"].get("head", ""), _further(config, row)
+        cells = (row["dataset"], row["set"], task, head, row["episodes"], found, further)
         lines += [f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"]
     return "\n".join(lines)
 
@@ -350,25 +355,24 @@ def write_package(args: Namespace, folder: Path, model: DeepEMD, weights: Path, 
     nodes, stored = probe.measure(read_back, device)
     change, size = float((stored - logits).abs().max()), f"{(folder / PACKAGE_WEIGHTS).stat().st_size / 1e6:.1f} MB"
     if args.half:
-        note, before = f"stored in float16, {size}", read_config(weights)["weights"] if is_package(weights) else {}
-        if before.get("dtype") != "float16":
+        before = read_config(weights)["weights"] if is_package(weights) else {}
+        first = before.get("logit_change")  # of a package in half precision, whose weights change no more
+        config["weights"]["logit_change"] = change if first is None else first
+        write_json(folder / PACKAGE_CONFIG, config)
+        note = f"stored in float16, {size}: logits change by at most {config['weights']['logit_change']:.2g}"
+        if first is None:
             flips = f"{int((stored.argmax(1) != logits.argmax(1)).sum())} of {len(logits)} answers change"
-            most = f"logits change by at most {change:.2g}, the largest of which is {float(logits.abs().max()):.2g}"
-            note += f": {most}; {flips} ({probe.what})"
-        elif "logit_change" in before:
-            note += f": logits changed by at most {before['logit_change']:.2g} when it was made"
-        if any(row["weights"] != config["weights"]["sha256"] for row in config["results"]):
+            note += f", the largest of which is {float(logits.abs().max()):.2g}; {flips} ({probe.what})"
+        if any(row.get("weights") != config["weights"]["sha256"] for row in config["results"]):
             note += ". The results were measured before the conversion"
         notes.append(note)
-        config["weights"]["logit_change"] = before.get("logit_change", change)
-        write_json(folder / PACKAGE_CONFIG, config)
     elif change:
-        raise InputError(f"the package does not compute what {args.model_dir} does: logits change by {change:.2g}")
+        raise InputError(f"the package does not compute what {weights} does: logits change by {change:.2g}")
     if args.onnx:
         notes.append(f"{GRAPH}: {write_graph(read_back, probe, nodes, folder / GRAPH)}")
     has_picture = draw_picture(probe, read_back, view, device, folder / PICTURE, f"{args.dataset} test")
     name = Path(os.path.abspath(args.out)).name
-    write_atomically(folder / CARD, card(args, config, name, notes, has_picture=has_picture).encode())
+    write_atomically(folder / CARD, card(config, name, notes, has_picture=has_picture).encode())
     return [*notes, f"package: {args.out} ({size}, sha256 {config['weights']['sha256']})"]
 
 
@@ -389,13 +393,18 @@ def put(folder: Path, out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.model_dir in (None, "none"):
+    is_pretrained = backbone_class(args.backbone)[0].comes_with_weights and args.backbone_weights != "none"
+    if args.model_dir == "none" or args.model_dir is None and not is_pretrained:
         parser.error("-model_dir names what is exported: a checkpoint, or the folder of a run")
     if missing := [name for name in ("safetensors", "huggingface_hub") if not importlib.util.find_spec(name)]:
         raise InputError(f"export.py requires {' and '.join(missing)}: pip install {' '.join(missing)}")
     out = Path(args.out)
     check_out(out)
     adopt_trained_flags(parser, args, argv)
+    if args.model_dir and "dataset" not in parser.given(argv) and not find_record(args.model_dir)[0].is_file():
+        warn(
+            f"no {RECORD} is beside the weights: the card says that they were trained on {args.dataset}. Else set -dataset"
+        )
     _, device, device_ids = start(args, one_process=True)
     model, weights = open_model(args, device=device, device_ids=device_ids[:1], **data.pixel_statistics(args))
     source = {"open_train": partial(data.open_base_images, args), "num_workers": loader_processes(args)}
@@ -403,7 +412,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A package in half precision stays so: its weights have no more digits.
     args.half |= is_package(Path(weights)) and read_config(Path(weights))["weights"].get("dtype") == "float16"
     model = model.eval()
-    folder = Path(os.path.abspath(out)).parent / f".{out.name}-{uuid.uuid4().hex}.part"
+    place = Path(os.path.abspath(out))
+    for stale in place.parent.glob(f".{glob.escape(place.name)}-*.part"):  # of an export that was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    folder = place.parent / f".{place.name}-{uuid.uuid4().hex}.part"
     folder.mkdir(parents=True)
     try:
         notes = write_package(args, folder, model, Path(weights), device)

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 BEST_WEIGHTS = "max_acc.pth"
+RECORD = "run.json"
 STATISTICS_FILE = "base_statistics.npz"  # of training nodes, beside the weights
 T = TypeVar("T")
 
@@ -252,7 +253,7 @@ def read_json(path: Path, what: str, parse: Callable[[Any], T] = lambda content:
     InputError if it cannot be read, or is not ``what`` it should be, as in "the results of an evaluation".
     """
     try:
-        return parse(json.loads(path.read_text(encoding="utf-8-sig")))
+        return parse(json.loads(path.read_text(encoding="utf-8-sig")))  # Windows editors put a mark first
     except InputError:
         raise
     except OSError as error:

@@ -15,7 +15,7 @@ from Models.emd.simplex import GRADIENTS
 from Models.encoder import AMP, Encoder, NoEncoder, Plan
 from Models.heads import HEADS, HeadSettings
 from Models.matching import METRICS, NORMS, WEIGHTS
-from Models.package import is_package, locate, read_config, weights_file
+from Models.package import find_record, is_package, read_config, weights_file
 from Models.sfc import KSHOT
 from Models.statistics import OF_STATISTICS
 from Models.weights import load_encoder_weights
@@ -111,7 +111,7 @@ def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     text = "weights: a checkpoint, the folder of a run or of a package (export.py), hf://owner/name[@revision], "
     text += 'https://...#sha256=..., or "none" for random ones (default: deepemd_trained_model/<dataset>/<deepemd>/max_acc.pth)'
     action = parser.add_argument_group("weights").add_argument("-model_dir", metavar="SOURCE", help=text)
-    action.locate = locate  # for engine.weights_flags, which finds the flags beside them
+    action.record = find_record  # for engine.weights_flags, which takes flags from it
 
 
 def _backbone(text: str) -> str:

@@ -17,17 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import BEST_WEIGHTS, InputError, file_hash, printable, read_json, status
+from utils import BEST_WEIGHTS, RECORD, InputError, file_hash, printable, read_json, status
 
 FORMAT = 1  # of config.json
 PACKAGE_WEIGHTS, PACKAGE_CONFIG = "model.safetensors", "config.json"
-# The types of what scripts read from config.json, its weights and each of its results, besides mean and std.
-_ENTRIES = {"flags": dict, "backbone": str, "results": list, "weights": dict}
-_ENTRIES |= {"data": dict | None, "versions": dict | None, "license": str | None}
+# The types of what scripts read from config.json, its weights, its data and each of its results.
+_ENTRIES = {"flags": dict, "backbone": str, "mean": list, "std": list, "results": list, "weights": dict}
+_ENTRIES |= {"head": dict | None, "data": dict | None, "versions": dict | None, "license": str | None}
 _WEIGHTS = {"sha256": str, "checkpoint": str | None, "logit_change": float | None}
+_DATA = {"set": str | None}
 _RESULT = {"flags": dict, "dataset": str, "set": str, "way": int, "shot": int, "episodes": int}
-_RESULT |= {"accuracy": float, "interval": float}
-_TWICE = {"backbone": "backbone", "view": "deepemd", "image_size": "image_size"}  # entries that are also flags
+_RESULT |= {"accuracy": int | float, "interval": int | float}
+_RANGES = {"mean": (-100, 100), "std": (1e-4, 100)}  # beyond these, no pixels in [0, 1] come out usable
+_ALSO_FLAGS = {"backbone": "backbone", "view": "deepemd", "image_size": "image_size"}
 STATISTICS = "base_statistics."  # prefix of the keys of the training nodes' mean and deviation
 _REPOSITORY = re.compile(r"hf://([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?")
 _LOCAL = re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])[:/]")
@@ -67,24 +69,28 @@ def read_config(weights: Path) -> dict[str, Any]:
     """The ``config.json`` of the package whose weights these are; InputError if it is missing, damaged or of another kind."""
 
     def check(config: Any) -> dict[str, Any]:
+        _check_types(config, {"format": int})
         if config["format"] != FORMAT:
             raise ValueError(f"its format is {config['format']!r}; this version reads {FORMAT}")
-        for name in ("mean", "std"):
+        _check_types(config, _ENTRIES)
+        for name, (low, high) in _RANGES.items():
             values = config[name]
-            is_good = len(values) == 3 and all(type(value) in (int, float) and math.isfinite(value) for value in values)
-            if not is_good or name == "std" and min(values) <= 0:
-                raise ValueError(f"its {name} must be three finite numbers")
-        parts = [(config, _ENTRIES), (config["weights"], _WEIGHTS), *((row, _RESULT) for row in config["results"])]
-        for part, kinds in parts:
-            for name, kind in kinds.items():
-                value = part.get(name)
-                if not isinstance(value, kind) or isinstance(value, float) and not math.isfinite(value):
-                    raise TypeError(f"its {name} is missing, or of another type")
+            if len(values) != 3 or not all(type(value) in (int, float) and low <= value <= high for value in values):
+                raise ValueError(f"its {name} must be three numbers from {low} to {high}")
+        _check_types(config["weights"], _WEIGHTS)
+        _check_types(config.get("data") or {}, _DATA)
+        for row in config["results"]:
+            _check_types(row, _RESULT)
+            if not 0 <= row["accuracy"] <= 100:
+                raise ValueError("its results have an accuracy that is no percentage")
         if not re.fullmatch("[0-9a-f]{64}", config["weights"]["sha256"]):
             raise ValueError("its weights have no SHA-256")
-        for name, flag in _TWICE.items():
-            if name in config and config["flags"].get(flag, config[name]) != config[name]:
-                raise ValueError(f"its {name} contradicts its flags")
+        # What it says twice must agree; what its flags lack is taken from there.
+        described = {flag: config[name] for name, flag in _ALSO_FLAGS.items() if name in config}
+        described |= config.get("head") or {}
+        for name, value in described.items():
+            if config["flags"].setdefault(name, value) != value:
+                raise ValueError(f"its flag -{name} contradicts another entry")
         return config
 
     path = weights.parent / PACKAGE_CONFIG
@@ -92,6 +98,21 @@ def read_config(weights: Path) -> dict[str, Any]:
         fault = f"it has no {PACKAGE_CONFIG}. Get or export it again"
         raise InputError(f"{weights.parent} is not a complete package: {fault}")
     return read_json(path, "the description of a package", check)
+
+
+def _check_types(part: Any, kinds: dict[str, Any]) -> None:
+    for name, kind in kinds.items():
+        value = part.get(name) if isinstance(part, dict) else None
+        if not isinstance(value, kind) or isinstance(value, float) and not math.isfinite(value):
+            raise TypeError(f"its {name} is missing, or of another type")
+
+
+def find_record(source: str) -> tuple[Path, dict[str, Any] | None]:
+    """The record of the weights of ``-model_dir``: the ``config.json`` of a package, with its flags, or a ``run.json``."""
+    weights = weights_file(source)
+    if is_package(weights):
+        return weights.parent / PACKAGE_CONFIG, read_config(weights)["flags"]
+    return weights.parent / RECORD, None
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -154,7 +175,9 @@ def _hub_errors(source: str) -> Iterator[None]:
         elif "RevisionNotFoundError" in kinds:
             advice = "It has no such revision: name a branch, a tag or a commit of it"
         elif kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
-            advice = "It is not in the cache. Check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, and run the command again"
+            why = printable(" ".join(str(error.__cause__ or "").split()))[:150]
+            advice = f"It is not in the cache, and the Hub cannot be reached{f' ({why})' if why else ''}. "
+            advice += "Check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, and run the command again"
         elif "EntryNotFoundError" in kinds:
             advice = f"It is not a package of export.py: it lacks {PACKAGE_CONFIG} or {PACKAGE_WEIGHTS}"
         else:

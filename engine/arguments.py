@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 
 from engine.command_line import flag_value
 from engine.evaluation import Evaluator
-from engine.run import LAST_STATE, RECORD, read_record, result_flags
+from engine.run import LAST_STATE, read_record, result_flags
 from engine.training import FitSettings
-from utils import InputError, available_cores, check_writable, number_at_least, number_between
+from utils import RECORD, InputError, available_cores, check_writable, number_at_least, number_between
 
 # Flags that belong to one stage of training and mean nothing to the next.
 STAGE_FLAGS = ("max_epoch", "bs", "lr", "step_size", "gamma", "resume", "save_every", "backbone_weights")

@@ -20,10 +20,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 import utils
 from engine.distributed import Ranks
-from utils import BEST_WEIGHTS, InputError
+from utils import BEST_WEIGHTS, RECORD, InputError
 
 LAST_STATE = "last.pth"
-RECORD = "run.json"
 # Flags that do not decide the result of a run, and may differ when it is resumed.
 NON_RESULT_FLAGS = (
     *("num_workers", "gpu", "data_dir", "save_every", "save_all", "solver_threads"),

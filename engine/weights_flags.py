@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from engine.command_line import TRAINED_FLAGS, VIEW_FLAGS, flag_value
@@ -20,30 +19,26 @@ def adopt_trained_flags(parser: Any, args: Any, argv: Sequence[str] | None, *, i
     if args.model_dir in (None, "none"):
         return
     actions = parser.actions(argv)
-    place = getattr(actions["model_dir"], "locate", Path)(args.model_dir)
-    folder = place if place.is_dir() else place.parent
-    path, package = folder / "run.json", folder / "config.json"
-    is_package = place in (folder, folder / "model.safetensors") and os.path.lexists(package)
-    if is_package and (place != folder or not (folder / "max_acc.pth").is_file()):
-        path, owner = package, "package"
-    elif os.path.lexists(path):
-        owner = "run that trained the weights"
-    else:
+    path, flags = actions["model_dir"].record(args.model_dir)
+    owner = "run that trained the weights" if flags is None else "package"
+    if flags is None and not os.path.lexists(path):
         return
     names = [name for name in TRAINED_FLAGS if name in actions and name not in ignore]
 
-    def parse(record: Any) -> dict[str, Any]:
-        found = {name: value for name, value in record["flags"].items() if name in names}
-        foreign = found.keys() - parser.given(argv) if path == package else ()
-        return {name: flag_value(actions[name], value, is_of_package=name in foreign) for name, value in found.items()}
+    def parse(found: dict[str, Any]) -> dict[str, Any]:
+        foreign = found.keys() - parser.given(argv) if flags else ()
+        kept = {name: value for name, value in found.items() if name in names}
+        return {name: flag_value(actions[name], value, is_of_package=name in foreign) for name, value in kept.items()}
 
     try:
-        trained = read_json(path, f"the flags of a {owner.partition(' ')[0]}", parse)
+        trained = (
+            parse(flags) if flags else read_json(path, "the flags of a run", lambda record: parse(record["flags"]))
+        )
     except InputError as error:
-        if path == package:
-            raise
         warn(f"{error}. It is ignored: flags that are not given keep their defaults")
         return
+    except ValueError as error:
+        raise InputError(f"{path} has a flag that cannot be used: {error}") from error
     given = parser.given(argv) & set(trained)
     if "deepemd" in given and args.deepemd != trained["deepemd"]:
         trained = {name: value for name, value in trained.items() if name not in VIEW_FLAGS}

@@ -9,7 +9,8 @@ import pytest
 from dataloader.arguments import add_data_arguments
 from engine.command_line import make_parser
 from engine.weights_flags import adopt_trained_flags, as_words
-from Models.arguments import add_model_arguments
+from Models.arguments import add_model_arguments, add_weights_arguments
+from Models.package import find_record
 from utils import InputError
 
 TRAINED = {
@@ -35,7 +36,7 @@ def build_parser(*, has_commands=False):
         commands = parser.add_subparsers(dest="command")
         commands.add_parser("other")
         parser, whole = commands.add_parser("pair"), parser
-    parser.add_argument("-model_dir")
+    add_weights_arguments(parser)
     parser.add_argument("-way", type=int, default=5)
     add_data_arguments(parser)
     add_model_arguments(parser, sfc_lr=100.0)
@@ -167,9 +168,13 @@ def test_a_record_that_is_a_folder_is_ignored_with_a_warning(folder, capsys):
 def package(tmp_path) -> str:
     package = tmp_path / "package"
     package.mkdir()
-    (package / "config.json").write_text(json.dumps({"format": 1, "flags": TRAINED}))
-    (package / "model.safetensors").write_bytes(b"")
+    write_config(package, TRAINED)
     return str(package)
+
+
+def write_config(package: str | Path, flags: object) -> None:
+    config = {"format": 1, "backbone": "resnet12", "mean": [0, 0, 0], "std": [1, 1, 1], "results": []}
+    Path(package, "config.json").write_text(json.dumps({**config, "flags": flags, "weights": {"sha256": "0" * 64}}))
 
 
 @pytest.mark.parametrize("file", ["", "/model.safetensors"])
@@ -187,10 +192,10 @@ def test_flags_of_a_package_are_taken(package, file, capsys):
     assert differing == f"warning: -head fusion differs from the package ({package}/config.json): -head knn"
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"flags": 3}', '{"flags": {"image_size": "large"}}'])
-def test_a_damaged_package_is_refused(package, content):
-    Path(package, "config.json").write_text(content)
-    with pytest.raises(InputError, match="is damaged, or not the flags of a package"):
+@pytest.mark.parametrize("flags", [3, None, [], {"image_size": "large"}, {"image_size": 0}, {"backbone": "conv4"}])
+def test_a_damaged_package_is_refused(package, flags):
+    write_config(package, flags)
+    with pytest.raises(InputError, match="is damaged, or not the description of a package|cannot be used: -image_size"):
         adopt("-model_dir", package)
 
 
@@ -198,7 +203,8 @@ def test_a_damaged_package_is_refused(package, content):
 def test_a_package_may_not_name_a_network_at_another_place(package, name):
     """Unless it is given: the Hub is not asked for it, and no folder is read."""
     flags = {**TRAINED, "backbone": name}
-    Path(package, "config.json").write_text(json.dumps({"format": 1, "flags": flags}))
+    config = json.loads(Path(package, "config.json").read_text())
+    Path(package, "config.json").write_text(json.dumps({**config, "backbone": name, "flags": flags}))
     with pytest.raises(InputError, match="is at another place. If you trust it, give it on the command line"):
         adopt("-model_dir", package)
     assert adopt("-model_dir", package, "-backbone", "conv4").backbone == "conv4"
@@ -212,8 +218,8 @@ def test_a_run_beside_a_package_is_preferred(package):
 
 def test_a_source_is_looked_up_where_its_flag_says(package, capsys):
     parser = build_parser()
-    action = next(action for action in parser._actions if action.dest == "model_dir")
-    action.locate = {"hf://me/mine": Path(package)}.get
+    _, flags = find_record(package)
+    parser.actions([])["model_dir"].record = {"hf://me/mine": (Path(package, "config.json"), flags)}.get
     argv = ["-model_dir", "hf://me/mine"]
     args = parser.parse_args(argv)
     adopt_trained_flags(parser, args, argv)

@@ -129,6 +129,26 @@ def test_the_hub_needs_torch_and_numpy_alone_for_the_layer():
     assert float(done.stdout) == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.parametrize("imported", ["", "import utils, Models;"])
+def test_the_hub_and_a_project_with_modules_of_the_same_names_leave_each_other_alone(tmp_path, imported):
+    """Also if the project imports its own later, and where solvers are imported when they are used."""
+    (tmp_path / "Models").mkdir()
+    for name in ("utils.py", "Models/__init__.py"):
+        (tmp_path / name).write_text("MINE = True")
+    code = f"""import torch; {imported} one = torch.ones(1, 3)
+hub = lambda *words, **more: torch.hub.load({str(ROOT)!r}, *words, source="local", **more)
+emd, model = hub("emd"), hub("deepemd", "none", device="cpu", image_size=32)
+for solver in ("opencv", "ipm"):
+    emd(torch.eye(3)[None], one, one, solver=solver)
+model.match(*torch.zeros(2, 40, 40, 3, dtype=torch.uint8).numpy()).draw()
+import utils, Models
+assert utils.MINE and Models.MINE and type(hub("deepemd", "none", device="cpu")) is type(model)
+"""
+    (tmp_path / "mine.py").write_text(code)
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_hub_gives_the_encoder_with_weights_or_without(tmp_path):
     encoder = ResNet12()
     torch.save({"params": encoder.state_dict()}, tmp_path / "max_acc.pth")

@@ -16,7 +16,7 @@ from torch import nn
 
 from Models import DeepEMD
 from Models.conv4 import Conv4
-from Models.package import locate, weights_file
+from Models.package import find_record, locate, weights_file
 from Models.weights import load_encoder_weights
 from utils import InputError
 
@@ -178,6 +178,8 @@ RESULT = {
     "changes",
     [
         *({"format": 2}, {"format": None}, {"mean": None}, {"mean": [1, 2]}, {"std": [0, 1, 1]}, {"std": "abc"}),
+        *({"mean": 3}, {"std": [1e-9, 1, 1]}, {"std": [1, 1, 1e9]}, {"head": 3}, {"data": {"set": 3}}),
+        *({"flags": {"norm": "none"}, "head": {"norm": "center"}}, {"results": [RESULT | {"accuracy": 101.0}]}),
         *({"mean": [float("nan")] * 3}, {"weights": {}}, {"weights": {"sha256": "../../x"}}, {"weights": 3}),
         *({"flags": None}, {"flags": []}, {"backbone": 3}, {"results": {}}),
         *({"mean": [10**400, 0, 0]}, {"data": 3}, {"versions": []}, {"license": {}}, {"image_size": 3, "flags": FLAGS}),
@@ -189,6 +191,21 @@ RESULT = {
 def test_a_wrong_description_is_refused(tmp_path, model, state, changes):
     message = refusal(model, write_package(tmp_path, state, **changes))
     assert message.startswith(f"{tmp_path}/config.json is damaged, or not the description of a package")
+    assert "object" not in message  # Python's own words
+
+
+def test_flags_that_are_missing_are_those_of_the_other_entries(tmp_path, state):
+    parts = {"image_size": 32, "view": "grid", "head": {"norm": "none", "sfc_lr": 3.0}, "flags": {"kshot": "mean"}}
+    _, flags = find_record(str(write_package(tmp_path, state, **parts)))
+    found = {
+        "kshot": "mean",
+        "backbone": "resnet12",
+        "deepemd": "grid",
+        "image_size": 32,
+        "norm": "none",
+        "sfc_lr": 3.0,
+    }
+    assert flags == found
 
 
 def test_an_incomplete_package_is_refused(tmp_path, model, state):
@@ -298,7 +315,7 @@ def test_a_package_that_was_downloaded_needs_no_network(server, monkeypatch, mod
     asked.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     load_encoder_weights(model, "hf://me/mine")
-    assert "cannot get hf://me/other. It is not in the cache" in refusal(model, "hf://me/other")
+    assert "cannot get hf://me/other. It is not in the cache, and" in refusal(model, "hf://me/other")
     assert not asked
 
 

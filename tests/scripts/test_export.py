@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import timm
 import torch
 import yaml
 from helpers import run, succeed, write_images
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import deepemd
 import export
 import train_meta
 from Models import DeepEMD
@@ -56,7 +58,7 @@ def exported(tmp_path_factory, folder) -> Path:
     for shot in (1, 2):
         flags = ["-data_dir", folder, *EVAL, "-shot", shot, "-sfc_update_step", 2, "-json", f"{shot}.json"]
         succeed("eval.py", "-model_dir", "run", *flags, cwd=cwd)
-    given = ["-results", "1.json", "2.json", "-license", "mit", "-data_dir", folder, "-gpu", "cpu"]
+    given = ["-results", "1.json", "2.json", "1.json", "-license", "mit", "-data_dir", folder, "-gpu", "cpu"]
     succeed("export.py", "-model_dir", "run", "-out", "package", *given, cwd=cwd)
     return cwd
 
@@ -201,6 +203,9 @@ def test_the_graph_computes_the_nodes(exported, tmp_path, view):
         (["-model_dir", "nowhere"], "no checkpoint at nowhere"),
         (["-model_dir", "run", "-out", "run"], "-out run has other files than a package"),
         (["-model_dir", "run", "-out", "1.json"], "-out 1.json is a file"),
+        (["-model_dir", "run", "-out", "1.json/x"], "cannot write 1.json/x (1.json is a file, not a folder)"),
+        (["-model_dir", "run", "-license", "MIT"], "the Hub spells licences in lower case"),
+        (["-backbone", "timm:test_vit", "-backbone_weights", "none"], "-model_dir names what is exported"),
         (
             ["-model_dir", "run", "-results", "nowhere.json"],
             "cannot read the results of an evaluation from nowhere.json",
@@ -230,6 +235,7 @@ def test_a_failed_export_leaves_nothing(exported, flags, message):
 def test_a_failure_on_the_way_leaves_the_earlier_package(exported, tmp_path, monkeypatch):
     shutil.copytree(exported / "package", tmp_path / "package")
     (tmp_path / "package/.git").mkdir()
+    (tmp_path / ".package-1.part").mkdir()  # of an export that was killed
     before = {path.name: path.read_bytes() for path in (tmp_path / "package").glob("[!.]*")}
 
     def fail(*_, **__):
@@ -247,6 +253,27 @@ def test_a_failure_on_the_way_leaves_the_earlier_package(exported, tmp_path, mon
     assert read(tmp_path / "package/config.json")["weights"]["dtype"] == "float16"
     assert len(read(tmp_path / "package/config.json")["results"]) == 2  # those that the package had
     assert not (tmp_path / "package/match.png").exists()  # that of the earlier one
+
+
+def test_a_network_of_timm_that_was_not_trained_here_is_packaged(tmp_path, folder):
+    torch.manual_seed(3)
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "w.safetensors")
+    flags = {"backbone_weights": str(tmp_path / "w.safetensors"), "image_size": 64, "device": "cpu"}
+    words = [
+        "-backbone",
+        "timm:test_resnet",
+        "-backbone_weights",
+        "w.safetensors",
+        "-image_size",
+        64,
+        "-out",
+        "package",
+    ]
+    succeed("export.py", *words, "-data_dir", folder, "-dataset", "folder", cwd=tmp_path)
+    images = sorted((folder / "test/class1").iterdir())
+    expected = deepemd.load("timm:test_resnet", **flags).encode(images)
+    assert torch.equal(deepemd.load(tmp_path / "package", device="cpu").encode(images), expected)
+    assert "Trained on" not in (tmp_path / "package/README.md").read_text()
 
 
 def test_other_scripts_take_a_package(exported, folder, tmp_path):

@@ -133,8 +133,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.episodes_out and ranks.is_first:
         shape = {"way": args.way, "shot": args.shot, "with_seeds": dataset.view.is_random and not args.fixed_patches}
         write_episodes(args.episodes_out, episodes, dataset, **shape)
-    source = {"open_train": partial(data.open_base_images, args), "num_workers": arguments.loader_processes(args)}
-    source["train_nodes"] = getattr(dataset, "train_nodes", None)
+    source = {"open_train": partial(data.open_base_images, args, dataset)}
+    source |= {"num_workers": arguments.loader_processes(args), "train_nodes": getattr(dataset, "train_nodes", None)}
     prepare_statistics(args, model, weights, device=device, ranks=ranks, **source)
 
     command = arguments.resume_command("eval.py", argv, args) if ranks.is_first and args.json != "-" else None

@@ -279,7 +279,11 @@ def load_plain(path: Path, what: str) -> Any:
 
 def file_hash(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:  # in parts, as a file of nodes may be as large as the memory
+        while part := file.read(2**24):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 # --- Text and numbers -----------------------------------------------------------------------------------------------

@@ -25,9 +25,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import utils
+from dataloader import ImageDataset, episode_labels
 from dataloader import arguments as data
-from dataloader import episode_labels
 from dataloader.episodes import SeededEpisodes
+from dataloader.features import FeatureSet
 from engine import arguments
 from engine.command_line import make_parser
 from engine.evaluation import Evaluator
@@ -148,15 +149,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_shared(args: argparse.Namespace, device: torch.device, train_nodes: Tensor | None) -> DeepEMD:
+def open_shared(args: argparse.Namespace, device: torch.device, dataset: ImageDataset | FeatureSet) -> DeepEMD:
     """The model whose encoder and statistics all rows have. Norms whose statistics cannot be computed are dropped from
-    ``args.norms``; ``train_nodes`` are those of ``-features``.
+    ``args.norms``.
     """
     needing = [norm for norm in args.norms if norm in OF_STATISTICS]
     flags = argparse.Namespace(**{**vars(args), "head": args.heads[0], "norm": (needing or args.norms)[-1]})
     shared, args.source = open_model(flags, device=device, device_ids=(), **data.pixel_statistics(args))
-    source = {"open_train": partial(data.open_base_images, flags), "train_nodes": train_nodes}
-    source["num_workers"] = arguments.loader_processes(args)
+    source = {"open_train": partial(data.open_base_images, flags, dataset)}
+    source |= {"num_workers": arguments.loader_processes(args), "train_nodes": getattr(dataset, "train_nodes", None)}
     try:
         prepare_statistics(flags, shared, args.source, device=device, **source)
     except utils.InputError as error:
@@ -269,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for shot, count in zip(args.shots, counts, strict=True):  # all before any work, as classes may be too small for one
         args.shot = shot
         tasks.append((shot, data.draw_episodes(args, dataset, count, seed=args.seed, name=args.set)))
-    shared = open_shared(args, device, getattr(dataset, "train_nodes", None))
+    shared = open_shared(args, device, dataset)
     evaluator = arguments.make_evaluator(args, dataset, device=device, keep_nodes=True)
     for shot, episodes in tasks:
         found = compare(args, evaluator, shared, shot, episodes, own_lr)

@@ -1,5 +1,6 @@
 """The flags that choose the data and the views of an image."""
 
+import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,9 @@ def open_dataset(args: Namespace, split: str, *, train: bool, deepemd: str | Non
     return ImageDataset(args.dataset, split, data_dir=args.data_dir, view=view, verify=args.verify_images)
 
 
-def open_base_images(args: Namespace) -> ImageDataset:
+def open_base_images(args: Namespace, classified: ImageDataset | FeatureSet | None = None) -> ImageDataset:
     """Images for statistics of training nodes, as evaluation sees them: those below the folder ``-statistics``, else the
-    training split. InputError if there are none."""
+    training split. InputError if there are none, or if the folder has images that are ``classified``."""
     if getattr(args, "features", None):
         if args.statistics:
             advice = "name a file of statistics, or leave it out for the train_nodes of the file"
@@ -116,6 +117,11 @@ def open_base_images(args: Namespace) -> ImageDataset:
         files = list(image_files([args.statistics]))
         if not files:
             raise InputError(f"-statistics {args.statistics}: there are no images in this folder")
+        if both := set(map(os.path.realpath, files)) & set(
+            map(os.path.realpath, classified.paths if classified else ())
+        ):
+            found = f"{len(both)} of its images are classified, whose statistics a classifier cannot know"
+            raise InputError(f"-statistics {args.statistics}: {found}. Name a folder of others")
         return ImageDataset.of_files(files, view=view_of(args, train=False))
     sources = "Set -statistics to a folder of images that are not classified, or to a file of statistics"
     if "data_dir" not in args:

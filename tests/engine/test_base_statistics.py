@@ -207,6 +207,8 @@ def test_results_name_the_statistics(place):
         out = succeed("eval.py", *flags, "-statistics", "some.npz", cwd=place)
         found[re.search(r'"statistics": "(\w{64})"', out)[1]] = out
     assert len(found) == 2
+    transductive = run("eval.py", *flags, "-statistics", "data", cwd=place)
+    assert "error: -statistics data: 42 of its images are classified" in transductive.err
     assert len(list((place / "checkpoint/eval").glob("results-*.json"))) == 2  # two results, of the same flags
 
 

@@ -519,13 +519,7 @@ def test_table_of_heads(table, with_train, tmp_path, capsys):
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "heads.json").read_text())
     rows = {(row["shot"], row["head"], row["norm"], row["kshot"]): row for row in found["rows"]}
-    kinds = [
-        ("proto", "none"),
-        ("proto", "standard"),
-        ("deepemd", "center"),
-        ("deepemd", "none"),
-        ("deepemd", "standard"),
-    ]
+    kinds = [("proto", "none"), ("proto", "standard"), *(("deepemd", norm) for norm in ("center", "none", "standard"))]
     kinds += [("cosine", "none"), ("cosine", "standard")]
     assert list(rows) == [(1, *kind, None) for kind in kinds] + [
         (2, *kind, kshot) for kind in kinds for kshot in ("sfc", "mean")

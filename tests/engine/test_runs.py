@@ -34,7 +34,10 @@ from engine.run import RunFolder
 from engine.training import train_epoch
 from utils import InputError, append_line
 
-TINY = ["-gpu", "cpu", "-image_size", "16", "-query", "2", "-way", "2", "-dataset", "folder", "-episode_batch", "1"]
+TINY = [
+    *("-gpu", "cpu", "-image_size", "16", "-backbone", "conv4", "-query", "2", "-way", "2", "-dataset", "folder"),
+    *("-episode_batch", "1"),
+]
 PRETRAIN = ["train_pretrain.py", *TINY, "-max_epoch", "2", "-num_episode", "2", "-bs", "14", "-lr", "0.01"]
 META = [
     *("train_meta.py", *TINY, "-pretrain_dir", "none", "-max_epoch", "2", "-val_frequency", "2", "-bs", "2"),
@@ -76,8 +79,8 @@ class Ended:
 def folder_of(words: list[str], cwd: Path) -> Path:
     if words[0] == "eval.py":
         return cwd / "checkpoint/eval"
-    meta = "checkpoint/folder/sampling/2shot-2way"
-    return cwd / (meta if words[0] == "train_meta.py" else "checkpoint/pre_train/folder/14-0.0100-30-0.20")
+    meta = "checkpoint/folder/sampling/2shot-2way-conv4"
+    return cwd / (meta if words[0] == "train_meta.py" else "checkpoint/pre_train/folder/14-0.0100-30-0.20-conv4")
 
 
 @pytest.fixture(scope="module")
@@ -698,12 +701,12 @@ def test_training_by_two_processes(folder, tmp_path, monkeypatch):
         done = run(*named, cwd=tmp_path) if name == "one" else finish(start(named, tmp_path, *torchrun(2)))
         assert done.status == 0, done.err
         assert done.out.count("epoch 1/1") == 1  # the first rank alone prints
-        state = torch.load(tmp_path / "checkpoint/folder/fcn/1shot-2way" / name / "last.pth", weights_only=True)
+        state = torch.load(tmp_path / "checkpoint/folder/fcn/1shot-2way-conv4" / name / "last.pth", weights_only=True)
         states.append(state["state"])
     momenta = [[entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()] for state in states]
     for one, two in zip(*momenta, strict=True):
         assert (one - two).norm() <= 1e-5 * one.norm()
-    folders = [tmp_path / "checkpoint/folder/fcn/1shot-2way" / name for name in ("one", "two")]
+    folders = [tmp_path / "checkpoint/folder/fcn/1shot-2way-conv4" / name for name in ("one", "two")]
     losses = [json.loads((path / "trlog.json").read_text())["epochs"][0]["train_loss"] for path in folders]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     monkeypatch.setattr(train_meta, "start", lambda args: (Ranks(0, 2, 2), torch.device("cpu"), []))

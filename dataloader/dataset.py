@@ -22,20 +22,13 @@ from utils import InputError, available_cores, printable, warn
 class ImageDataset(Dataset):
     """One split of a data set, seen through a view.
 
-    Args:
-        name: a key of :data:`dataloader.catalog.CATALOG`.
-        split: ``train``, ``val`` or ``test``.
-        data_dir: the folder that holds the data sets.
-        verify: decode every image now, and skip those that cannot be read, with a warning that names them.
-
-    Attributes:
-        paths, labels: one per image; labels count from 0 in the order of ``class_names``, which is sorted.
+    ``name`` is a key of :data:`dataloader.catalog.CATALOG`, and ``data_dir`` holds the data sets. ``verify`` decodes every
+    image now, and skips those that cannot be read, with a warning that names them. ``paths`` and ``labels`` have one entry
+    per image; labels count from 0 in the order of ``class_names``, which is sorted.
 
     ``dataset[index]`` is ``(pixels, label)``: uint8 ``(3, S, S)`` or ``(P, 3, S, S)``, and an int. For
-    ``dataset[index, seed]`` the random draws of the view come from that seed alone.
-
-    Raises:
-        InputError: something named is missing, or (when an item is asked for) an image cannot be read.
+    ``dataset[index, seed]`` the random draws of the view come from that seed alone. InputError if something named is
+    missing, or an image that is asked for cannot be read.
     """
 
     def __init__(self, name: str, split: str, *, data_dir: str, view: View, verify: bool = False) -> None:

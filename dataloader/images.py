@@ -39,12 +39,8 @@ class ImageFacts(NamedTuple):
 def read_image(path: str, *, upright: bool = True, advice: str = _ADVICE) -> Image.Image:
     """Decode an image file to RGB, 8 bits per channel; transparent pixels become white.
 
-    Args:
-        upright: turn the image as its EXIF orientation asks. Published sets were made without that.
-        advice: what to do about an image that cannot be read, for the message.
-
-    Raises:
-        InputError: it cannot be read.
+    ``upright`` turns the image as its EXIF orientation asks; published sets were made without that. InputError, which ends
+    with ``advice``, if it cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -192,8 +188,7 @@ def _refuse_hidden_depth(image: Image.Image, codec: str, depth: object, file: IO
 def _scale(values: np.ndarray, has_16_bits: bool = False) -> np.ndarray:
     """Values as 8-bit ones, rounded: unless known, those of at most 255 have 8 bits, and those that reach 2**15 have 16.
 
-    Raises:
-        InputError: they may have another number of bits.
+    InputError if they may have another number of bits.
     """
     low, high = values.min(), values.max()
     if values.dtype.kind == "f" or low < 0 or high > 65535:

@@ -47,14 +47,10 @@ def refuse(problem: Problem) -> None:
 def read_split(
     spec: DatasetSpec, data_dir: str, split: str, *, advice: str | None = None, report: Report = refuse
 ) -> tuple[list[str], list[int], list[str]]:
-    """List one split of a data set.
+    """List one split of a data set; InputError if something is missing, or cannot be read.
 
-    Args:
-        advice: how to get what is missing, for messages; by default as the data set is obtained.
-        report: called with each problem. Where it returns, reading continues without the files concerned.
-
-    Raises:
-        InputError: the data directory, the data set's folder, the split, a class or a file is missing, or cannot be read.
+    ``report`` is called with each problem; where it returns, reading continues without the files concerned. ``advice`` is
+    for messages: how to get what is missing.
     """
     advice = advice or f"To get it: {spec.obtain}"
     try:

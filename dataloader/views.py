@@ -180,11 +180,7 @@ VIEWS: dict[str, tuple[type[View], tuple[str, ...]]] = {
 
 
 def make_view(deepemd: str, *, train: bool, **settings: Any) -> View:
-    """The view of a variant of DeepEMD, a key of :data:`VIEWS`; ``settings`` are the other fields of :class:`View`.
-
-    Raises:
-        ValueError: no such variant.
-    """
+    """The view of a variant of DeepEMD, a key of :data:`VIEWS`; ``settings`` are the other fields of :class:`View`."""
     if deepemd not in VIEWS:
         raise ValueError(f"no variant {deepemd!r} of DeepEMD; choose one of {', '.join(VIEWS)}")
     if deepemd == "sampling" or (deepemd == "fcn" and train):

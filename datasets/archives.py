@@ -57,11 +57,7 @@ class Archive:
         self.bound = MOST_GROWTH * path.stat().st_size + SPARE_BYTES
 
     def members(self) -> Iterator[Member]:
-        """Every member, in the order in which they are stored.
-
-        Raises:
-            BrokenArchive: it is damaged or no archive, or its content is out of proportion to its size.
-        """
+        """Every member, as stored; BrokenArchive if it is damaged or no archive, or out of proportion to its size."""
         total = 0
         with reading(self.path):
             with open(self.path, "rb") as file:

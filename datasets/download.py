@@ -35,10 +35,8 @@ class Remote(NamedTuple):
 def download(remote: Remote, path: Path) -> Path:
     """Download to ``path``, which appears when the file is complete and verified.
 
-    An earlier call's ``<path>.part`` is resumed. Lost connections are tried again.
-
-    Raises:
-        InputError: the server refuses, cannot be reached, or sends another file.
+    An earlier call's ``<path>.part`` is resumed, and so are lost connections. InputError if the server refuses, cannot be
+    reached, or sends another file.
     """
     if path.is_file():
         return path

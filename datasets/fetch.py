@@ -66,11 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def fetch(name: str, source: str | None, project: Path) -> None:
-    """Put the folder of ``DOWNLOADS[name]`` in place, from the archive ``source`` or else from Google Drive.
-
-    Raises:
-        InputError: the archive cannot be downloaded or extracted, or is not the published one.
-    """
+    """Put the folder of ``DOWNLOADS[name]`` in place, from the archive ``source`` or else from Google Drive."""
     download = DOWNLOADS[name]
     into = project / download.into
     if source and source.startswith("file://"):

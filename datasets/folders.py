@@ -16,11 +16,7 @@ MANIFEST = "manifest.json"
 
 @contextmanager
 def exclusive(target: Path) -> Iterator[None]:
-    """Hold ``.<name>.lock`` beside a folder while it is built; what was checked before may have changed by then.
-
-    Raises:
-        InputError: another process is building it.
-    """
+    """Hold ``.<name>.lock`` beside a folder while it is built; InputError if another process is building it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.with_name(f".{target.name}.lock")
     lock = hold_lock(path, "Wait for it to finish")

@@ -63,11 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_glyphs(out: Path, *, per_class: int, size: int, seed: int) -> dict[str, int]:
-    """Write the data set, in place of an earlier one or an empty folder; returns the number of classes per split.
-
-    Raises:
-        InputError: ``out`` holds anything else, which is left alone.
-    """
+    """Write the data set in place of an earlier one or an empty folder; returns the number of classes per split."""
     out = Path(os.path.realpath(out))
     _check_replaceable(out)
     files = [Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf") for name in FACES]

@@ -13,7 +13,6 @@ resumes. Its ``manifest.json`` records what it was built from.
 import io
 import json
 import os
-import re
 import shutil
 import sys
 from collections import Counter, deque
@@ -32,6 +31,7 @@ from recipes import RECIPES
 from recipes.common import Plan, Target
 from sources import ConcatSource, Parquet, Source, open_source
 
+from dataloader.images import reason
 from engine.command_line import make_parser
 from engine.loading import progress_bar
 from utils import InputError, available_cores, first_few, number_at_least, run_script, status, warn
@@ -219,8 +219,7 @@ def _make(name: str, content: bytes, target: Target, path: Path, side: int) -> s
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        reason = re.sub(" <.*>", "", str(error)) or type(error).__name__
-        raise InputError(f"{name} is not a readable image ({reason})") from error
+        raise InputError(f"{name} is not a readable image ({reason(error)})") from error
     return _write(path, content)
 
 

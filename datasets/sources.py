@@ -62,11 +62,7 @@ class ConcatSource(Source):
 
 
 def open_source(path: Path, archives: Collection[str] = ()) -> Source:
-    """The folder, archive or parquet file at a path; archives of these names, or of ImageNet's classes, in a folder.
-
-    Raises:
-        InputError: there is no such file, or it is none of these.
-    """
+    """The folder, archive or parquet file at a path; archives of these names, or of ImageNet's classes, in a folder."""
     if not path.exists():
         raise InputError(f"there is no file or folder {path}")
     files = sorted(path.rglob("*")) if path.is_dir() else [path]

@@ -413,7 +413,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.half |= is_package(Path(weights)) and read_config(Path(weights))["weights"].get("dtype") == "float16"
     model = model.eval()
     place = Path(os.path.abspath(out))
-    for stale in place.parent.glob(f".{glob.escape(place.name)}-*.part"):  # of an export that was killed
+    for stale in place.parent.glob(
+        f".{glob.escape(place.name)}-{'[0-9a-f]' * 32}.part"
+    ):  # of an export that was killed
         shutil.rmtree(stale, ignore_errors=True)
     folder = place.parent / f".{place.name}-{uuid.uuid4().hex}.part"
     folder.mkdir(parents=True)

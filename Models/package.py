@@ -31,6 +31,7 @@ _RESULT |= {"accuracy": int | float, "interval": int | float}
 _RANGES = {"mean": (-100, 100), "std": (1e-4, 100)}  # beyond these, no pixels in [0, 1] come out usable
 _ALSO_FLAGS = {"backbone": "backbone", "view": "deepemd", "image_size": "image_size"}
 STATISTICS = "base_statistics."  # prefix of the keys of the training nodes' mean and deviation
+_AGAIN = "Get or export it again"
 _REPOSITORY = re.compile(r"hf://([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?")
 _LOCAL = re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])[:/]")
 
@@ -95,8 +96,7 @@ def read_config(weights: Path) -> dict[str, Any]:
 
     path = weights.parent / PACKAGE_CONFIG
     if not path.is_file():
-        fault = f"it has no {PACKAGE_CONFIG}. Get or export it again"
-        raise InputError(f"{weights.parent} is not a complete package: {fault}")
+        raise InputError(f"{weights.parent} is not a complete package: it has no {PACKAGE_CONFIG}. {_AGAIN}")
     return read_json(path, "the description of a package", check)
 
 
@@ -111,6 +111,8 @@ def find_record(source: str) -> tuple[Path, dict[str, Any] | None]:
     """The record of the weights of ``-model_dir``: the ``config.json`` of a package, with its flags, or a ``run.json``."""
     weights = weights_file(source)
     if is_package(weights):
+        if not weights.is_file():
+            raise InputError(f"{weights.parent} is not a complete package: it has no {PACKAGE_WEIGHTS}. {_AGAIN}")
         return weights.parent / PACKAGE_CONFIG, read_config(weights)["flags"]
     return weights.parent / RECORD, None
 

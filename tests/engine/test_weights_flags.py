@@ -169,6 +169,7 @@ def package(tmp_path) -> str:
     package = tmp_path / "package"
     package.mkdir()
     write_config(package, TRAINED)
+    (package / "model.safetensors").write_bytes(b"")
     return str(package)
 
 

@@ -85,6 +85,8 @@ def test_a_model_takes_the_statistics_of_a_package(tmp_path):
     write_package(tmp_path, {**model.encoder.state_dict(), **{key: value[1:] for key, value in keys.items()}})
     with pytest.raises(InputError, match="the statistics are of 63 channels"):
         load_encoder_weights(model, tmp_path)
+    write_package(tmp_path, model.encoder.state_dict(), flags={"norm": "standard"})
+    assert "a mean and a deviation are needed; there is neither" in refusal(model, tmp_path)
 
 
 def refusal(model: nn.Module, source: Path | str) -> str:
@@ -214,11 +216,15 @@ def test_an_incomplete_package_is_refused(tmp_path, model, state):
     for content in ("", "[]", "null", "3", config[:-3], "[" * 100_000):
         (tmp_path / "config.json").write_text(content)
         assert "not the description of a package" in refusal(model, tmp_path)
+    with pytest.raises(InputError, match="not the description of a package"):
+        find_record(str(tmp_path))
     (tmp_path / "config.json").unlink()
     assert "is not a complete package: it has no config.json" in refusal(model, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "config.json").write_text(config)
     assert refusal(model, tmp_path) == f"no checkpoint at {tmp_path}/model.safetensors."
+    with pytest.raises(InputError, match="is not a complete package: it has no model.safetensors"):
+        find_record(str(tmp_path))
 
 
 def test_a_run_in_the_same_folder_is_preferred(tmp_path, model, state):

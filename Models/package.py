@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -156,12 +157,17 @@ def _from_hub(source: str) -> Path:
     with _hub_errors(source):
         config = Path(hf_hub_download(name, PACKAGE_CONFIG, revision=revision, **server))
     try:
-        read_config(config)  # before weights of another project, which may be large, are downloaded
+        wanted = read_config(config)["weights"][
+            "sha256"
+        ]  # before weights of another project, which may be large, are downloaded
     except InputError as error:
         raise InputError(f"{source} is no package of export.py that this version reads: {error}") from error
     with _hub_errors(source):
         # From the same commit, which names the folder: the branch may have moved on.
-        return Path(hf_hub_download(name, PACKAGE_WEIGHTS, revision=config.parent.name, **server)).parent
+        given = {"revision": config.parent.name, **server}
+        if file_hash(hf_hub_download(name, PACKAGE_WEIGHTS, **given)) != wanted:  # damaged in the cache, or on the Hub
+            hf_hub_download(name, PACKAGE_WEIGHTS, **given, force_download=True)
+    return config.parent
 
 
 @contextmanager
@@ -204,7 +210,7 @@ def _from_server(source: str) -> Path:
     status(f"downloading {printable(address)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(address, str(path), hash_prefix=digest)
+        torch.hub.download_url_to_file(address, str(path), hash_prefix=digest, progress=sys.stderr.isatty())
     except RuntimeError as error:
         raise InputError(
             f"{printable(address)} is not the file of that SHA-256; the download was removed. {error}"

@@ -311,6 +311,9 @@ def test_a_package_of_the_hub_is_downloaded_once(server, model, state):
         locate.cache_clear()
     assert files_of(asked) == ["/me/mine/resolve/main/config.json", f"/me/mine/resolve/{COMMIT}/model.safetensors"]
     assert all(line.endswith("Bearer secret") for line in asked if "/resolve/" in line)
+    (locate("hf://me/mine") / "model.safetensors").resolve().write_bytes(b"damaged")
+    locate.cache_clear()
+    load_encoder_weights(model, "hf://me/mine")
 
 
 def test_a_package_that_was_downloaded_needs_no_network(server, monkeypatch, model, state):

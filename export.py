@@ -8,14 +8,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the script without a traceback
 
 import copy
-import glob
 import importlib.util
 import math
 import os
 import re
 import shlex
 import shutil
-import uuid
 import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
@@ -403,7 +401,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     adopt_trained_flags(parser, args, argv)
     if args.model_dir and "dataset" not in parser.given(argv) and not find_record(args.model_dir)[0].is_file():
         warn(
-            f"no {RECORD} is beside the weights: the card says that they were trained on {args.dataset}. Else set -dataset"
+            f"no {RECORD} beside the weights: the card names {args.dataset} as their training data, unless you set -dataset"
         )
     _, device, device_ids = start(args, one_process=True)
     model, weights = open_model(args, device=device, device_ids=device_ids[:1], **data.pixel_statistics(args))
@@ -412,12 +410,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A package in half precision stays so: its weights have no more digits.
     args.half |= is_package(Path(weights)) and read_config(Path(weights))["weights"].get("dtype") == "float16"
     model = model.eval()
-    place = Path(os.path.abspath(out))
-    for stale in place.parent.glob(
-        f".{glob.escape(place.name)}-{'[0-9a-f]' * 32}.part"
-    ):  # of an export that was killed
-        shutil.rmtree(stale, ignore_errors=True)
-    folder = place.parent / f".{place.name}-{uuid.uuid4().hex}.part"
+    place = Path(os.path.realpath(out))
+    folder = place.with_name(f".{place.name}.part")
+    shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
     folder.mkdir(parents=True)
     try:
         notes = write_package(args, folder, model, Path(weights), device)

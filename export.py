@@ -198,12 +198,11 @@ def draw_picture(probe: Probe, model: DeepEMD, view: View, device: torch.device,
     """Draw the correctly classified query with the highest probability; False where there is nothing to draw."""
     if not probe.viewed or model.settings.head != "deepemd":
         return False
-    episode = match_episode(model.folded(), view, probe.viewed, way=PROBE["way"], shot=1, device=device)
-    logits = episode.matching.logits
-    truth = torch.arange(len(logits)) % PROBE["way"]
-    number = int(logits.softmax(1)[range(len(logits)), truth].argmax())
-    truth = number % PROBE["way"]
-    save(episode.draw(number, names=probe.names, title=title, flows=10, truth=truth), path)
+    way = PROBE["way"]
+    episode = match_episode(model.folded(), view, probe.viewed, way=way, shot=1, device=device)
+    probability = episode.matching.logits.softmax(1).tolist()
+    number = max(range(len(probability)), key=lambda k: probability[k][k % way])
+    save(episode.draw(number, names=probe.names, title=title, flows=10, truth=number % way), path)
     return True
 
 

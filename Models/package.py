@@ -104,7 +104,8 @@ def read_config(weights: Path) -> dict[str, Any]:
 def _check_types(part: Any, kinds: dict[str, Any]) -> None:
     for name, kind in kinds.items():
         value = part.get(name) if isinstance(part, dict) else None
-        if not isinstance(value, kind) or isinstance(value, float) and not math.isfinite(value):
+        is_no_number = isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value)
+        if not isinstance(value, kind) or is_no_number:
             raise TypeError(f"its {name} is missing, or of another type")
 
 

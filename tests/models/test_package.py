@@ -171,16 +171,15 @@ RESULT |= {"accuracy": 1.0, "interval": 0.0}
 @pytest.mark.parametrize(
     "changes",
     [
+        *({"format": 2}, {"format": None}, {"mean": None}, {"mean": [1, 2]}, {"std": [0, 1, 1]}, {"std": "abc"}),
         *(
-            {"format": 2},
             {"format": True},
-            {"format": None},
-            {"mean": None},
-            {"mean": [1, 2]},
-            {"std": [0, 1, 1]},
-            {"std": "abc"},
+            {"mean": 3},
+            {"std": [1e-9, 1, 1]},
+            {"std": [1, 1, 1e9]},
+            {"head": 3},
+            {"data": {"set": 3}},
         ),
-        *({"mean": 3}, {"std": [1e-9, 1, 1]}, {"std": [1, 1, 1e9]}, {"head": 3}, {"data": {"set": 3}}),
         *({"flags": {"norm": "none"}, "head": {"norm": "center"}}, {"results": [RESULT | {"accuracy": 101.0}]}),
         *({"mean": [float("nan")] * 3}, {"weights": {}}, {"weights": {"sha256": "../../x"}}, {"weights": 3}),
         *({"flags": None}, {"flags": []}, {"backbone": 3}, {"results": {}}),

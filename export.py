@@ -8,22 +8,21 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the script without a traceback
 
 import copy
-import glob
 import importlib.util
 import math
 import os
 import re
 import shlex
 import shutil
-import uuid
 import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from dataloader import arguments as data
@@ -162,25 +161,11 @@ def describe(args: Namespace, model: DeepEMD, weights: Path, stored: Path) -> di
 # --- Checks on images -------------------------------------------------------------------------------------------------
 
 
-class Probe(NamedTuple):
-    """An episode, support first, on which the package is compared with the model."""
-
-    pixels: Tensor  # (W + Q, 3, S, S) or (W + Q, P, 3, S, S), uint8
-    viewed: list[ViewedImage]  # what is drawn; none for random pixels
-    names: list[str]  # of the classes
-    what: str
-
-    @torch.no_grad()
-    def measure(self, model: DeepEMD, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The nodes ``(W + Q, C, N)`` and the logits ``(Q, W)``, by the model's solver."""
-        nodes = encode_images(model.folded(), self.pixels, device=device)
-        way = PROBE["way"]
-        return nodes, model.match(nodes[:way], nodes[way:], way=way, shot=1)
-
-
-def make_probe(args: Namespace, view: View) -> Probe:
-    """An episode of the test split if the data set is there; random pixels otherwise."""
-    way, count = PROBE["way"], PROBE["way"] * (1 + PROBE["query"])
+def make_probe(args: Namespace, view: View) -> tuple[list[ViewedImage], list[str], str]:
+    """An episode on which the package is compared with the model: its images, support first, the names of its classes, and
+    what it is. Of the test split if the data set is there; random pixels of classes without names otherwise.
+    """
+    count = PROBE["way"] * (1 + PROBE["query"])
     try:
         dataset = data.open_dataset(args, "test", train=False)
         shape = Namespace(**{**vars(args), **PROBE})
@@ -190,27 +175,31 @@ def make_probe(args: Namespace, view: View) -> Probe:
         status(f"{args.dataset} is not there: checked on random images, and no picture ({error})")
         shape = (count, *(view.patches,) * (args.deepemd != "fcn"), 3, args.image_size, args.image_size)
         pixels = torch.randint(0, 256, shape, generator=named_generator(args.seed, "export"), dtype=torch.uint8)
-        return Probe(pixels, [], [], f"{count} random images")
-    names = [dataset.class_names[dataset.labels[index]] for index, _ in items[:way]]
-    pixels = torch.stack([one.pixels for one in viewed])
-    return Probe(pixels, viewed, names, f"an episode of the {args.dataset} test split")
+        return [ViewedImage(one, None, []) for one in pixels], [], f"{count} random images"
+    names = [dataset.class_names[dataset.labels[index]] for index, _ in items[: PROBE["way"]]]
+    return viewed, names, f"an episode of the {args.dataset} test split"
 
 
-def draw_picture(probe: Probe, model: DeepEMD, view: View, device: torch.device, path: Path, title: str) -> bool:
-    """Draw the correctly classified query with the highest probability; False where there is nothing to draw."""
-    if not probe.viewed or model.settings.head != "deepemd":
-        return False
-    episode = match_episode(model.folded(), view, probe.viewed, way=PROBE["way"], shot=1, device=device)
-    logits = episode.matching.logits
-    truth = torch.arange(len(logits)) % PROBE["way"]
-    number = int(logits.softmax(1)[range(len(logits)), truth].argmax())
-    truth = number % PROBE["way"]
-    save(episode.draw(number, names=probe.names, title=title, flows=10, truth=truth), path)
-    return True
+@torch.no_grad()
+def measure(model: DeepEMD, pixels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The nodes ``(W + Q, C, N)`` of an episode and its logits ``(Q, W)``, by the model's solver."""
+    nodes, way = encode_images(model.folded(), pixels, device=device), PROBE["way"]
+    return nodes, model.match(nodes[:way], nodes[way:], way=way, shot=1)
 
 
-def write_graph(model: DeepEMD, probe: Probe, nodes: Tensor, path: Path) -> str:
-    """Write the encoder as an ONNX graph, and compare it with ``nodes``, those of the probe; the result in words."""
+def draw_picture(
+    model: DeepEMD, view: View, viewed: Sequence[ViewedImage], device: torch.device, *, names: Sequence[str], title: str
+) -> Figure:
+    """The query of an episode that is given to its class with the highest probability, as it is matched."""
+    way = PROBE["way"]
+    episode = match_episode(model.folded(), view, viewed, way=way, shot=1, device=device)
+    probability = episode.matching.logits.softmax(1).tolist()
+    number = max(range(len(probability)), key=lambda k: probability[k][k % way])
+    return episode.draw(number, names=names, title=title, flows=10, truth=number % way)
+
+
+def write_graph(model: DeepEMD, pixels: Tensor, nodes: Tensor, path: Path) -> str:
+    """Write the encoder as an ONNX graph, and compare what it makes of ``pixels`` with ``nodes``; the result in words."""
     try:
         import onnx  # noqa: F401 - which torch needs to write the file
         import onnxruntime
@@ -223,16 +212,16 @@ def write_graph(model: DeepEMD, probe: Probe, nodes: Tensor, path: Path) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer warns that it sees one shape only
-            torch.onnx.export(network, (probe.pixels[:2],), str(path), opset_version=17, dynamo=False, **names)
+            torch.onnx.export(network, (pixels[:2],), str(path), opset_version=17, dynamo=False, **names)
             session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-            found = torch.from_numpy(session.run(None, {"images": probe.pixels.numpy()})[0])
+            found = torch.from_numpy(session.run(None, {"images": pixels.numpy()})[0])
     except Exception as error:  # an operation that ONNX or onnxruntime lacks; three libraries raise errors of their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"-onnx: this encoder cannot be written as a graph ({reason}). Leave -onnx out") from error
     error, largest = float((found - nodes.cpu()).abs().max()), float(nodes.abs().max())
     if not error <= LARGEST_ERROR * largest:
         raise InputError(f"-onnx: onnxruntime finds other nodes, by {error:.2g} of {largest:.2g}. Leave -onnx out")
-    return f"at most {error:.1e} from torch's nodes, the largest of which is {largest:.2g} ({probe.what})"
+    return f"at most {error:.1e} from torch's nodes, the largest of which is {largest:.2g}"
 
 
 # --- The card ---------------------------------------------------------------------------------------------------------
@@ -348,11 +337,12 @@ def write_package(args: Namespace, folder: Path, model: DeepEMD, weights: Path, 
     write_weights(model, folder / PACKAGE_WEIGHTS, half=args.half)
     config = describe(args, model, weights, folder / PACKAGE_WEIGHTS)
     write_json(folder / PACKAGE_CONFIG, config)
-    probe, notes = make_probe(args, view), []
-    _, logits = probe.measure(model, device)
+    (viewed, names, what), notes = make_probe(args, view), []
+    pixels = torch.stack([one.pixels for one in viewed])
+    _, logits = measure(model, pixels, device)
     read_back = copy.deepcopy(model)
     load_encoder_weights(read_back, folder)
-    nodes, stored = probe.measure(read_back, device)
+    nodes, stored = measure(read_back, pixels, device)
     change, size = float((stored - logits).abs().max()), f"{(folder / PACKAGE_WEIGHTS).stat().st_size / 1e6:.1f} MB"
     if args.half:
         before = read_config(weights)["weights"] if is_package(weights) else {}
@@ -362,15 +352,16 @@ def write_package(args: Namespace, folder: Path, model: DeepEMD, weights: Path, 
         note = f"stored in float16, {size}: logits change by at most {config['weights']['logit_change']:.2g}"
         if first is None:
             flips = f"{int((stored.argmax(1) != logits.argmax(1)).sum())} of {len(logits)} answers change"
-            note += f", the largest of which is {float(logits.abs().max()):.2g}; {flips} ({probe.what})"
+            note += f", the largest of which is {float(logits.abs().max()):.2g}; {flips} ({what})"
         if any(row.get("weights") != config["weights"]["sha256"] for row in config["results"]):
             note += ". The results were measured before the conversion"
         notes.append(note)
     elif change:
         raise InputError(f"the package does not compute what {weights} does: logits change by {change:.2g}")
     if args.onnx:
-        notes.append(f"{GRAPH}: {write_graph(read_back, probe, nodes, folder / GRAPH)}")
-    has_picture = draw_picture(probe, read_back, view, device, folder / PICTURE, f"{args.dataset} test")
+        notes.append(f"{GRAPH}: {write_graph(read_back, pixels, nodes, folder / GRAPH)} ({what})")
+    if has_picture := bool(names) and model.settings.head == "deepemd":
+        save(draw_picture(read_back, view, viewed, device, names=names, title=what), folder / PICTURE)
     name = Path(os.path.abspath(args.out)).name
     write_atomically(folder / CARD, card(config, name, notes, has_picture=has_picture).encode())
     return [*notes, f"package: {args.out} ({size}, sha256 {config['weights']['sha256']})"]
@@ -403,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     adopt_trained_flags(parser, args, argv)
     if args.model_dir and "dataset" not in parser.given(argv) and not find_record(args.model_dir)[0].is_file():
         warn(
-            f"no {RECORD} is beside the weights: the card says that they were trained on {args.dataset}. Else set -dataset"
+            f"no {RECORD} beside the weights: the card names {args.dataset} as their training data, unless you set -dataset"
         )
     _, device, device_ids = start(args, one_process=True)
     model, weights = open_model(args, device=device, device_ids=device_ids[:1], **data.pixel_statistics(args))
@@ -412,10 +403,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A package in half precision stays so: its weights have no more digits.
     args.half |= is_package(Path(weights)) and read_config(Path(weights))["weights"].get("dtype") == "float16"
     model = model.eval()
-    place = Path(os.path.abspath(out))
-    for stale in place.parent.glob(f".{glob.escape(place.name)}-*.part"):  # of an export that was killed
-        shutil.rmtree(stale, ignore_errors=True)
-    folder = place.parent / f".{place.name}-{uuid.uuid4().hex}.part"
+    place = Path(os.path.realpath(out))
+    folder = place.with_name(f".{place.name}.part")
+    shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
     folder.mkdir(parents=True)
     try:
         notes = write_package(args, folder, model, Path(weights), device)

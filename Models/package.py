@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -31,6 +32,7 @@ _RESULT |= {"accuracy": int | float, "interval": int | float}
 _RANGES = {"mean": (-100, 100), "std": (1e-4, 100)}  # beyond these, no pixels in [0, 1] come out usable
 _ALSO_FLAGS = {"backbone": "backbone", "view": "deepemd", "image_size": "image_size"}
 STATISTICS = "base_statistics."  # prefix of the keys of the training nodes' mean and deviation
+_AGAIN = "Get or export it again"
 _REPOSITORY = re.compile(r"hf://([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?")
 _LOCAL = re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])[:/]")
 
@@ -95,15 +97,15 @@ def read_config(weights: Path) -> dict[str, Any]:
 
     path = weights.parent / PACKAGE_CONFIG
     if not path.is_file():
-        fault = f"it has no {PACKAGE_CONFIG}. Get or export it again"
-        raise InputError(f"{weights.parent} is not a complete package: {fault}")
+        raise InputError(f"{weights.parent} is not a complete package: it has no {PACKAGE_CONFIG}. {_AGAIN}")
     return read_json(path, "the description of a package", check)
 
 
 def _check_types(part: Any, kinds: dict[str, Any]) -> None:
     for name, kind in kinds.items():
         value = part.get(name) if isinstance(part, dict) else None
-        if not isinstance(value, kind) or isinstance(value, float) and not math.isfinite(value):
+        is_no_number = isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value)
+        if not isinstance(value, kind) or is_no_number:
             raise TypeError(f"its {name} is missing, or of another type")
 
 
@@ -111,6 +113,8 @@ def find_record(source: str) -> tuple[Path, dict[str, Any] | None]:
     """The record of the weights of ``-model_dir``: the ``config.json`` of a package, with its flags, or a ``run.json``."""
     weights = weights_file(source)
     if is_package(weights):
+        if not weights.is_file():
+            raise InputError(f"{weights.parent} is not a complete package: it has no {PACKAGE_WEIGHTS}. {_AGAIN}")
         return weights.parent / PACKAGE_CONFIG, read_config(weights)["flags"]
     return weights.parent / RECORD, None
 
@@ -154,12 +158,17 @@ def _from_hub(source: str) -> Path:
     with _hub_errors(source):
         config = Path(hf_hub_download(name, PACKAGE_CONFIG, revision=revision, **server))
     try:
-        read_config(config)  # before weights of another project, which may be large, are downloaded
+        wanted = read_config(config)["weights"][
+            "sha256"
+        ]  # before weights of another project, which may be large, are downloaded
     except InputError as error:
         raise InputError(f"{source} is not a package that this version reads: {error}") from error
     with _hub_errors(source):
         # From the same commit, which names the folder: the branch may have moved on.
-        return Path(hf_hub_download(name, PACKAGE_WEIGHTS, revision=config.parent.name, **server)).parent
+        given = {"revision": config.parent.name, **server}
+        if file_hash(hf_hub_download(name, PACKAGE_WEIGHTS, **given)) != wanted:  # damaged in the cache, or on the Hub
+            hf_hub_download(name, PACKAGE_WEIGHTS, **given, force_download=True)
+    return config.parent
 
 
 @contextmanager
@@ -202,7 +211,7 @@ def _from_server(source: str) -> Path:
     status(f"downloading {printable(address)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(address, str(path), hash_prefix=digest)
+        torch.hub.download_url_to_file(address, str(path), hash_prefix=digest, progress=sys.stderr.isatty())
     except RuntimeError as error:
         raise InputError(
             f"{printable(address)} is not the file of that SHA-256; the download was removed. {error}"

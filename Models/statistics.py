@@ -37,7 +37,9 @@ class NodeStatistics:
                 found = f"{values.dtype} {tuple(values.shape)}".removeprefix("torch.")
                 raise ValueError(f"{name} must be finite numbers, one a channel; it is {found}")
         if len(self.mean) != len(self.deviation) or not len(self.mean) or self.deviation.min() <= 0:
-            lengths = f"{len(self.mean)} and {len(self.deviation)} channels"
+            lengths = (
+                f"{len(self.mean)} and {len(self.deviation)} channels, deviations {self.deviation.tolist()[:3]}..."
+            )
             raise ValueError(f"mean and deviation must have the same channels, and deviation be above 0; got {lengths}")
 
     @classmethod

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from Models.package import STATISTICS, is_package, read_safetensors, weights_file
-from Models.statistics import NodeStatistics
+from Models.package import STATISTICS, is_package, read_config, read_safetensors, weights_file
+from Models.statistics import OF_STATISTICS, NodeStatistics
 from utils import InputError, first_few, load_plain, printable
 
 # What published checkpoints put before the keys of an encoder.
@@ -40,7 +40,7 @@ def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") 
     wanted, given = encoder.state_dict(), _read_params(path)
     statistics = _take_statistics(path, given)
     missing = [key for key in wanted if key not in given and not _COUNTER.search(key)]
-    unknown = [_shown(key) for key in given if key not in wanted]
+    unknown = sorted(_shown(key) for key in given if key not in wanted)
     misshapen = [key for key in wanted if key in given and given[key].shape != wanted[key].shape]
     if missing or unknown or misshapen:
         name = getattr(encoder, "name", type(encoder).__name__)
@@ -64,11 +64,14 @@ def load_encoder_weights(model: nn.Module, path: str | Path, *, hint: str = "") 
 def _take_statistics(path: Path, given: dict[str, Tensor]) -> NodeStatistics | None:
     """Move the statistics of training nodes, if there are any, out of what was read."""
     taken = {key.removeprefix(STATISTICS): given.pop(key) for key in list(given) if key.startswith(STATISTICS)}
-    if not taken:
+    norm = read_config(path)["flags"].get("norm") if is_package(path) else None
+    if not taken and norm not in OF_STATISTICS:
         return None
     try:
+        if taken.keys() != {"mean", "deviation"}:
+            raise ValueError(f"a mean and a deviation are needed; there is {' and '.join(taken) or 'neither'}")
         return NodeStatistics(**{name: value.float() for name, value in taken.items()})
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         fault = f"its {STATISTICS[:-1]} cannot be used ({printable(str(error))[:200]})"
         raise InputError(f"{path} is damaged: {fault}") from error
 

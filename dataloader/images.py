@@ -68,7 +68,8 @@ def picture_of(image: Image.Image | np.ndarray) -> Image.Image:
         channels = image.shape[2] if image.ndim == 3 else 3
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size or channels > 4:
             found = f"this one is {image.dtype} with the shape {image.shape}"
-            raise InputError(f"an array must be an image of uint8, (H, W) or (H, W, 3); {found}")
+            advice = "Put the channels last, and scale floats to 0 to 255 before astype(np.uint8)"
+            raise InputError(f"an array must be an image of uint8, (H, W) or (H, W, 3); {found}. {advice}")
         image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
     if not isinstance(image, Image.Image):
         raise InputError(f"an image must be a path, a PIL image or an array, not {type(image).__name__}")

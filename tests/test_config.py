@@ -38,16 +38,8 @@ def parse(parser, tmp_path):
     return parse
 
 
-DEFAULTS = {
-    "lr": 0.5,
-    "seed": 1,
-    "sizes": None,
-    "query": [],
-    "norm": "center",
-    "set": "test",
-    "resume": None,
-    "fast": False,
-}
+DEFAULTS = {"lr": 0.5, "seed": 1, "sizes": None, "query": [], "norm": "center", "set": "test"}
+DEFAULTS |= {"resume": None, "fast": False}
 CONTENT = {"lr": 0, "seed": -3, "sizes": [2, 1], "query": ["a", "b"], "norm": "none", "fast": True, "resume": None}
 FOUND = {**DEFAULTS, "lr": 0.0, "seed": -3, "sizes": (2, 1), "query": ["a", "b"], "norm": "none", "fast": True}
 

@@ -13,20 +13,9 @@ from Models.arguments import add_model_arguments, add_weights_arguments
 from Models.package import find_record
 from utils import InputError
 
-TRAINED = {
-    "dataset": "fc100",
-    "image_size": 32,
-    "deepemd": "fcn",
-    "feature_pyramid": [2, 1],
-    "head": "knn",
-    "temperature": 5.0,
-    "norm": "none",
-    "kshot": "mean",
-    "patch_list": [2, 3],
-    "way": 20,
-    "sfc_lr": 0.1,
-    "lr": 0.0005,
-}
+TRAINED = {"dataset": "fc100", "image_size": 32, "deepemd": "fcn", "feature_pyramid": [2, 1], "head": "knn"}
+TRAINED |= {"temperature": 5.0, "norm": "none", "kshot": "mean", "patch_list": [2, 3], "way": 20}
+TRAINED |= {"sfc_lr": 0.1, "lr": 0.0005}
 
 
 def build_parser(*, has_commands=False):
@@ -169,6 +158,7 @@ def package(tmp_path) -> str:
     package = tmp_path / "package"
     package.mkdir()
     write_config(package, TRAINED)
+    (package / "model.safetensors").write_bytes(b"")
     return str(package)
 
 
@@ -180,13 +170,8 @@ def write_config(package: str | Path, flags: object) -> None:
 @pytest.mark.parametrize("file", ["", "/model.safetensors"])
 def test_flags_of_a_package_are_taken(package, file, capsys):
     args = adopt("-model_dir", package + file, "-head", "fusion")
-    assert (args.image_size, args.norm, args.feature_pyramid, args.head, args.sfc_lr) == (
-        32,
-        "none",
-        (2, 1),
-        "fusion",
-        100,
-    )
+    found = (args.image_size, args.norm, args.feature_pyramid, args.head, args.sfc_lr)
+    assert found == (32, "none", (2, 1), "fusion", 100)
     adopted, differing = capsys.readouterr().err.splitlines()
     assert adopted.startswith(f"flags of the package ({package}/config.json): -dataset fc100 -image_size 32")
     assert differing == f"warning: -head fusion differs from the package ({package}/config.json): -head knn"

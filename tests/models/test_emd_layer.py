@@ -157,14 +157,8 @@ def test_the_hub_gives_the_encoder_with_weights_or_without(tmp_path):
     assert torch.equal(found.layer4[0].conv3.weight, encoder.layer4[0].conv3.weight)
     assert not torch.equal(hub("resnet12").layer4[0].conv3.weight, encoder.layer4[0].conv3.weight)
     save_file(encoder.state_dict(), tmp_path / "model.safetensors")
-    config = {
-        "format": 1,
-        "backbone": "resnet12",
-        "flags": {},
-        "results": [],
-        "mean": [0.1, 0.2, 0.3],
-        "std": [1, 2, 3],
-    }
+    config = {"format": 1, "backbone": "resnet12", "flags": {}, "results": []}
+    config |= {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 3]}
     config["weights"] = {"sha256": file_hash(tmp_path / "model.safetensors")}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = hub("resnet12", str(tmp_path / "model.safetensors"))

@@ -85,6 +85,8 @@ def test_a_model_takes_the_statistics_of_a_package(tmp_path):
     write_package(tmp_path, {**model.encoder.state_dict(), **{key: value[1:] for key, value in keys.items()}})
     with pytest.raises(InputError, match="the statistics are of 63 channels"):
         load_encoder_weights(model, tmp_path)
+    write_package(tmp_path, model.encoder.state_dict(), flags={"norm": "standard"})
+    assert "a mean and a deviation are needed; there is neither" in refusal(model, tmp_path)
 
 
 def refusal(model: nn.Module, source: Path | str) -> str:
@@ -162,23 +164,22 @@ def test_a_flipped_bit_is_noticed(tmp_path, model, state):
 
 
 FLAGS = {"backbone": "resnet12", "deepemd": "fcn", "image_size": 84}
-RESULT = {
-    "flags": {},
-    "dataset": "cub",
-    "set": "test",
-    "way": 5,
-    "shot": 1,
-    "episodes": 3,
-    "accuracy": 1.0,
-    "interval": 0.0,
-}
+RESULT = {"flags": {}, "dataset": "cub", "set": "test", "way": 5, "shot": 1, "episodes": 3}
+RESULT |= {"accuracy": 1.0, "interval": 0.0}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         *({"format": 2}, {"format": None}, {"mean": None}, {"mean": [1, 2]}, {"std": [0, 1, 1]}, {"std": "abc"}),
-        *({"mean": 3}, {"std": [1e-9, 1, 1]}, {"std": [1, 1, 1e9]}, {"head": 3}, {"data": {"set": 3}}),
+        *(
+            {"format": True},
+            {"mean": 3},
+            {"std": [1e-9, 1, 1]},
+            {"std": [1, 1, 1e9]},
+            {"head": 3},
+            {"data": {"set": 3}},
+        ),
         *({"flags": {"norm": "none"}, "head": {"norm": "center"}}, {"results": [RESULT | {"accuracy": 101.0}]}),
         *({"mean": [float("nan")] * 3}, {"weights": {}}, {"weights": {"sha256": "../../x"}}, {"weights": 3}),
         *({"flags": None}, {"flags": []}, {"backbone": 3}, {"results": {}}),
@@ -214,11 +215,15 @@ def test_an_incomplete_package_is_refused(tmp_path, model, state):
     for content in ("", "[]", "null", "3", config[:-3], "[" * 100_000):
         (tmp_path / "config.json").write_text(content)
         assert "not the description of a package" in refusal(model, tmp_path)
+    with pytest.raises(InputError, match="not the description of a package"):
+        find_record(str(tmp_path))
     (tmp_path / "config.json").unlink()
     assert "is not a complete package: it has no config.json" in refusal(model, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "config.json").write_text(config)
     assert refusal(model, tmp_path) == f"no checkpoint at {tmp_path}/model.safetensors."
+    with pytest.raises(InputError, match="is not a complete package: it has no model.safetensors"):
+        find_record(str(tmp_path))
 
 
 def test_a_run_in_the_same_folder_is_preferred(tmp_path, model, state):
@@ -305,6 +310,9 @@ def test_a_package_of_the_hub_is_downloaded_once(server, model, state):
         locate.cache_clear()
     assert files_of(asked) == ["/me/mine/resolve/main/config.json", f"/me/mine/resolve/{COMMIT}/model.safetensors"]
     assert all(line.endswith("Bearer secret") for line in asked if "/resolve/" in line)
+    (locate("hf://me/mine") / "model.safetensors").resolve().write_bytes(b"damaged")
+    locate.cache_clear()
+    load_encoder_weights(model, "hf://me/mine")
 
 
 def test_a_package_that_was_downloaded_needs_no_network(server, monkeypatch, model, state):

@@ -22,16 +22,8 @@ from Models.weights import load_encoder_weights
 from utils import InputError, file_hash
 
 EVAL = ["-gpu", "cpu", "-query", 2, "-way", 2, "-num_workers", 0, "-test_episode", 4]
-TRAINED = {
-    "dataset": "folder",
-    "backbone": "conv4",
-    "deepemd": "fcn",
-    "image_size": 32,
-    "feature_pyramid": [1],
-    "temperature": 5.0,
-    "solver": "ipm",
-    "lr": 0.1,
-}
+TRAINED = {"dataset": "folder", "backbone": "conv4", "deepemd": "fcn", "image_size": 32, "feature_pyramid": [1]}
+TRAINED |= {"temperature": 5.0, "solver": "ipm", "lr": 0.1}
 
 
 def read(path: Path) -> dict:
@@ -45,16 +37,10 @@ def exported(tmp_path_factory, folder) -> Path:
     torch.manual_seed(1)
     encoder = Conv4()
     (cwd / "run").mkdir()
-    torch.save(
-        {"params": {f"encoder.{key}": value for key, value in encoder.state_dict().items()}}, cwd / "run/max_acc.pth"
-    )
-    record = {
-        "script": "train_meta.py",
-        "flags": TRAINED,
-        "data": {"train": {"sha256": "abc"}},
-        "versions": {"torch": "1.0"},
-    }
-    (cwd / "run/run.json").write_text(json.dumps(record))
+    weights = {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
+    torch.save({"params": weights}, cwd / "run/max_acc.pth")
+    record = {"script": "train_meta.py", "flags": TRAINED, "data": {"train": {"sha256": "abc"}}}
+    (cwd / "run/run.json").write_text(json.dumps({**record, "versions": {"torch": "1.0"}}))
     for shot in (1, 2):
         flags = ["-data_dir", folder, *EVAL, "-shot", shot, "-sfc_update_step", 2, "-json", f"{shot}.json"]
         succeed("eval.py", "-model_dir", "run", *flags, cwd=cwd)
@@ -67,22 +53,16 @@ def test_a_package_says_what_it_is(exported):
     package, config = exported / "package", read(exported / "package/config.json")
     assert {path.name for path in package.iterdir()} == {"model.safetensors", "config.json", "README.md", "match.png"}
     assert (config["format"], config["backbone"], config["image_size"], config["license"]) == (1, "conv4", 32, "mit")
-    assert {
-        **config["flags"],
-        "image_size": 32,
-        "feature_pyramid": [1],
-        "temperature": 5.0,
-        "norm": "center",
-    } == config["flags"]
+    taken = {"image_size": 32, "feature_pyramid": [1], "temperature": 5.0, "norm": "center"}
+    assert config["flags"] == {**config["flags"], **taken}
     assert "lr" not in config["flags"]
     assert config["data"] == {"set": "folder", "fingerprint": {"train": {"sha256": "abc"}}}
     assert config["versions"] == {"torch": "1.0"}
     assert config["weights"]["sha256"] == file_hash(package / "model.safetensors")
     assert config["weights"]["checkpoint"] == file_hash(exported / "run/max_acc.pth")
     found = [(row["shot"], row["accuracy"], row["interval"], row["episodes"]) for row in config["results"]]
-    assert found == [
-        (k, read(exported / f"{k}.json")["accuracy"], read(exported / f"{k}.json")["interval"], 4) for k in (1, 2)
-    ]
+    measured = {k: read(exported / f"{k}.json") for k in (1, 2)}
+    assert found == [(k, one["accuracy"], one["interval"], 4) for k, one in measured.items()]
     # Nothing of the author's machine.
     text = (package / "config.json").read_text() + (package / "README.md").read_text()
     assert str(exported) not in text
@@ -124,16 +104,13 @@ def test_a_package_brings_its_preprocessing(exported, folder, tmp_path):
     done = {source: run("eval.py", "-model_dir", source, *flags, cwd=exported) for source in ("package", "run")}
     losses = {source: json.loads(one.out)["loss"] for source, one in done.items()}
     assert losses["package"] == read(exported / "1.json")["loss"] != losses["run"]
-    assert (
-        "warning: -dataset cifar_fs differs from the package (package/config.json): -dataset folder"
-        in done["package"].err
-    )
+    said = "warning: -dataset cifar_fs differs from the package (package/config.json): -dataset folder"
+    assert said in done["package"].err
 
 
 def test_a_given_flag_wins_and_is_named(exported, folder):
-    done = run(
-        "eval.py", "-model_dir", "package", "-data_dir", folder, *EVAL, "-temperature", 3, "-json", "-", cwd=exported
-    )
+    flags = ["-data_dir", folder, *EVAL, "-temperature", 3, "-json", "-"]
+    done = run("eval.py", "-model_dir", "package", *flags, cwd=exported)
     assert json.loads(done.out)["flags"]["temperature"] == 3
     assert "warning: -temperature 3.0 differs from the package (package/config.json): -temperature 5.0" in done.err
 
@@ -206,19 +183,10 @@ def test_the_graph_computes_the_nodes(exported, tmp_path, view):
         (["-model_dir", "run", "-out", "1.json/x"], "cannot write 1.json/x (1.json is a file, not a folder)"),
         (["-model_dir", "run", "-license", "MIT"], "the Hub spells licences in lower case"),
         (["-backbone", "timm:test_vit", "-backbone_weights", "none"], "-model_dir names what is exported"),
-        (
-            ["-model_dir", "run", "-results", "nowhere.json"],
-            "cannot read the results of an evaluation from nowhere.json",
-        ),
+        (["-model_dir", "run", "-results", "nowhere.json"], "cannot read the results of an evaluation from nowhere"),
         (["-model_dir", "run", "-results", "run/run.json"], "run/run.json is damaged, or not the results"),
-        (
-            ["-model_dir", "run", "-results", "1.json", "other.json"],
-            "-results other.json: it was measured with random weights",
-        ),
-        (
-            ["-model_dir", "run", "-results", "third.json"],
-            "-results third.json: it was measured with weights of SHA-256 0123",
-        ),
+        (["-model_dir", "run", "-results", "1.json", "other.json"], "other.json: it was measured with random weights"),
+        (["-model_dir", "run", "-results", "third.json"], "third.json: it was measured with weights of SHA-256 0123"),
     ],
 )
 def test_a_failed_export_leaves_nothing(exported, flags, message):
@@ -235,7 +203,7 @@ def test_a_failed_export_leaves_nothing(exported, flags, message):
 def test_a_failure_on_the_way_leaves_the_earlier_package(exported, tmp_path, monkeypatch):
     shutil.copytree(exported / "package", tmp_path / "package")
     (tmp_path / "package/.git").mkdir()
-    (tmp_path / ".package-1.part").mkdir()  # of an export that was killed
+    (tmp_path / ".package.part").mkdir()  # of an export that was killed
     before = {path.name: path.read_bytes() for path in (tmp_path / "package").glob("[!.]*")}
 
     def fail(*_, **__):
@@ -259,17 +227,8 @@ def test_a_network_of_timm_that_was_not_trained_here_is_packaged(tmp_path, folde
     torch.manual_seed(3)
     save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "w.safetensors")
     flags = {"backbone_weights": str(tmp_path / "w.safetensors"), "image_size": 64, "device": "cpu"}
-    words = [
-        "-backbone",
-        "timm:test_resnet",
-        "-backbone_weights",
-        "w.safetensors",
-        "-image_size",
-        64,
-        "-out",
-        "package",
-    ]
-    succeed("export.py", *words, "-data_dir", folder, "-dataset", "folder", cwd=tmp_path)
+    words = ["-backbone", "timm:test_resnet", "-backbone_weights", "w.safetensors", "-image_size", 64]
+    succeed("export.py", *words, "-out", "package", "-data_dir", folder, "-dataset", "folder", cwd=tmp_path)
     images = sorted((folder / "test/class1").iterdir())
     expected = deepemd.load("timm:test_resnet", **flags).encode(images)
     assert torch.equal(deepemd.load(tmp_path / "package", device="cpu").encode(images), expected)
@@ -279,18 +238,8 @@ def test_a_network_of_timm_that_was_not_trained_here_is_packaged(tmp_path, folde
 def test_other_scripts_take_a_package(exported, folder, tmp_path):
     write_images(tmp_path / "support/a", 2, seed=1)
     write_images(tmp_path / "support/b", 1, seed=2)
-    flags = ["-model_dir", "package", "-gpu", "cpu"]
-    done = run(
-        "predict.py",
-        *flags,
-        "-kshot",
-        "mean",
-        "-support",
-        tmp_path / "support",
-        "-query",
-        tmp_path / "support/b",
-        cwd=exported,
-    )
+    flags = ["-model_dir", "package", "-gpu", "cpu", "-kshot", "mean", "-support", tmp_path / "support"]
+    done = run("predict.py", *flags, "-query", tmp_path / "support/b", cwd=exported)
     assert "b/0000.png" in done.out, done.err
     for source in ("package", "run"):
         args = train_meta.build_parser().parse_args(["-pretrain_dir", str(exported / source)])
@@ -310,19 +259,8 @@ def test_a_broken_package_is_one_line(exported, tmp_path, folder, damage):
     else:
         change = {"format": 99} if damage == "format" else {"flags": {"image_size": "rm -rf"}}
         (package / "config.json").write_text(json.dumps({**config, **change}))
-    done = run(
-        "eval.py",
-        "-model_dir",
-        package,
-        "-data_dir",
-        folder,
-        "-dataset",
-        "folder",
-        "-backbone",
-        "conv4",
-        *EVAL,
-        cwd=tmp_path,
-    )
+    flags = ["-data_dir", folder, "-dataset", "folder", "-backbone", "conv4", *EVAL]
+    done = run("eval.py", "-model_dir", package, *flags, cwd=tmp_path)
     assert done.status == 1
     assert done.err.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.err

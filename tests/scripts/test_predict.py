@@ -171,18 +171,8 @@ def test_pictures(own_images, tmp_path, arguments):
     shutil.copy(query / "ant" / "0.png", tmp_path / "a$_$b.png")  # no formula
     names = [str(query / "bee" / "0.png"), *(str(tmp_path / name) for name in ("0.jpg", "0.bmp", "a$_$b.png"))]
     for _ in range(2):  # pictures of an earlier run are replaced
-        main(
-            [
-                "-support",
-                str(own_images / "support"),
-                "-query",
-                *names,
-                *TINY,
-                "-picture",
-                str(tmp_path / "out"),
-                *arguments,
-            ]
-        )
+        words = ["-support", str(own_images / "support"), "-query", *names, "-picture", str(tmp_path / "out")]
+        main([*words, *TINY, *arguments])
     assert len(list((tmp_path / "out").glob("0*.png"))) == 3  # of one name
     with Image.open(tmp_path / "out" / "a$_$b.png") as picture:
         picture.load()
@@ -226,17 +216,8 @@ def test_heads_without_a_match(own_images, tmp_path, capsys):
 
 def test_one_class_and_a_file_of_json(own_images, tmp_path):
     shutil.copytree(own_images / "support" / "bee", tmp_path / "support" / "bee")
-    main(
-        [
-            "-support",
-            str(tmp_path / "support"),
-            "-query",
-            str(own_images / "query" / "ant"),
-            *TINY,
-            "-json",
-            str(tmp_path / "a.json"),
-        ]
-    )
+    words = ["-support", tmp_path / "support", "-query", own_images / "query" / "ant", "-json", tmp_path / "a.json"]
+    main([*map(str, words), *TINY])
     found = json.loads((tmp_path / "a.json").read_text())
     assert [(item["class"], item["probability"], item["runner_up"]) for item in found] == 2 * [("bee", 1.0, None)]
 

@@ -141,6 +141,12 @@ def test_good_values_of_flags():
 
 # --- the end of a script ---
 
+FROM_A_WORKER = """Caught InputError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "x"
+utils.InputError: no image at a
+b.png"""
+
 
 @pytest.mark.parametrize(
     ("error", "message"),
@@ -149,20 +155,11 @@ def test_good_values_of_flags():
         (SolverError("problem 3 of 4"), "error: problem 3 of 4\n"),
         (PermissionError(13, "Permission denied", "data/a"), "error: [Errno 13] Permission denied: 'data/a'\n"),
         (InputError("no image at a\nb.png"), "error: no image at a b.png\n"),
-        (
-            InputError(
-                "Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-                '  File "x"\nutils.InputError: no image at a\nb.png'
-            ),
-            "error: no image at a b.png\n",
-        ),
+        (InputError(FROM_A_WORKER), "error: no image at a b.png\n"),
         (InputError("a name from a stranger: \x1b[31m\u202e"), "error: a name from a stranger: ?[31m?\n"),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "error: out of GPU memory (CUDA out of memory.). Use "),
         (MemoryError("Unable to allocate 9 TiB"), "error: out of memory (Unable to allocate 9 TiB). Use a smaller"),
-        (
-            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
-            "error: out of memory ([enforce fail]",
-        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: out of memory (DefaultCPUAllocator"),
     ],
 )
 def test_errors_of_the_users_making_are_one_line(error, message, capsys):

@@ -296,7 +296,7 @@ def test_what_cannot_be_written_is_reported_before_the_work(tmp_path):
     for path in (tmp_path, tmp_path / "file" / "below", tmp_path / ("n" * 300)):
         with pytest.raises(InputError, match="cannot write"):
             check_writable(path)
-    path = tmp_path / ("\u6f22" * 85)  # 255 bytes, all that there may be: the partial file beside it has a name of its own
+    path = tmp_path / ("\u6f22" * 85)  # all 255 bytes: the partial file beside it has a name of its own
     write_output(path, b"new")
     assert path.read_bytes() == b"new"
 

@@ -83,11 +83,10 @@ def read_episodes(path: str | Path, dataset: NamedImages, **settings: Any) -> Li
             raise InputError(f"{where}: all episodes must have the same shape; {shown}")
         indices.append(found)
         shapes.append(shape)
-    way, shot, query = shapes[0]
     seeds = [episode.get("view_seeds") for episode in content]
     if any(not _are_seeds(one, len(found)) for one, found in zip(seeds, indices, strict=True)):
         seeds = None
-    return ListedEpisodes(indices, way=way, shot=shot, query=query, view_seeds=seeds, **settings)
+    return ListedEpisodes(indices, shapes[0], seeds, **settings)
 
 
 def _names(dataset: NamedImages, flag: str) -> list[str]:

@@ -11,6 +11,7 @@ every draw a function of (seed, name, epoch, index), so any part of a run can be
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -125,31 +126,24 @@ class SeededEpisodes(_Seeded):
 
 
 class ListedEpisodes(_Seeded):
-    """Episodes of a file, all of one shape, which :func:`read_episodes` returns; see :class:`SeededEpisodes`.
+    """Episodes of a file, all of the ``shape`` (way, shot, queries per class); only the first ``most`` if given.
 
-    Args:
-        indices: ``W*P`` images for each episode, class-interleaved.
-        way, shot, query: the shape.
-        view_seeds: seeds of the views for each episode; drawn when not given.
-        most: use the first ones only.
+    ``indices`` are the ``W*P`` images of each episode, class-interleaved. ``view_seeds`` are those of their views, which are
+    drawn as for :class:`SeededEpisodes` when not given.
     """
 
     def __init__(
         self,
         indices: Sequence[Sequence[int]],
-        *,
-        way: int,
-        shot: int,
-        query: int,
-        seed: int,
-        name: str,
+        shape: tuple[int, int, int],
         view_seeds: Sequence[Sequence[int]] | None = None,
-        fixed_views: int | None = None,
+        *,
         most: int | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(seed, name, fixed_views)
-        self.count = min(len(indices), most or len(indices))
-        self.indices, self.way, self.shot, self.query, self.view_seeds = indices, way, shot, query, view_seeds
+        super().__init__(**settings)
+        self.indices, self.view_seeds, self.count = indices, view_seeds, min(len(indices), most or len(indices))
+        self.way, self.shot, self.query = shape
 
     def __len__(self) -> int:
         return self.count

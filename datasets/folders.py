@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.run import hold_lock
+from utils import check_writable
 
 # Written by prepare.py and compared with the files by verify.py: {"dataset": "fc100", "recipe": 1, "source": "...",
 # "options": {...}, "sha256": "...", "splits": {"train": {"classes": 60, "images": 36000, "per_class": {...}}, ...}}
@@ -17,8 +18,8 @@ MANIFEST = "manifest.json"
 @contextmanager
 def exclusive(target: Path) -> Iterator[None]:
     """Hold ``.<name>.lock`` beside a folder while it is built; InputError if another process is building it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     path = target.with_name(f".{target.name}.lock")
+    check_writable(path)
     lock = hold_lock(path, "Wait for it to finish")
     try:
         yield

@@ -141,6 +141,12 @@ def test_good_values_of_flags():
 
 # --- the end of a script ---
 
+FROM_A_WORKER = """Caught InputError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "x"
+utils.InputError: no image at a
+b.png"""
+
 
 @pytest.mark.parametrize(
     ("error", "message"),
@@ -149,20 +155,11 @@ def test_good_values_of_flags():
         (SolverError("problem 3 of 4"), "error: problem 3 of 4\n"),
         (PermissionError(13, "Permission denied", "data/a"), "error: [Errno 13] Permission denied: 'data/a'\n"),
         (InputError("no image at a\nb.png"), "error: no image at a b.png\n"),
-        (
-            InputError(
-                "Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-                '  File "x"\nutils.InputError: no image at a\nb.png'
-            ),
-            "error: no image at a b.png\n",
-        ),
+        (InputError(FROM_A_WORKER), "error: no image at a b.png\n"),
         (InputError("a name from a stranger: \x1b[31m\u202e"), "error: a name from a stranger: ?[31m?\n"),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "error: out of GPU memory (CUDA out of memory.). Use "),
         (MemoryError("Unable to allocate 9 TiB"), "error: out of memory (Unable to allocate 9 TiB). Use a smaller"),
-        (
-            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
-            "error: out of memory ([enforce fail]",
-        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: out of memory (DefaultCPUAllocator"),
     ],
 )
 def test_errors_of_the_users_making_are_one_line(error, message, capsys):
@@ -299,7 +296,7 @@ def test_what_cannot_be_written_is_reported_before_the_work(tmp_path):
     for path in (tmp_path, tmp_path / "file" / "below", tmp_path / ("n" * 300)):
         with pytest.raises(InputError, match="cannot write"):
             check_writable(path)
-    path = tmp_path / ("\u6f22" * 83)  # 249 bytes of 255: the partial file beside it has a name of its own
+    path = tmp_path / ("\u6f22" * 85)  # all 255 bytes: the partial file beside it has a name of its own
     write_output(path, b"new")
     assert path.read_bytes() == b"new"
 

@@ -17,22 +17,10 @@ def parse(*words: str):
 
 
 def test_defaults_of_the_flags():
-    assert vars(parse()) == {
-        "dataset": "miniimagenet",
-        "data_dir": "datasets",
-        "deepemd": "fcn",
-        "num_patch": 9,
-        "fixed_patches": False,
-        "patch_list": (2, 3),
-        "patch_ratio": 2.0,
-        "image_size": 84,
-        "interpolation": "bilinear",
-        "num_workers": None,
-        "verify_images": False,
-        "way": 5,
-        "shot": 1,
-        "query": 15,
-    }
+    data = {"dataset": "miniimagenet", "data_dir": "datasets", "num_workers": None, "verify_images": False}
+    views = {"deepemd": "fcn", "image_size": 84, "interpolation": "bilinear", "patch_list": (2, 3), "patch_ratio": 2.0}
+    patches, episodes = {"num_patch": 9, "fixed_patches": False}, {"way": 5, "shot": 1, "query": 15}
+    assert vars(parse()) == data | views | patches | episodes
 
 
 def test_help_says_each_default_once(capsys):

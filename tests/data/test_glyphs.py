@@ -126,16 +126,6 @@ def test_stopped_halfway_leaves_the_earlier_set(tmp_path, monkeypatch, error, st
     assert tree(tmp_path) == before
 
 
-def test_files_beside_the_tree_are_left_alone(tmp_path):
-    for name in ("glyphs.part", ".glyphs.part"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "thesis.txt").write_text("x")
-    before = tree(tmp_path)
-    make_glyphs(tmp_path / "glyphs", **SMALL)
-    assert {name: content for name, content in tree(tmp_path).items() if "thesis" in name} == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".glyphs.part", "glyphs", "glyphs.part"]
-
-
 def test_two_processes_may_write_the_same_tree(tmp_path, monkeypatch):
     draw = module._draw
 

@@ -397,6 +397,8 @@ def test_broken_sources_end_with_one_line(tmp_path, cifar):
         message = refused("fc100", out, source=save(out / "source", content))
         assert re.search(expected, message), (message, expected)
         assert not (out / "FC100").exists()
+    expected = f"cannot write {tmp_path}/cifar.zip/.FC100.lock ({tmp_path}/cifar.zip is a file, not a folder)"
+    assert refused("fc100", cifar, source=cifar) == expected
     assert "there is no file or folder" in refused("fc100", tmp_path, source=tmp_path / "nowhere")
     assert "ILSVRC2012_img_train.tar from image-net.org" in refused("tieredimagenet", tmp_path)
 

@@ -110,7 +110,7 @@ def test_confusion_is_by_true_class(tmp_path):
     assert plots.worst_pairs(right) == ["no class was taken for another"]
 
 
-@pytest.mark.parametrize("count", [1, 30, 200])
+@pytest.mark.parametrize("count", [1, 64, 200])
 def test_confusion_of_any_number_of_classes_can_be_read(count):
     counts = np.ones((count, count), dtype=int)
     names = [f"{name}{k}" for k, name in enumerate((ODD_NAMES * 30)[:count])]
@@ -132,7 +132,6 @@ def test_confusion_of_any_number_of_classes_can_be_read(count):
         ({"confusion": {"classes": ["a"], "counts": [[0]]}}, "is damaged"),
         ({"confusion": {"classes": [7], "counts": [[1]]}}, "is damaged"),
         ({"confusion": 3}, "is damaged"),
-        ({}, "is damaged"),
     ],
 )
 def test_results_without_a_matrix_are_named(tmp_path, content, sentence):

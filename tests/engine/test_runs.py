@@ -35,6 +35,7 @@ from engine.training import train_epoch
 from utils import InputError, append_line
 
 TINY = ["-gpu", "cpu", "-image_size", "16", "-query", "2", "-way", "2", "-dataset", "folder", "-episode_batch", "1"]
+TINY += ["-backbone", "conv4"]  # whose state is written in no time
 PRETRAIN = ["train_pretrain.py", *TINY, "-max_epoch", "2", "-num_episode", "2", "-bs", "14", "-lr", "0.01"]
 META = [
     *("train_meta.py", *TINY, "-pretrain_dir", "none", "-max_epoch", "2", "-val_frequency", "2", "-bs", "2"),
@@ -76,8 +77,8 @@ class Ended:
 def folder_of(words: list[str], cwd: Path) -> Path:
     if words[0] == "eval.py":
         return cwd / "checkpoint/eval"
-    meta = "checkpoint/folder/sampling/2shot-2way"
-    return cwd / (meta if words[0] == "train_meta.py" else "checkpoint/pre_train/folder/14-0.0100-30-0.20")
+    meta = "checkpoint/folder/sampling/2shot-2way-conv4"
+    return cwd / (meta if words[0] == "train_meta.py" else "checkpoint/pre_train/folder/14-0.0100-30-0.20-conv4")
 
 
 @pytest.fixture(scope="module")
@@ -458,7 +459,7 @@ def test_kill_9_loses_nothing_that_was_saved(whole, folder, tmp_path):
 
 
 def test_a_signal_ends_a_run_in_order(folder, tmp_path):
-    words = [*META, "-num_workers", "1", "-data_dir", folder, "-max_epoch", "50"]
+    words = [*META, "-num_workers", "1", "-data_dir", folder, "-max_epoch", "5000"]
     process = start(words, tmp_path)
     wait_for((folder_of(META, tmp_path) / "results.txt").exists, process)
     process.send_signal(signal.SIGINT)
@@ -469,7 +470,7 @@ def test_a_signal_ends_a_run_in_order(folder, tmp_path):
 
 
 def test_two_runs_in_one_folder(folder, tmp_path):
-    words = [*META, *HERE, "-data_dir", folder, "-max_epoch", "50"]
+    words = [*META, *HERE, "-data_dir", folder, "-max_epoch", "5000"]
     path = folder_of(META, tmp_path)
     first = start(words, tmp_path)
     wait_for((path / "results.txt").exists, first)
@@ -698,12 +699,12 @@ def test_training_by_two_processes(folder, tmp_path, monkeypatch):
         done = run(*named, cwd=tmp_path) if name == "one" else finish(start(named, tmp_path, *torchrun(2)))
         assert done.status == 0, done.err
         assert done.out.count("epoch 1/1") == 1  # the first rank alone prints
-        state = torch.load(tmp_path / "checkpoint/folder/fcn/1shot-2way" / name / "last.pth", weights_only=True)
+        state = torch.load(tmp_path / "checkpoint/folder/fcn/1shot-2way-conv4" / name / "last.pth", weights_only=True)
         states.append(state["state"])
     momenta = [[entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()] for state in states]
     for one, two in zip(*momenta, strict=True):
         assert (one - two).norm() <= 1e-5 * one.norm()
-    folders = [tmp_path / "checkpoint/folder/fcn/1shot-2way" / name for name in ("one", "two")]
+    folders = [tmp_path / "checkpoint/folder/fcn/1shot-2way-conv4" / name for name in ("one", "two")]
     losses = [json.loads((path / "trlog.json").read_text())["epochs"][0]["train_loss"] for path in folders]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     monkeypatch.setattr(train_meta, "start", lambda args: (Ranks(0, 2, 2), torch.device("cpu"), []))
@@ -712,7 +713,7 @@ def test_training_by_two_processes(folder, tmp_path, monkeypatch):
 
 
 def test_the_launcher_is_stopped_and_the_run_goes_on_alone(folder, tmp_path):
-    words = [*PRETRAIN, *HERE, "-data_dir", folder, "-max_epoch", "30"]
+    words = [*PRETRAIN, *HERE, "-data_dir", folder, "-max_epoch", "5000"]
     path = folder_of(PRETRAIN, tmp_path)
     process = start(words, tmp_path, *torchrun(2))
     wait_for((path / "results.txt").exists, process)
@@ -848,7 +849,7 @@ def test_ranks_share_the_memory_of_their_machine(monkeypatch):
 
 
 def test_a_rank_that_dies_takes_the_run_down(folder, tmp_path):
-    words = [*PRETRAIN, *HERE, "-data_dir", folder, "-max_epoch", "1000"]
+    words = [*PRETRAIN, *HERE, "-data_dir", folder, "-max_epoch", "5000"]
     process = start(words, tmp_path, *torchrun(2))
     wait_for((folder_of(PRETRAIN, tmp_path) / "results.txt").exists, process)
     children = subprocess.run(

@@ -155,7 +155,7 @@ def named_generator(seed: int, *name: str | int) -> torch.Generator:
 
 
 @contextlib.contextmanager
-def _writing(path: Path, more: str = "") -> Iterator[None]:
+def writing(path: Path, more: str = "") -> Iterator[None]:
     """Create the folder of a file, and turn an OSError into a sentence about the file."""
     try:
         try:
@@ -169,14 +169,14 @@ def _writing(path: Path, more: str = "") -> Iterator[None]:
 
 def append_line(path: Path, line: str | None = None) -> None:
     """Add a line to a text file, creating it and its folder; without a line, only check that this is possible."""
-    with _writing(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+    with writing(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         if line is not None:
             file.write(line + "\n")
 
 
 def check_writable(path: Path) -> None:
     """Raise InputError unless :func:`write_output` can write there; opens nothing that another process reads."""
-    with _writing(path):
+    with writing(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         if not path.exists():
@@ -209,7 +209,7 @@ def save_plain(path: Path, content: Any) -> None:
 def write_output(path: Path, content: bytes | memoryview) -> None:
     """Write a file that the user named: as :func:`write_atomically`, but several hard links to a file stay one file."""
     if path.is_file() and path.stat().st_nlink > 1:
-        with _writing(path):
+        with writing(path):
             path.write_bytes(content)
     else:
         write_atomically(path, content)
@@ -223,7 +223,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """
     real = Path(os.path.realpath(path))
     partial = real.with_name(f"{uuid.uuid4().hex}.part")
-    with _writing(path, "; what was saved before is intact"):
+    with writing(path, "; what was saved before is intact"):
         before = os.stat(path) if path.exists() else None
         is_open = os.path.abspath(path).startswith(("/dev/fd/", "/dev/std", "/proc/"))  # by this process or its shell
         if before and (is_open or not stat.S_ISREG(before.st_mode)):

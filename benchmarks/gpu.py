@@ -1,7 +1,7 @@
 """What a GPU is worth here: the solver, the encoder, the parts of an episode, and the fit of prototypes. See benchmarks/gpu.sh.
 
     python benchmarks/gpu.py PART -out FOLDER     adds the rows of a part to FOLDER/PART.jsonl, but for those in it
-    python benchmarks/gpu.py table -out FOLDER    all results in the folder as Markdown
+    python benchmarks/gpu.py table -out FOLDER    all measurements as Markdown
 
 A case that fails becomes a row with its error, and is tried again by the next call. ``-gpu cpu -quick`` tries the code without
 a GPU.
@@ -205,34 +205,26 @@ def measure_part(args: Namespace) -> None:
 
 
 def table(folder: Path) -> str:
-    """The results in a folder as Markdown: the rows of the parts, and the accuracies of the scripts that gpu.sh runs."""
-    sections = []
+    """The rows of all parts as Markdown."""
+    lines = []
     for path in sorted(folder.glob("*.jsonl")):
         start, *rows = map(json.loads, path.read_text().splitlines())
-        sections.append((f"{path.stem} ({start['device']}, torch {start['torch']})", rows))
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    keys = ("accuracy", "interval", "seconds")
-    tested = [
-        {"test": name, "episodes": len(one["accuracies"])} | {key: one[key] for key in keys}
-        for name, one in results.items()
-    ]
-    lines = []
-    for title, rows in [*sections, ("recipe", tested)]:
-        if columns := dict.fromkeys(chain.from_iterable(rows)):
-            lines += [f"\n**{title}**\n", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-            lines += [f"| {' | '.join(_cell(row.get(name, '')) for name in columns)} |" for row in rows]
+        columns = dict.fromkeys(chain.from_iterable(rows))
+        lines += [f"\n**{path.stem}** ({start['device']}, torch {start['torch']})\n"]
+        lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+        lines += [f"| {' | '.join(_cell(row.get(name, '')) for name in columns)} |" for row in rows]
     return "\n".join(lines)
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+        return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
     return str(value).replace("|", "\\|")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__.splitlines()[0])
-    parts = "what to measure; device prints which GPU is used, table all results"
+    parts = "what to measure; device prints which GPU is used, table the measurements as Markdown"
     parser.add_argument("part", choices=[*PARTS, "device", "table"], help=parts)
     out = "folder of the measurements"
     parser.add_argument("-out", type=Path, metavar="DIR", default=Path("checkpoint/gpu"), help=out)

@@ -54,27 +54,27 @@ step encoder 90 "${measure[@]}" encoder
 step episodes 40 "${measure[@]}" episodes
 step fit 40 "${measure[@]}" fit
 if [ "$data_dir" ]; then
-  common=(-dataset fc100 -data_dir "$data_dir" -extra_dir gpu -solver simplex -amp bfloat16 "${gpu[@]}")
+  common=(-dataset fc100 -data_dir "$data_dir" -solver simplex -amp bfloat16 "${gpu[@]}")
   [ -z "$few" ] || common+=(-amp off -image_size 16)
   best=checkpoint/pre_train/fc100/128-0.1000-12-0.20/gpu/max_acc.pth train=${SECONDS_TO_TRAIN:-240}
   started=$([ -e "$out/pretrain.txt" ] && echo -resume)
   end=$((SECONDS + train < limit ? SECONDS + train : limit))
-  limit=$end enough=$best step pretrain "$train" "$python" train_pretrain.py "${common[@]}" $started -bs 128 -max_epoch 40 \
-    -step_size 12 -num_episode "${few:-100}"
+  limit=$end enough=$best step pretrain "$train" "$python" train_pretrain.py "${common[@]}" -extra_dir gpu $started -bs 128 \
+    -max_epoch 40 -step_size 12 -num_episode "${few:-100}"
   if [ -e "$out/pretrain.done" ]; then
-    for head in deepemd cosine proto knn; do
-      step "1shot-$head" 30 "$python" eval.py "${common[@]}" -model_dir $best -head $head -test_episode "${few:-1000}" \
-        -json "$out/1shot-$head.json"
-    done
-    step 5shot 60 "$python" eval.py "${common[@]}" -model_dir $best -shot 5 -test_episode "${few:-200}" -json "$out/5shot.json"
-    step meta 90 "$python" train_meta.py "${common[@]}" -pretrain_dir $best -val_solver simplex -max_epoch 2 \
-      -val_frequency ${few:-50} -val_episode "${few:-100}" -test_episode "${few:-500}"
-    [ ! -e "$out/meta.done" ] || cp checkpoint/fc100/fcn/1shot-5way/gpu/results.json "$out/meta.json"
+    step heads 90 "$python" benchmarks/heads.py "${common[@]}" -model_dir $best -heads deepemd,cosine,proto,knn -norms center \
+      -episodes "${few:-1000},${few:-200}" -json "$out/heads.json"
+    step meta 90 "$python" train_meta.py "${common[@]}" -extra_dir gpu -pretrain_dir $best -val_solver simplex -max_epoch 2 \
+      -val_frequency "${few:-50}" -val_episode "${few:-100}" -test_episode "${few:-500}"
   fi
 fi
 
-echo
-"${measure[@]}" table | tee "$out/table.md"
-[ ! -e "$out/tests.txt" ] || tail -n 1 "$out/tests.txt"
+{
+  "${measure[@]}" table
+  printf '\n'
+  grep -hs '^|' "$out/heads.txt"
+  grep -hs '^test, ' "$out/meta.txt"
+  tail -qn 1 "$out/tests.txt" 2>/dev/null
+} | tee "$out/table.md"
 [ ${#later[@]} = 0 ] || echo "The time is up; to continue, run the same command again. Left: ${later[*]}"
 [ ${#failed[@]} = 0 ] || { echo "Failed: ${failed[*]}. Their output is in $out/*.txt; the next call repeats them" && exit 1; }

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 import utils
 from engine.distributed import Ranks
@@ -55,6 +55,10 @@ class RunFolder:
             return
         points: dict[str, Any] = {}
         try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise InputError(f"the logs of a run need TensorBoard: pip install tensorboard ({error})") from error
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
             advice = "Wait for it to finish, or choose another folder with -extra_dir"
             self._lock = hold_lock(self.path / "run.lock", advice)
@@ -69,6 +73,7 @@ class RunFolder:
                     raise InputError(f"the run needs {needed}")
                 self._move_earlier_run()
             self.writer = SummaryWriter(str(self.path / "tf"))
+            threading.excepthook = _leave_to_main
         except OSError as error:
             raise InputError(f"cannot write the run to {path} ({error})") from error
         for name, rows in points.items():
@@ -130,8 +135,9 @@ class RunFolder:
     def scalars(self, step: int, **values: float) -> None:
         """Send scalars to TensorBoard, as ``data/<name>``."""
         if self.writes:
-            for name, value in values.items():
-                self.writer.add_scalar(f"data/{name}", value, step)
+            with utils.writing(self.path / "tf"):
+                for name, value in values.items():
+                    self.writer.add_scalar(f"data/{name}", value, step)
 
     def image(self, name: str, pixels: np.ndarray, epoch: int) -> None:
         """Send a picture ``(height, width, 3)``, uint8, to TensorBoard, and keep it in ``images/``."""
@@ -175,7 +181,8 @@ class RunFolder:
         if not self.writes:
             return
         self.state = state
-        self.writer.flush()
+        with utils.writing(self.path / "tf"):
+            self.writer.flush()
         sizes = {}
         for name, file in self._log_files().items():
             with file.open("r+b") as log:
@@ -183,6 +190,12 @@ class RunFolder:
                 sizes[name] = log.seek(0, os.SEEK_END)
         curves = json.loads(json.dumps(self.curves))
         utils.save_plain(self.path / LAST_STATE, {"format": 2, "state": state, "curves": curves, "log_sizes": sizes})
+
+
+def _leave_to_main(failure: Any) -> None:
+    """In TensorBoard's thread, a full disk is an error without a traceback: the next call of the writer raises it."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
 
 
 def hold_lock(path: Path, advice: str) -> Any:

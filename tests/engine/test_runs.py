@@ -34,10 +34,8 @@ from engine.run import RunFolder
 from engine.training import train_epoch
 from utils import InputError, append_line
 
-TINY = [
-    *("-gpu", "cpu", "-image_size", "16", "-backbone", "conv4", "-query", "2", "-way", "2", "-dataset", "folder"),
-    *("-episode_batch", "1"),
-]
+TINY = ["-gpu", "cpu", "-image_size", "16", "-query", "2", "-way", "2", "-dataset", "folder", "-episode_batch", "1"]
+TINY += ["-backbone", "conv4"]  # whose state is written in no time
 PRETRAIN = ["train_pretrain.py", *TINY, "-max_epoch", "2", "-num_episode", "2", "-bs", "14", "-lr", "0.01"]
 META = [
     *("train_meta.py", *TINY, "-pretrain_dir", "none", "-max_epoch", "2", "-val_frequency", "2", "-bs", "2"),
@@ -461,7 +459,7 @@ def test_kill_9_loses_nothing_that_was_saved(whole, folder, tmp_path):
 
 
 def test_a_signal_ends_a_run_in_order(folder, tmp_path):
-    words = [*META, "-num_workers", "1", "-data_dir", folder, "-max_epoch", "50"]
+    words = [*META, "-num_workers", "1", "-data_dir", folder, "-max_epoch", "5000"]
     process = start(words, tmp_path)
     wait_for((folder_of(META, tmp_path) / "results.txt").exists, process)
     process.send_signal(signal.SIGINT)
@@ -472,7 +470,7 @@ def test_a_signal_ends_a_run_in_order(folder, tmp_path):
 
 
 def test_two_runs_in_one_folder(folder, tmp_path):
-    words = [*META, *HERE, "-data_dir", folder, "-max_epoch", "50"]
+    words = [*META, *HERE, "-data_dir", folder, "-max_epoch", "5000"]
     path = folder_of(META, tmp_path)
     first = start(words, tmp_path)
     wait_for((path / "results.txt").exists, first)
@@ -715,7 +713,7 @@ def test_training_by_two_processes(folder, tmp_path, monkeypatch):
 
 
 def test_the_launcher_is_stopped_and_the_run_goes_on_alone(folder, tmp_path):
-    words = [*PRETRAIN, *HERE, "-data_dir", folder, "-max_epoch", "30"]
+    words = [*PRETRAIN, *HERE, "-data_dir", folder, "-max_epoch", "5000"]
     path = folder_of(PRETRAIN, tmp_path)
     process = start(words, tmp_path, *torchrun(2))
     wait_for((path / "results.txt").exists, process)
@@ -851,7 +849,7 @@ def test_ranks_share_the_memory_of_their_machine(monkeypatch):
 
 
 def test_a_rank_that_dies_takes_the_run_down(folder, tmp_path):
-    words = [*PRETRAIN, *HERE, "-data_dir", folder, "-max_epoch", "1000"]
+    words = [*PRETRAIN, *HERE, "-data_dir", folder, "-max_epoch", "5000"]
     process = start(words, tmp_path, *torchrun(2))
     wait_for((folder_of(PRETRAIN, tmp_path) / "results.txt").exists, process)
     children = subprocess.run(

@@ -409,8 +409,12 @@ def test_a_missing_library_is_told_before_the_run(bad_place, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     done = run("eval.py", *GOOD, "-solver", "qpth", cwd=bad_place)
     assert (done.status, 'error: solver "qpth" needs qpth: pip install qpth' in done.err) == (1, True)
-    done = run("train_meta.py", *GOOD[:4], *SMALL, "-pretrain_dir", "none", "-val_solver", "qpth", cwd=bad_place)
+    meta = ["train_meta.py", *GOOD[:4], *SMALL, "-pretrain_dir", "none", "-test_episode", 1, "-query", 1]
+    done = run(*meta, "-val_solver", "qpth", cwd=bad_place)
     assert (done.status, 'error: solver "qpth" needs qpth: pip install qpth' in done.err) == (1, True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    done = run(*meta, cwd=bad_place)
+    assert (done.status, "error: the logs of a run need TensorBoard: pip install tensorboard" in done.err) == (1, True)
 
 
 def test_bad_input_of_training_is_told_before_it_starts(bad_place, folder, tmp_path):

@@ -13,7 +13,7 @@ from dataloader.readers import image_files
 from dataloader.views import CROP_TO, INTERPOLATIONS, VIEWS, View, make_view
 from utils import InputError, number_between, printable, status, whole_numbers
 
-# Four halvings lie between an image and its feature map. The upper bounds guard against slips of the keyboard.
+# Four halvings lie between an image and its feature map. The upper bounds guard against typing errors.
 SMALLEST_IMAGE, LARGEST_IMAGE = 16, 1024
 MOST_PATCHES, MOST_PER_EPISODE, LARGEST_RATIO = 1000, 1000, 100
 LARGEST_EPISODE = 8  # GiB of pixels

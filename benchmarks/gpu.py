@@ -134,9 +134,7 @@ def table(folder: Path) -> str:
 def main() -> None:
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("part", choices=[*PARTS, "table"], help="what to measure; table prints what was measured")
-    parser.add_argument(
-        "-out", type=Path, metavar="DIR", default=Path("checkpoint/gpu"), help="folder of the measurements"
-    )
+    parser.add_argument("-out", type=Path, default=Path("checkpoint/gpu"), help="folder of the measurements")
     parser.add_argument("-gpu", help='the GPU to use, or "cpu" (default: the first GPU)')
     parser.add_argument("-quick", action="store_true", help="one small call of everything")
     args = parser.parse_args()

@@ -107,7 +107,7 @@ def _get(remote: Remote, headers: dict[str, str], *, stream: bool = False) -> re
     try:
         response = session.get(remote.url, headers=headers, stream=stream, timeout=TIMEOUT)
     except ValueError as error:
-        raise InputError(f"{remote.url} cannot be requested ({error}). Check HF_ENDPOINT and HF_TOKEN") from error
+        raise InputError(f"cannot request {remote.url} ({error}). Check HF_ENDPOINT and HF_TOKEN") from error
     except requests.RequestException as error:
         raise _failed(remote, " ".join(str(error).split()) or type(error).__name__) from error
     if response.status_code >= 400 and response.status_code != 416:

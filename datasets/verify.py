@@ -186,7 +186,7 @@ def _read_file(root: str, not_images: frozenset[str], name: str) -> FileRecord:
     path = os.path.join(root, name)
     try:
         if not os.path.isfile(path):
-            return FileRecord(fault="it is not a regular file" if os.path.exists(path) else "a link that leads nowhere")
+            return FileRecord(fault="not a regular file" if os.path.exists(path) else "a broken link")
         content = Path(path).read_bytes()
     except OSError as error:
         return FileRecord(fault=error.strerror)
@@ -303,7 +303,7 @@ def check_manifest(tree: Tree) -> None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         name, recorded = content["dataset"], content["sha256"]
-    except Exception as error:  # whatever a file that is not a manifest makes the lines above raise
+    except Exception as error:  # whatever another file makes the lines above raise
         tree.faults.append(f"{path} is not a manifest of prepare.py ({type(error).__name__}: {error}). {cure}")
         return
     digests = {path: record.digest.hex() for path, record in tree.records.items() if record.digest}

@@ -122,7 +122,7 @@ def test_other_files_are_named(tmp_path):
         "one.npy": "a single array",
         "cut": "it is damaged",
         "flipped": "nodes is damaged",
-        "text": "not an .npz file",
+        "text": "no .npz file",
     }.items():
         with pytest.raises(InputError, match=sentence):
             read_features(tmp_path / name)

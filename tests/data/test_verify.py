@@ -364,7 +364,7 @@ DAMAGE = {
     "broken link": (
         "fc100",
         lambda root: link(root / "val/dog/0.png", root / "gone.png"),
-        [r"cannot be read: val/dog/0.png \(a link that leads nowhere\)", "dog has 5 of 6"],
+        [r"cannot be read: val/dog/0.png \(a broken link\)", "dog has 5 of 6"],
     ),
     "folder with the name of an image": (
         "fc100",
@@ -379,7 +379,7 @@ DAMAGE = {
     "pipe": (
         "fc100",
         lambda root: os.mkfifo(root / "val/dog/x.png"),
-        [r"cannot be read: val/dog/x.png \(it is not a regular file\)"],
+        [r"cannot be read: val/dog/x.png \(not a regular file\)"],
     ),
     "image beside the classes": (
         "fc100",

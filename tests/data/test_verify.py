@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import verify
+from data_helpers import refuse
 from PIL import Image
 
 from dataloader import checks, published, readers
@@ -70,14 +71,8 @@ def originals(tmp_path_factory) -> Path:
     return data_dir
 
 
-FOLDERS = {
-    "fc100": "FC100",
-    "cifar_fs": "cifar_fs",
-    "tieredimagenet": "tiered_imagenet",
-    "omniglot": "omniglot",
-    "miniimagenet": "miniimagenet",
-    "cub": "cub",
-}
+FOLDERS = {name: name for name in ("cifar_fs", "omniglot", "miniimagenet", "cub")}
+FOLDERS |= {"fc100": "FC100", "tieredimagenet": "tiered_imagenet"}
 
 
 @pytest.fixture
@@ -228,13 +223,6 @@ def test_images_that_occur_twice(copy, tmp_path, capsys, monkeypatch):
     assert fault.startswith("the same image in two splits: 2, first train/ant/0.png = val/dog/0.png. Remove it")
 
 
-def test_published_twins_of_cifar():
-    twins = {name: published.published_twins(name) for name in ("fc100", "cifar_fs", "miniimagenet", "folder")}
-    assert sum(twins["fc100"].values()) == 17
-    assert all(pair == tuple(sorted(pair)) for pair in twins["cifar_fs"])
-    assert (twins["miniimagenet"], twins["folder"]) == (None, {})
-
-
 def test_few_images_in_two_splits_where_nobody_counted_them(copy, tmp_path, capsys, monkeypatch):
     root = copy("tieredimagenet")
     shutil.copy(root / "train/ant/0.png", root / "val/dog/0.png")
@@ -247,7 +235,7 @@ def test_few_images_in_two_splits_where_nobody_counted_them(copy, tmp_path, caps
 # --- damage ---
 
 
-def swap(path: Path, size: tuple[int, int], mode: str = "RGB") -> None:
+def swap(path: Path, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> None:
     write_image(path, size, (path.parent.name, path.name, "another"), mode)
 
 
@@ -255,9 +243,14 @@ def shorten(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:60])
 
 
-def link(path: Path, to: Path) -> None:
+def replace_by_link(path: Path) -> None:
     path.unlink()
-    path.symlink_to(to)
+    path.symlink_to("gone.png")
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -266,216 +259,182 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
+def move(path: Path, to: str) -> None:
+    path.rename(path.parent / to)
+
+
 def write_manifest(root: Path, **changes: object) -> None:
-    counts = {
-        split: {"classes": len(names), "images": EACH * len(names), "per_class": dict.fromkeys(names, EACH)}
-        for split, names in CLASSES.items()
-    }
     digests = {path.relative_to(root).as_posix(): file_hash(path) for path in root.rglob("*") if path.is_file()}
-    content = {"dataset": "fc100", "recipe": 1, "sha256": verify.tree_hash(digests), "splits": counts, **changes}
+    content = {"dataset": "fc100", "recipe": 1, "sha256": verify.tree_hash(digests), **changes}
     (root / verify.MANIFEST).write_text(json.dumps(content))
 
 
-def with_manifest(damage):
-    def do(root: Path) -> None:
-        write_manifest(root)
-        damage(root)
-
-    return do
+def swap_all(root: Path, names: str, size: tuple[int, int]) -> None:
+    for path in sorted(root.rglob(names)):
+        swap(path, size)
 
 
-def every(size: tuple[int, int], names: str):
-    def do(root: Path) -> None:
-        for path in sorted(root.rglob(names)):
-            swap(path, size)
-
-    return do
+def put_class_in_two_splits(root: Path) -> None:
+    shutil.rmtree(root / "val/elk")
+    swap(root / "val/ant/9.png", (9, 9))
 
 
-# data set, damage, what is said of it (all faults, in this order)
+SMALL, UNCROPPED = (
+    "images of 84 pixels or less.*: ",
+    "classes whose images look uncropped, with a longer side of 500 pixels: ",
+)
+DOG, CHANGED = (
+    "dog has 5 of 6",
+    "files were changed, renamed, added or removed since prepare.py wrote .*manifest.json. Build",
+)
+LATIN = "filename,label\n0.jpg,\u00e9lan\n".encode("latin-1")
+# What is done to which data set, and all faults that are then reported, in this order. A path begins at the root.
 DAMAGE = {
-    "image lost": (
-        "fc100",
-        lambda root: (root / "train/ant/0.png").unlink(),
-        ["in train .*few .*: ant has 5 of 6. Get"],
-    ),
-    "images lost": (
-        "fc100",
-        lambda root: [(root / f"train/{name}/0.png").unlink() for name in ("ant", "bee")],
-        ["classes in train with too few or too many images: 2, first ant has 5 of 6"],
-    ),
-    "image added": ("cifar_fs", lambda root: swap(root / "meta-val/elk/x.png", (32, 32)), ["many.*: elk has 7 of 6"]),
+    "image lost": ("fc100", lambda at: at("train/ant/0.png").unlink(), ["in train .*few .*: ant has 5 of 6. Get"]),
+    "image added": ("cifar_fs", lambda at: swap(at("meta-val/elk/x.png")), ["many.*: elk has 7 of 6"]),
     "image lost, total known only": (
         "tieredimagenet",
-        lambda root: (root / "val/dog/0.png").unlink(),
+        lambda at: at("val/dog/0.png").unlink(),
         ["^val has 11 images, the published split 12"],
     ),
     "class lost": (
         "fc100",
-        lambda root: shutil.rmtree(root / "val/elk"),
+        lambda at: shutil.rmtree(at("val/elk")),
         ["classes missing from val: elk. Get the data set"],
     ),
     "class renamed": (
         "cifar_fs",
-        lambda root: (root / "meta-test/gnu").rename(root / "meta-test/Gnu"),
+        lambda at: move(at("meta-test/gnu"), "Gnu"),
         ["classes missing from test: gnu", "classes in test that the published split does not have: Gnu"],
     ),
     "class in the wrong split": (
         "fc100",
-        lambda root: (root / "val/elk").rename(root / "train/elk"),
+        lambda at: move(at("val/elk"), "../train/elk"),
         ["classes in train that belong in another split: elk belongs in val. Move", "classes missing from val: elk"],
     ),
     "class in two splits": (
         "omniglot",
-        lambda root: (
-            shutil.rmtree(root / "val/elk"),
-            (root / "val/ant").mkdir(),
-            swap(root / "val/ant/9.png", (9, 9)),
-        ),
+        lambda at: put_class_in_two_splits(at()),
         ["classes both in train and in val: ant. Leave each class in one split"],
     ),
     "leak": (
         "omniglot",
-        lambda root: shutil.copy(root / "train/ant/0.png", root / "test/fox/renamed.png"),
+        lambda at: shutil.copy(at("train/ant/0.png"), at("test/fox/renamed.png")),
         ["the same image in two splits: train/ant/0.png = test/fox/renamed.png. Remove it from one"],
     ),
     "image cut off": (
         "fc100",
-        lambda root: shorten(root / "test/fox/2.png"),
+        lambda at: shorten(at("test/fox/2.png")),
         [r"cannot be read: test/fox/2.png \(image file is truncated.*\). Replace"],
     ),
     "images cut off": (
         "fc100",
-        lambda root: [shorten(path) for path in (root / "test/fox").iterdir()],
+        lambda at: [shorten(path) for path in at("test/fox").iterdir()],
         ["files that cannot be read: 6, first test/fox/"],
     ),
-    "image empty": ("cub", lambda root: (root / "ant/0.jpg").write_bytes(b""), [r"cannot be read: ant/0.jpg \("]),
-    "floats": (
-        "omniglot",
-        lambda root: Image.fromarray(np.zeros((8, 8), np.float32)).save(root / "val/elk/deep.tif"),
-        [r"cannot be read: val/elk/deep.tif \(its pixels are "],
-    ),
+    "image empty": ("cub", lambda at: at("ant/0.jpg").write_bytes(b""), [r"cannot be read: ant/0.jpg \("]),
     "image of another size": (
         "fc100",
-        lambda root: swap(root / "val/dog/0.png", (33, 32)),
+        lambda at: swap(at("val/dog/0.png"), (33, 32)),
         [r"images that are not 32x32 RGB: val/dog/0.png \(33x32 RGB\)"],
     ),
-    "grey image": ("cifar_fs", lambda root: swap(root / "meta-val/dog/0.png", (32, 32), "L"), [r"\(32x32 L\)"]),
+    "grey image": ("cifar_fs", lambda at: swap(at("meta-val/dog/0.png"), mode="L"), [r"\(32x32 L\)"]),
     "broken link": (
         "fc100",
-        lambda root: link(root / "val/dog/0.png", root / "gone.png"),
-        [r"cannot be read: val/dog/0.png \(a broken link\)", "dog has 5 of 6"],
+        lambda at: replace_by_link(at("val/dog/0.png")),
+        [r"cannot be read: val/dog/0.png \(a broken link\)", DOG],
     ),
-    "folder with the name of an image": (
-        "fc100",
-        lambda root: ((root / "val/dog/0.png").unlink(), (root / "val/dog/0.png").mkdir()),
-        ["dog has 5 of 6"],
-    ),
+    "folder with the name of an image": ("fc100", lambda at: replace_by_folder(at("val/dog/0.png")), [DOG]),
     "the same in a table": (
         "cub",
-        lambda root: ((root / "dog/0.jpg").unlink(), (root / "dog/0.jpg").mkdir()),
-        ["rows without a file: .* no file .*/cub/dog/0.jpg'", "dog has 5 of 6"],
+        lambda at: replace_by_folder(at("dog/0.jpg")),
+        ["rows without a file: .* no file .*/cub/dog/0.jpg'", DOG],
     ),
     "pipe": (
         "fc100",
-        lambda root: os.mkfifo(root / "val/dog/x.png"),
+        lambda at: os.mkfifo(at("val/dog/x.png")),
         [r"cannot be read: val/dog/x.png \(not a regular file\)"],
     ),
-    "image beside the classes": (
-        "fc100",
-        lambda root: (root / "val/dog/0.png").rename(root / "val/0.png"),
-        ["dog has 5 of 6"],
-    ),
+    "image beside the classes": ("fc100", lambda at: move(at("val/dog/0.png"), "../0.png"), [DOG]),
     "class empty": (
         "omniglot",
-        lambda root: (root / "val/yak").mkdir(),
+        lambda at: at("val/yak").mkdir(),
         ["class folders without an image: no images in .*val/yak. Remove"],
     ),
     "split lost": (
         "cifar_fs",
-        lambda root: shutil.rmtree(root / "meta-val"),
+        lambda at: shutil.rmtree(at("meta-val")),
         ["missing splits: no val classes: there is no folder .*cifar_fs/meta-val. To get it: "],
     ),
     "table lost": (
         "cub",
-        lambda root: (root / "split/val.csv").unlink(),
+        lambda at: at("split/val.csv").unlink(),
         ["missing splits: no list of val images: there is no file .*split/val.csv"],
     ),
     "file of a row lost": (
         "miniimagenet",
-        lambda root: (root / "images/ant1.jpg").unlink(),
+        lambda at: at("images/ant1.jpg").unlink(),
         ["rows without a file: .*train.csv, line 3: there is no file '.*ant1.jpg'. Get the images", "ant has 5 of 6"],
     ),
-    "row lost": ("cub", lambda root: edit(root / "split/test.csv", "0.jpg,gnu\n", ""), ["gnu has 5 of 6"]),
+    "row lost": ("cub", lambda at: edit(at("split/test.csv"), "0.jpg,gnu\n", ""), ["gnu has 5 of 6"]),
     "image of a row in two classes": (
         "miniimagenet",
-        lambda root: edit(root / "split/val.csv", "dog0.jpg,dog\n", "dog0.jpg,dog\ndog0.jpg,elk\n"),
+        lambda at: edit(at("split/val.csv"), "dog0.jpg,dog\n", "dog0.jpg,dog\ndog0.jpg,elk\n"),
         ["images in two rows: .*val.csv, line 3: 'dog0.jpg' is in two classes, 'dog' and 'elk'"],
     ),
     "image in two splits of a table": (
         "miniimagenet",
-        lambda root: edit(root / "split/val.csv", "dog0.jpg,dog\n", "dog0.jpg,dog\nant0.jpg,dog\n"),
+        lambda at: edit(at("split/val.csv"), "dog0.jpg,dog\n", "dog0.jpg,dog\nant0.jpg,dog\n"),
         ["images in two splits of the tables: images/ant0.jpg is in train ant and in val dog"],
     ),
     "table not UTF-8": (
         "cub",
-        lambda root: (root / "split/val.csv").write_bytes("filename,label\n0.jpg,élan\n".encode("latin-1")),
+        lambda at: at("split/val.csv").write_bytes(LATIN),
         ["cannot be read: .*val.csv, line 2: the byte 0xe9 is not text in UTF-8. Save"],
     ),
     "row outside": (
         "miniimagenet",
-        lambda root: edit(root / "split/val.csv", "dog0.jpg,", "../images/dog0.jpg,"),
-        ["rows that leave the data set: .*line 2: '../images/dog0.jpg' of class", "dog has 5 of 6"],
+        lambda at: edit(at("split/val.csv"), "dog0.jpg,", "../images/dog0.jpg,"),
+        ["rows that leave the data set: .*line 2: '../images/dog0.jpg' of class", DOG],
     ),
     "shrunk": (
         "miniimagenet",
-        every((84, 84), "*.jpg"),
-        ["images of 84 pixels or less.*: 42 of 42, first .* many of them: .* and 4 more. This costs 8-10 points"],
+        lambda at: swap_all(at(), "*.jpg", (84, 84)),
+        [SMALL + "42 of 42, first .* many of them: .* and 4 more. This costs 8-10 points"],
     ),
     "shrunk in part": (
         "tieredimagenet",
-        every((84, 60), "elk/*.png"),
-        ["images of 84 pixels or less.*: 6 of 42, first val/elk/0.png; classes with many of them: val elk. This costs"],
+        lambda at: swap_all(at(), "elk/*.png", (84, 60)),
+        [SMALL + "6 of 42, first val/elk/0.png; classes with many of them: val elk. This costs"],
     ),
     "uncropped": (
         "cub",
-        every((500, 90), "*.jpg"),
-        ["classes whose images look uncropped, with a longer side of 500 pixels: 7, first test fox. .* cost 15 points"],
+        lambda at: swap_all(at(), "*.jpg", (500, 90)),
+        [UNCROPPED + "7, first test fox. .* cost 15 points"],
     ),
-    "uncropped in part": ("cub", every((90, 500), "dog/*.jpg"), ["look uncropped.*: val dog. Uncropped"]),
-    "changed since it was prepared": (
-        "fc100",
-        with_manifest(lambda root: swap(root / "val/dog/0.png", (32, 32))),
-        ["files were changed, renamed, added or removed since prepare.py wrote .*manifest.json. Build it again"],
-    ),
+    "uncropped in part": ("cub", lambda at: swap_all(at(), "dog/*.jpg", (90, 500)), [UNCROPPED + "val dog. Uncropped"]),
+    "changed since it was prepared": ("fc100", lambda at: (write_manifest(at()), swap(at("val/dog/0.png"))), [CHANGED]),
     "renamed since it was prepared": (
         "fc100",
-        with_manifest(lambda root: (root / "val/dog/0.png").rename(root / "val/dog/00.png")),
-        ["files were changed, renamed"],
+        lambda at: (write_manifest(at()), move(at("val/dog/0.png"), "00.png")),
+        [CHANGED],
     ),
     "lost since it was prepared": (
         "fc100",
-        with_manifest(lambda root: (root / "val/dog/0.png").unlink()),
-        [
-            "dog has 5 of 6",
-            "files were changed, renamed, added or removed since prepare.py wrote .*manifest.json. Build it again",
-        ],
+        lambda at: (write_manifest(at()), at("val/dog/0.png").unlink()),
+        [DOG, CHANGED],
     ),
     "manifest of another set": (
         "fc100",
-        lambda root: write_manifest(root, dataset="cifar_fs"),
+        lambda at: write_manifest(at(), dataset="cifar_fs"),
         ["is of the data set cifar_fs, not of fc100"],
     ),
     "manifest broken": (
         "fc100",
-        lambda root: (root / verify.MANIFEST).write_text("[1"),
-        ["is not a manifest .*JSONDecodeError"],
+        lambda at: at(verify.MANIFEST).write_text("[1"),
+        ["is not a manifest of prepare.py .*JSONDecodeError"],
     ),
-    "manifest of something else": (
-        "fc100",
-        lambda root: (root / verify.MANIFEST).write_text("[]"),
-        ["is not a manifest of prepare"],
-    ),
+    "manifest of something else": ("fc100", lambda at: at(verify.MANIFEST).write_text("[]"), ["is not a manifest of"]),
 }
 
 
@@ -483,7 +442,7 @@ DAMAGE = {
 def test_damage_is_found(kind, copy, tmp_path, capsys):
     name, damage, expected = DAMAGE[kind]
     root = copy(name)
-    damage(root)
+    damage(root.joinpath)
     status, report = check(capsys, name, tmp_path)
     assert status == 1
     assert len(report["faults"]) == len(expected), report["faults"]
@@ -531,19 +490,8 @@ def test_no_permission(what, copy, tmp_path, capsys, monkeypatch):
     name = "cub" if what.endswith("csv") else "fc100"
     root = copy(name)
     (root / "manifest.json").write_text("{}")
-    real = Path.read_bytes, Path.read_text, Path.iterdir
-
-    def refusing(function):
-        def call(path, *args, **settings):
-            if str(path) == str(root / what):
-                raise PermissionError(13, "Permission denied", str(path))
-            return function(path, *args, **settings)
-
-        return call
-
-    monkeypatch.setattr(Path, "read_bytes", refusing(real[0]))
-    monkeypatch.setattr(Path, "read_text", refusing(real[1]))
-    monkeypatch.setattr(Path, "iterdir", refusing(real[2]))
+    for function in ("read_bytes", "read_text", "iterdir"):
+        refuse(monkeypatch, Path, function, f"{root / what}")
     faults = check(capsys, name, tmp_path)[1]["faults"]
     assert any(re.search(f"{what}.*Permission denied", fault) for fault in faults), faults
 
@@ -585,11 +533,6 @@ def test_json_file(originals, tmp_path, capsys):
 
 
 # --- the cheap part, when a script opens a data set ---
-
-
-def test_sample_is_spread_and_repeatable():
-    assert checks.sample([str(number) for number in range(32)]) == [str(number) for number in range(0, 32, 2)]
-    assert checks.sample(["a", "b"]) == ["a", "b"]
 
 
 def test_difference_names_a_few():

@@ -65,7 +65,7 @@ def build_parser() -> ArgumentParser:
     add_json_argument(group, "a list of the results")
     add_csv_argument(group, "image, with what -json has")
     group.add_argument("-top", type=count, default=1, help="classes listed for each image, the most probable first")
-    least = "answer only where the most probable class has at least this probability, 0 to 1, and else none of the classes. "
+    least = "least probability of an answer, 0 to 1; below it, the answer is none of the classes. "
     least += "Probabilities compare the classes with each other: they are the softmax of temperature * (1 - cost)"
     group.add_argument("-abstain", type=number_between(0, 1, float), default=0.0, metavar="P", help=least)
     group.add_argument("-save", metavar="FILE", help="write the prototypes to FILE, for -prototypes")

@@ -277,7 +277,7 @@ def check_solver(settings: HeadSettings) -> None:
     """Solve one small problem, so that a missing or broken library, or a bad option, is an error before the run."""
     one = torch.ones(2)
     try:
-        emd(torch.eye(2), one, one, solver=settings.solver, **settings.solver_options)
+        emd(torch.eye(2) + 1, one, one, solver=settings.solver, **settings.solver_options)
     except EmdError:
         raise
     except Exception as error:  # an installed library that does not work fails in its own ways

@@ -150,7 +150,7 @@ def match_nodes(
     supply, demand = scale_to_mass(supply, mass), scale_to_mass(demand, mass)
     distance, flow = emd(1 - similarity, supply, demand, solver=solver, **options)
     # sum(flow * similarity) = sum(flow) - <cost, flow>. The sum of the flow is the mass, except for what an
-    # iterative solver leaves undone, which equation 7 has in the logit.
+    # iterative solver leaves undone, which equation 7 includes.
     logits = temperature / mass * (flow.sum((-2, -1)) - distance)
     return Matching(logits, flow, similarity, supply, demand)
 

@@ -73,10 +73,10 @@ class NodeStatistics:
         except OSError as error:
             raise InputError(f"cannot read the statistics in {path} ({error.strerror or error})") from error
         except KeyError as error:
-            raise InputError(f"{path} is not a file of statistics: it lacks an array; it must have {needed}") from error
+            raise InputError(f"{path} is no file of statistics: it lacks an array; needed are {needed}") from error
         except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"{path} is not a file of statistics, which has {needed} ({reason})") from error
+            raise InputError(f"{path} is no file of statistics, which has {needed} ({reason})") from error
 
     def write(self, path: Path) -> None:
         """Write an .npz file, atomically. InputError if it cannot be written."""

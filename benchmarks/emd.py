@@ -147,9 +147,9 @@ def peak_growth(case: str, nodes: int, batch: int) -> float:
 
 def main() -> None:
     parser, names = make_parser(__doc__.splitlines()[0]), ",".join(SOLVERS)
-    nodes = "per side of a problem, comma-separated"
+    nodes = "nodes on each side of a problem, comma-separated"
     parser.add_argument("-nodes", type=whole_numbers, default="9,25,30,64", help=nodes)
-    parser.add_argument("-solvers", type=lambda text: text.split(","), default=names, help="comma-separated")
+    parser.add_argument("-solvers", type=lambda text: text.split(","), default=names, help="solvers to measure")
     parser.add_argument("-others", action="store_true", help="compare with POT and scipy instead")
     args = parser.parse_args()
     for name in set(args.solvers) - SOLVERS.keys():

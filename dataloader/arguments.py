@@ -14,7 +14,7 @@ from dataloader.readers import image_files
 from dataloader.views import CROP_TO, INTERPOLATIONS, VIEWS, View, make_view
 from utils import InputError, number_between, printable, status, whole_numbers
 
-# Four halvings lie between an image and its feature map. The upper bounds guard against slips of the keyboard.
+# Four halvings lie between an image and its feature map. The upper bounds guard against typing errors.
 SMALLEST_IMAGE, LARGEST_IMAGE = 16, 1024
 MOST_PATCHES, MOST_PER_EPISODE, LARGEST_RATIO = 1000, 1000, 100
 LARGEST_EPISODE = 8  # GiB of pixels
@@ -34,8 +34,9 @@ def add_data_arguments(parser: ArgumentParser, *, has_splits: bool = True) -> No
         text = f"processes that load images; results do not depend on it (default: {cores})"
         data.add_argument("-num_workers", type=number_between(0, 256, int), metavar="N", help=text)
 
-    views.add_argument("-deepemd", choices=VIEWS, default="fcn", help="what becomes a node")
-    text = f"pixels along an edge of what the encoder sees, {SMALLEST_IMAGE} to {LARGEST_IMAGE}; less for quick runs "
+    text = "what becomes a node. fcn: a cell of the feature map; grid: a cell of an image pyramid; sampling: a random patch"
+    views.add_argument("-deepemd", choices=VIEWS, default="fcn", help=text)
+    text = f"pixels along an edge of the images and patches that the encoder sees, {SMALLEST_IMAGE} to {LARGEST_IMAGE} "
     text += f"(default: {CROP_TO}; timm: what the model was made for, at most 224)"
     edge = number_between(SMALLEST_IMAGE, LARGEST_IMAGE, int)
     views.add_argument("-image_size", type=edge, metavar="N", help=text)

@@ -12,7 +12,7 @@ from utils import first_few, printable
 
 SHRUNK_TO = 84  # pixels along the long side; the common archives of small images have squares of this size
 SAMPLE = 16
-# ImageNet and the boxes of CUB have a few images that small by nature; a sample of 16 holds two of them hardly ever.
+# ImageNet and the boxes of CUB have a few images that are naturally so small; a sample of 16 hardly ever holds two of them.
 MOST_SMALL_IN_SAMPLE = 1 / 8
 
 Size = tuple[int, int]

@@ -217,7 +217,7 @@ def _table_rows(table: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _quoted(text: str) -> str:
-    # One line whatever the text holds, and a short one: an unclosed quote makes a field of the rest of a table.
+    # Always one short line: an unclosed quote turns the rest of a table into one field.
     return repr(text if len(text) <= 200 else text[:200] + "...")
 
 

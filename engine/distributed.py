@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 
 from utils import InputError
 
-# How long a process waits for the others, who may be in the middle of a long validation group.
+# How long a process waits for the others, which may be in the middle of a long validation group.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 

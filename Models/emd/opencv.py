@@ -19,8 +19,8 @@ from . import simplex
 from .on_cpu import in_threads, to_numpy
 from .problem import MissingLibraryError, SolverError
 
-# With more nodes on a side, cv2 is not called. Its flow is compared with that of simplex where there are more nodes on both
-# sides together than the second, or costs more than the third times the largest that some node cannot avoid.
+# cv2 is not called with more than MOST_NODES on a side. Its flow is compared with that of simplex with more than TRUSTED_NODES on
+# both sides together, or where a cost is more than TRUSTED_SPAN times the largest that some node cannot avoid.
 MOST_NODES, TRUSTED_NODES, TRUSTED_SPAN = 150, 128, 50
 OPTIMALITY_TOLERANCE = 1e-5  # relative to the cost of the flow
 

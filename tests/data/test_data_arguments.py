@@ -49,10 +49,7 @@ def test_draw_episodes(folder):
     ("flag", "largest", "message"),
     [
         ("image_size", "1024", "'1025' is not a whole number from 16 to 1024"),
-        *(
-            (flag, "1000", "'1001' is not a whole number from 1 to 1000")
-            for flag in ("way", "shot", "query", "num_patch")
-        ),
+        *((flag, "1000", "is not a whole number from 1 to 1000") for flag in ("way", "shot", "query", "num_patch")),
         ("patch_ratio", "100", "is not a number from 1 to 100"),
         ("patch_list", "31,6", "makes 1010 patches of an image; at most 1000 are allowed"),
     ],

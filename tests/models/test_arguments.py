@@ -9,7 +9,7 @@ import torch
 from engine.command_line import make_parser
 from Models import arguments
 from Models.arguments import add_model_arguments, add_weights_arguments, build_model, open_model, solver_choice
-from Models.emd import SOLVERS, MissingLibraryError, SolverError, on_cpu
+from Models.emd import SOLVERS, MissingLibraryError, SolverError, on_cpu, simplex
 from Models.heads import HEADS
 from utils import InputError, available_cores
 
@@ -157,6 +157,11 @@ def test_a_missing_library_is_reported_before_the_run(monkeypatch):
     with pytest.raises(argparse.ArgumentTypeError, match="needs qpth: pip install qpth"):
         solver_choice("qpth:form=QP")
     build_model(parse("-solver", "qpth", "-head", "cosine"), val_solver="qpth")  # which has no solver
+
+
+def test_opencv_starts_without_numba(monkeypatch):
+    monkeypatch.setattr(simplex, "_kernel", lambda: pytest.fail("compiled"))
+    build_model(parse("-solver", "opencv"))
 
 
 def test_a_solver_that_does_not_work_is_reported_before_the_run(monkeypatch):

@@ -116,14 +116,15 @@ def test_matching_a_group_of_episodes_waits_once(folder):
     model = network(solver="simplex").to(GPU)
     data = ImageDataset("folder", "test", data_dir=str(folder), view=make_view("fcn", train=False, image_size=32))
     evaluator = Evaluator(data, way=5, shot=1, device=GPU, seed=1)
+    episodes = SeededEpisodes(EpisodeSampler(data.labels, 4, 5, 4), seed=1, name="test")
     nodes = torch.rand(4, 20, 640, 25, device=GPU)
     with torch.no_grad():
-        evaluator._score(model, nodes, 0, 0, None)  # compiles
+        evaluator._score(model, nodes, episodes, 0, None)  # compiles
         with warnings.catch_warnings(record=True) as waits:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                evaluator._score(model, nodes, 0, 0, None)
+                evaluator._score(model, nodes, episodes, 0, None)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     assert len(waits) == 1, [str(wait.message) for wait in waits]

@@ -119,6 +119,7 @@ def test_matching_a_group_of_episodes_waits_once(folder):
     data = ImageDataset("folder", "test", data_dir=str(folder), view=make_view("fcn", train=False, image_size=32))
     episodes = SeededEpisodes(EpisodeSampler(data.labels, 4, 5, 4), seed=1, name="test")
     evaluator = Evaluator(data, way=5, shot=1, device=GPU, seed=1)
+    episodes = SeededEpisodes(EpisodeSampler(data.labels, 4, 5, 4), seed=1, name="test")
     nodes = torch.rand(4, 20, 640, 25, device=GPU)
     with torch.no_grad():
         evaluator._score(model, nodes, episodes, 0, None)  # compiles

@@ -21,8 +21,8 @@ QP_RIDGE = 1e-4
 SMALLEST_SHARE = 3e-8
 # Costs are cut at this many times the largest that some node cannot avoid, because an interior point method resolves costs
 # relative to the largest one. They are never cut below so many times what the quadratic term adds to the price of a cell that
-# takes all the mass.
-LARGEST_SPAN, MOST_RIDGES = 1e3, 1e6
+# takes all the mass, nor where an optimal flow may need them. Costs below the last times the largest are then not resolved.
+LARGEST_SPAN, MOST_RIDGES, RESOLVED = 1e3, 1e6, 1e-9
 
 
 def solve_prepared(
@@ -34,7 +34,7 @@ def solve_prepared(
 
     Raises:
         ProblemError: ``form`` is not one of FORMS or ``l2_strength`` not positive.
-        SolverError: cells that were cut carry more than ``leak`` of the mass, or costs are as far below zero.
+        SolverError: cells that were cut carry more than ``leak`` of the mass, costs are as far below zero, or not resolved.
     """
     if form not in FORMS:
         raise ProblemError(f"unknown form {form!r}; choose one of {', '.join(FORMS)}")
@@ -57,17 +57,25 @@ def solve_prepared(
     price = size.masked_fill(of_empty, torch.inf)
     least_prices = torch.cat([price.amin(2), price.amin(1)], dim=1)
     unavoidable = least_prices.masked_fill(torch.cat(is_empty, dim=1), 0).amax(1)
-    ceiling = torch.maximum(LARGEST_SPAN * unavoidable, MOST_RIDGES * ridge * mass)[:, None, None]
-    is_cut = cost.detach() > ceiling
-    value, flow = solve(torch.where(is_cut, ceiling, cost), *raised)
-    leaked = (flow.detach() * is_cut).sum((1, 2)) > leak * mass
-    if bool(is_cut.any()):  # how much mass no flow can keep out of them
-        forced, _ = simplex.solve(is_cut.double(), supply.detach(), demand.detach())
-        rounding = max(1e-9, 32 * max(torch.finfo(weight.dtype).eps for weight in problem[1:]))
-        leaked |= forced.detach() > rounding * mass
+    lowest = ceiling = torch.maximum(LARGEST_SPAN * unavoidable, MOST_RIDGES * ridge * mass)[:, None, None]
+    rounding = max(1e-9, 32 * max(torch.finfo(weight.dtype).eps for weight in problem[1:]))
+    while bool((is_cut := cost.detach() > ceiling).any()):
+        # An optimal flow uses no cell of more than 2 min(N, M) times the dearest of another flow: exchanging around a cycle of
+        # other cells is cheaper. ``forced`` is the mass that no flow keeps out of the cells above that.
+        near = cost.detach() > ceiling / (2 * min(cost.shape[1:]))
+        forced, _ = simplex.solve(near.double(), supply.detach(), demand.detach())
+        is_low = ((forced.detach() > rounding * mass) & is_cut.any(2).any(1))[:, None, None]
+        if not bool(is_low.any()):
+            break
+        ceiling = torch.where(is_low, 10 * ceiling, ceiling)
+    largest = torch.minimum(size.amax((1, 2), keepdim=True), ceiling)
+    is_hidden = (ceiling > lowest) & (size > 0) & (size < RESOLVED * largest)
     # The square of form QP grows with the costs only where none is negative.
     is_negative = (cost.detach() < (-ceiling if form == "L2" else 0)) & (size > ceiling).any(2).any(1)[:, None, None]
-    failed = leaked | is_negative.any(2).any(1)
+    failed = (is_hidden | is_negative).any(2).any(1)
+    if not bool(failed.any()):
+        value, flow = solve(torch.where(is_cut, ceiling, cost), *raised)
+        failed = (flow.detach() * is_cut).sum((1, 2)) > leak * mass
     if bool(failed.any()):
         which = f"problem {int(failed.nonzero()[0])} of {len(cost)}"
         raise SolverError(f"the costs of {which} span too many orders of magnitude for this solver; use simplex")

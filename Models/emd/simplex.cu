@@ -24,7 +24,7 @@ typedef long long mass_t;
 #define COST_BITS (N <= 32 || M <= 32 ? 25 : 24)  // a reduced cost is at most min(N, M) costs either way: fits 31 bits
 #define LIMIT (100 * (N + M))          // pivots: a guard; a hundredth of it is typical
 #define CERTIFIED 1e-6                 // largest duality gap, in units of the largest cost times the mass
-#define RESOLVED 1e-4                  // a plan whose prices are all below this times the largest cost cannot be told from others
+#define RESOLVED 1e-4                  // prices below this times the largest cost cannot be told apart
 #define ROUNDING (sizeof(real) == 4 ? 1.2e-7 : 2.2e-16)
 #define PASSES 12                      // see REACH
 // Cells that cost more than this many times the dearest cell of any feasible plan are in no optimal plan: exchanging flow

@@ -446,6 +446,17 @@ class TestCostsOfManySizes:
             emd(cost, supply, demand, solver=solver)
         assert emd(cost, supply, demand, solver="simplex").value > 9e7
 
+    @pytest.mark.parametrize("scale", [1, 1e3])
+    @pytest.mark.parametrize("solver", ["ipm", "qpth"])
+    def test_nodes_that_all_have_a_free_cell_may_need_others(self, solver, scale):
+        """As between two weightings of the same points."""
+        for seed in range(5):
+            _, *weights = problem(6, 6, seed)
+            points = scale * torch.rand(1, 6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            given_ = torch.cdist(points, points), *(scale_to_mass(weight, 1.0) for weight in weights)
+            found, exact = (emd(*given_, solver=name).value.item() for name in (solver, "simplex"))
+            assert abs(found - exact) < scale * TOLERANCE[solver]
+
     @pytest.mark.parametrize("kind", ["forbidden", "mixed", "wanted", "both"])
     def test_simplex_is_optimal_in_exact_arithmetic(self, kind):
         for seed in range(40):

@@ -279,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += found
     result = {"rows": rows, "may_overlap": may_overlap(args), "flags": vars(args)}
     result |= {"versions": environment(), "weights": fingerprint(args.source)}
+    result |= {"encoder": shared.encoder.identity(), "data": dataset.fingerprint()}
     if args.json == "-":
         print(json.dumps(result))
     elif args.json:

@@ -263,6 +263,17 @@ def test_decoded_images_are_kept_over_calls():
     assert len(data.asked) == 7 + 12
 
 
+@pytest.mark.parametrize(("room", "encoded"), [(6, 6 + 8), (100, 8)])
+def test_nodes_are_kept_over_calls_where_they_fit(monkeypatch, room, encoded):
+    """A table for 6 images is of no use to groups of 8, which the second call has."""
+    monkeypatch.setattr(cache, "CACHE_SHARE", 1.0)
+    monkeypatch.setattr(cache, "free_memory", lambda device: room * 2 * 4)
+    evaluator, model = Evaluator(Samples(), keep_nodes=True, episode_batch=1, **SHAPE), FixedLogits()
+    for images in (range(2, 8), range(0, 8)):
+        evaluator(model, Episodes([episode(*images)]))
+    assert sum(model.encoded) == encoded
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_few_episodes_are_drawn_ahead(num_workers, monkeypatch):
     """Also when no image is missing, and a loader looks for one among all that is to come."""

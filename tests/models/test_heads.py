@@ -662,7 +662,7 @@ def test_a_row_that_diverges_leaves_the_others(table, flags, capsys):
         (["-norm", "none"], "-norm is a flag of eval.py. Set -norms"),
         (["-shot", "5"], "-shot is a flag of eval.py. Set -shots"),
         (["-episodes", "5,5,5"], "one for each of the 2 -shots"),
-        (["-shots", "1", "-model_dir", "nowhere.pth"], "no checkpoint at nowhere.pth"),
+        (["-shots", "1", "-episodes", "3", "-model_dir", "nowhere.pth"], "no checkpoint at nowhere.pth"),
         (["-shots", "1,5"], "every class (shot + query); the smallest class has 6"),
     ],
 )

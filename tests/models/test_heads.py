@@ -391,26 +391,6 @@ def test_nodes_that_do_not_fit_are_refused(head, shapes):
 # --- k-shot ---
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_prototypes_are_fitted_through_any_head(head):
-    """Two steps of SGD with momentum 0.9 and dampening 0.9 from the class means, by hand."""
-    support, labels = nodes(2, WAY * SHOT, 16, 4), torch.arange(WAY).repeat(SHOT)
-    settings = {"head": head, "temperature": 5.0, "solver": "simplex"}
-    lr = 0.01
-    found = fit_prototypes(support, way=WAY, shot=SHOT, lr=lr, steps=2, batch_size=WAY * SHOT, **settings)
-    for number, episode in enumerate(support):
-        proto, momentum, losses = (episode[:WAY] + episode[WAY:]) / 2, 0, []
-        for step in range(2):
-            leaf = proto.clone().requires_grad_()
-            loss = F.cross_entropy(head_logits(leaf, episode, **settings), labels)
-            (gradient,) = torch.autograd.grad(loss, leaf)
-            momentum = gradient if step == 0 else 0.9 * momentum + 0.1 * gradient
-            proto = proto - lr * momentum
-            losses.append(loss.item())
-        torch.testing.assert_close(found[number], proto, atol=1e-7, rtol=1e-6)
-        assert F.cross_entropy(head_logits(proto, episode, **settings), labels) < losses[1] < losses[0]
-
-
 def test_a_fit_that_diverges_is_an_error():
     settings = {"way": WAY, "shot": SHOT, "steps": 3, "batch_size": 4, "head": "proto"}
     with pytest.raises(FitError, match="diverged with a learning rate of 1e[+]30. Lower -sfc_lr .* or use -kshot mean"):

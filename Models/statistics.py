@@ -72,9 +72,7 @@ class NodeStatistics:
                 return cls(*(torch.from_numpy(arrays[name]).float() for name in ("mean", "deviation")))
         except OSError as error:
             raise InputError(f"cannot read the statistics in {path} ({error.strerror or error})") from error
-        except KeyError as error:
-            raise InputError(f"{path} is no file of statistics: it lacks an array; needed are {needed}") from error
-        except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{path} is no file of statistics, which has {needed} ({reason})") from error
 

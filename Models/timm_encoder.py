@@ -241,7 +241,8 @@ def _create(model: str, *, pretrained: bool = False, **settings: Any) -> nn.Modu
             advice = "Check the name of the folder, and what is in it"
         elif model.startswith(ELSEWHERE):
             advice = "Check the name and the network, or give a name of timm and set -backbone_weights to a file"
-        raise InputError(f"timm:{model} cannot be opened: {_first_line(error).rstrip('.')}. {advice}") from error
+        reason = _first_line(error).partition(". ")[0].rstrip(".")
+        raise InputError(f"timm:{model} cannot be opened: {reason}. {advice}") from error
     if not hasattr(network, "forward_intermediates"):
         raise InputError(f"timm:{model} gives no feature maps (forward_intermediates); choose another model")
     return network

@@ -80,8 +80,8 @@ def _read_params(path: Path) -> dict[str, Tensor]:
     """The tensors in a file of weights, by the names that they have in an encoder."""
     content = {"params": read_safetensors(path)} if is_safetensors(path) else load_plain(path, "checkpoint")
     if not isinstance(content, dict) or not isinstance(content.get("params"), dict):
-        advice = "Weights of timm are for -backbone_weights"
-        raise InputError(f'{path} must contain {{"params": state_dict}}; it contains {_describe(content)}. {advice}')
+        found = f"{_describe(content)}. Weights of timm are for -backbone_weights"
+        raise InputError(f'{path} must contain {{"params": state_dict}}; it contains {found}')
     params: dict[str, Tensor] = {}
     for name, value in content["params"].items():
         key = name if is_package(path) else _PREFIX.sub("", str(name))

@@ -100,7 +100,7 @@ class Comparison:
                     raise
                 continue
             self.seconds[name] += _now(query.device) - start
-            self.accuracies[name] += (100 * (logits.argmax(2) == labels).double().mean(1)).tolist()
+            self.accuracies[name] += (100 * (logits.argmax(2) == labels).double().sum(1) / len(labels)).tolist()
             first = logits if first is None else first
         return first
 
@@ -279,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += found
     result = {"rows": rows, "may_overlap": may_overlap(args), "flags": vars(args)}
     result |= {"versions": environment(), "weights": fingerprint(args.source)}
+    result |= {"encoder": shared.encoder.identity(), "data": dataset.fingerprint()}
     if args.json == "-":
         print(json.dumps(result))
     elif args.json:

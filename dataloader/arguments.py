@@ -118,10 +118,9 @@ def open_base_images(args: Namespace, classified: ImageDataset | FeatureSet | No
         files = list(image_files([args.statistics]))
         if not files:
             raise InputError(f"-statistics {args.statistics}: there are no images in this folder")
-        if both := set(map(os.path.realpath, files)) & set(
-            map(os.path.realpath, classified.paths if classified else ())
-        ):
-            found = f"{len(both)} of its images are classified, whose statistics a classifier cannot know"
+        known = set(map(os.path.realpath, classified.paths)) if classified else ()
+        if both := sum(os.path.realpath(file) in known for file in files):
+            found = f"{both} of its images are classified, whose statistics a classifier cannot know"
             raise InputError(f"-statistics {args.statistics}: {found}. Name a folder of others")
         return ImageDataset.of_files(files, view=view_of(args, train=False))
     sources = "Set -statistics to a folder of images that are not classified, or to a file of statistics"

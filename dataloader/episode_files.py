@@ -103,17 +103,14 @@ def _are_seeds(seeds: Any, count: int) -> bool:
 
 def _parse(episode: Any, dataset: NamedImages, number_of: dict[str, int]) -> tuple[Shape, list[int]]:
     """The shape of an episode, and its images, class-interleaved."""
-    classes, support, query = (
-        episode.get(name) if isinstance(episode, dict) else None for name in ("classes", "support", "query")
-    )
-    needed = 'an episode is {"classes": [name, ...], "support": [[file, ...], ...], "query": [[file, ...], ...]}'
+    episode = episode if isinstance(episode, dict) else {}
+    classes, support, query = (episode.get(name) for name in ("classes", "support", "query"))
+    form = 'an episode is {"classes": [name, ...], "support": [[file, ...], ...], "query": [[file, ...], ...]}'
     if not _are_names(classes):
-        raise InputError(f'"classes" is no list of names; {needed}')
+        raise InputError(f'"classes" must be a list of names; {form}')
     for name, rows in (("support", support), ("query", query)):
         if not (isinstance(rows, list) and len(rows) == len(classes) and all(map(_are_names, rows))):
-            raise InputError(
-                f'"{name}" is no list with a list of files for each of the {len(classes)} classes; {needed}'
-            )
+            raise InputError(f'"{name}" must have a list of files for each of the {len(classes)} classes; {form}')
         if len(counts := set(map(len, rows))) > 1:
             raise InputError(f'"{name}" has {min(counts)} to {max(counts)} files for a class; all classes need as many')
     if unknown := [name for name in classes if name not in dataset.class_names]:

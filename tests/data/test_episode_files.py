@@ -93,14 +93,11 @@ def change(*keys, to):
     ("fault", "sentence"),
     [
         (change(1, "classes", 0, to="what"), "episode 1: there is no class 'what' in the data"),
-        (change(1, "classes", 0, to=7), 'episode 1: "classes" is no list of names; an episode is'),
+        (change(1, "classes", 0, to=7), 'episode 1: "classes" must be a list of names; an episode is'),
         (change(1, "support", 0, 1, to="class9/x.png"), "episode 1: there is no file 'class9/x.png' in the data"),
-        (
-            change(1, "support", 0, to=[]),
-            'episode 1: "support" is no list with a list of files for each of the 3 classes',
-        ),
-        (change(2, "query", to=[]), 'episode 2: "query" is no list'),
-        (change(2, to=[]), 'episode 2: "classes" is no list of names'),
+        (change(1, "support", 0, to=[]), 'episode 1: "support" must have a list of files for each of the 3 classes'),
+        (change(2, "query", to=[]), 'episode 2: "query" must have a list'),
+        (change(2, to=[]), 'episode 2: "classes" must be a list of names'),
         (lambda content: content[3]["query"][0].pop(), 'episode 3: "query" has 2 to 3 files for a class'),
         (lambda content: [row.pop() for row in content[3]["query"]], "episode 3 3-way 2-shot with 2 queries per class"),
         (

@@ -263,6 +263,17 @@ def test_decoded_images_are_kept_over_calls():
     assert len(data.asked) == 7 + 12
 
 
+@pytest.mark.parametrize(("room", "encoded"), [(6, 6 + 8), (100, 8)])
+def test_nodes_are_kept_over_calls_where_they_fit(monkeypatch, room, encoded):
+    """A table for 6 images is of no use to groups of 8, which the second call has."""
+    monkeypatch.setattr(cache, "CACHE_SHARE", 1.0)
+    monkeypatch.setattr(cache, "free_memory", lambda device: room * 2 * 4)
+    evaluator, model = Evaluator(Samples(), keep_nodes=True, episode_batch=1, **SHAPE), FixedLogits()
+    for images in (range(2, 8), range(0, 8)):
+        evaluator(model, Episodes([episode(*images)]))
+    assert sum(model.encoded) == encoded
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_few_episodes_are_drawn_ahead(num_workers, monkeypatch):
     """Also when no image is missing, and a loader looks for one among all that is to come."""
@@ -469,12 +480,19 @@ def recorder(path, *, resume=True, episodes=3):
     return Recorder(path, resume=resume, episodes=episodes, queries=4, ranks=Ranks())
 
 
+class Labelled(Samples):
+    """Sample i is of class i modulo 10."""
+
+    labels = [i % 10 for i in range(1000)]
+
+
 def test_an_evaluation_continues_from_its_record(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "SECONDS_BETWEEN_RECORDS", 0.0)
     path, stop, model = tmp_path / "partial.json", StopRequest(), FixedLogits()
     episodes = with_hits(4, 2, 0, 1, 3)
-    whole = Evaluator(Samples(), **SHAPE)(model, episodes)
-    evaluator = Evaluator(Samples(), episode_batch=2, stop=stop, **SHAPE)
+    complete = recorder(tmp_path / "complete.json", episodes=5)
+    whole = Evaluator(Labelled(), **SHAPE)(model, episodes, recorder=complete)
+    evaluator = Evaluator(Labelled(), episode_batch=2, stop=stop, **SHAPE)
     stop.signal_number = 15
     with pytest.raises(Stopped):
         evaluator(model, episodes, recorder=recorder(path, episodes=5))
@@ -482,6 +500,8 @@ def test_an_evaluation_continues_from_its_record(tmp_path, monkeypatch):
     stop.signal_number, model.draws = 0, []
     resumed = recorder(path, episodes=5)
     assert evaluator(model, episodes, recorder=resumed) == whole
+    assert resumed.confusion == complete.confusion
+    assert resumed.confusion.total() == 20
     assert len(model.draws) == 3
     resumed.update(now=True)
     again = recorder(path, episodes=5)  # stopped after the last episode
@@ -490,12 +510,6 @@ def test_an_evaluation_continues_from_its_record(tmp_path, monkeypatch):
     assert recorder(path, resume=False).scores == []
     again.remove()
     assert not path.exists()
-
-
-class Labelled(Samples):
-    """Sample i is of class i modulo 10."""
-
-    labels = [i % 10 for i in range(1000)]
 
 
 def test_confusion_counts_every_query(tmp_path):
@@ -508,27 +522,6 @@ def test_confusion_counts_every_query(tmp_path):
     unlabelled = recorder(tmp_path / "partial.json")
     Evaluator(Samples(), **SHAPE)(FixedLogits(), with_hits(4), recorder=unlabelled)
     assert unlabelled.confusion == {}
-
-
-@pytest.mark.parametrize("episode_batch", [1, 2])
-def test_confusion_is_that_of_an_evaluation_without_interruption(tmp_path, episode_batch):
-    path, episodes, kept = tmp_path / "partial.json", with_hits(4, 3, 0, 1, 2), []
-    for stops in (True, False):
-        stop = StopRequest()
-        evaluator = Evaluator(Labelled(), episode_batch=episode_batch, stop=stop, **SHAPE)
-        kept.append(whole := recorder(tmp_path / f"{stops}", episodes=5))
-        evaluator(FixedLogits(), episodes, recorder=whole)
-        if stops:
-            stop.signal_number = 15
-            with pytest.raises(Stopped):
-                evaluator(FixedLogits(), episodes, recorder=recorder(path, episodes=5))
-        else:
-            kept.append(resumed := recorder(path, episodes=5))
-            assert len(resumed.scores) == episode_batch
-            assert resumed.confusion.total() == 4 * episode_batch
-            evaluator(FixedLogits(), episodes, recorder=resumed)
-    assert kept[0].confusion == kept[1].confusion == kept[2].confusion
-    assert kept[0].confusion.total() == 20
 
 
 def test_confusion_is_gathered_over_ranks(monkeypatch, tmp_path):

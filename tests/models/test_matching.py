@@ -47,14 +47,6 @@ def test_an_image_is_most_like_itself():
     torch.testing.assert_close(emd_logits(proto, proto).diag(), torch.full((4,), 12.5), atol=1e-3, rtol=0)
 
 
-def test_episodes_do_not_influence_each_other():
-    proto, query = nodes(3, 5, 16, 4), nodes(3, 7, 16, 4, seed=1)
-    together = emd_logits(proto, query)
-    assert together.shape == (3, 7, 5)
-    for episode in range(3):
-        torch.testing.assert_close(emd_logits(proto[episode], query[episode]), together[episode])
-
-
 @pytest.mark.parametrize(
     "options", [{"solver": "opencv"}, {"solver": "simplex"}, {"solver": "simplex", "gradient": "cost"}]
 )

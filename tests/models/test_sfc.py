@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from Models.arguments import SCALED_SFC_LR
-from Models.heads import head_logits
+from Models.heads import HEADS, head_logits
 from Models.matching import emd_logits
 from Models.sfc import _orders, fit_prototypes, mean_prototypes
 from Models.statistics import NodeStatistics
@@ -103,15 +103,19 @@ def test_every_pass_has_an_order_of_its_own():
     assert len(drawn.unique(dim=0)) > 30
 
 
-@pytest.mark.parametrize("head", [{"solver": "simplex"}, {"solver": "opencv"}, {"solver": "ipm", "norm": "none"}])
+@pytest.mark.parametrize(
+    "head",
+    [{"solver": "opencv"}, {"solver": "ipm", "norm": "none"}, *({"head": head, "solver": "simplex"} for head in HEADS)],
+)
 def test_two_steps_by_hand(head):
     """SGD with momentum 0.9 and dampening 0.9 from the class means, on the mean cross entropy of each episode."""
-    nodes, labels, lr, decay = support(2), torch.arange(WAY).repeat(SHOT), 0.5, 0.1
+    lr = 0.01 if head.get("head") == "proto" else 0.5
+    nodes, labels, decay = support(2), torch.arange(WAY).repeat(SHOT), 0.1
     for number, episode in enumerate(nodes):
         proto, momentum = episode.unflatten(0, (SHOT, WAY)).mean(0), None
         for _ in range(2):
             leaf = proto.clone().requires_grad_()
-            F.cross_entropy(emd_logits(leaf, episode, **head), labels).backward()
+            F.cross_entropy(head_logits(leaf, episode, **head), labels).backward()
             gradient = leaf.grad + decay * proto
             momentum = gradient if momentum is None else 0.9 * momentum + 0.1 * gradient
             proto = proto - lr * momentum

@@ -77,7 +77,7 @@ def test_a_file_keeps_all_digits(tmp_path):
         ([[0.0]], [[1.0]], "one a channel; it is float32 (1, 1)"),
         ([], [], "got 0 and 0 channels"),
         (["a"], [1.0], "can't convert"),
-        ([0.0], None, "it lacks an array"),
+        ([0.0], None, "deviation is not a file in the archive"),
     ],
 )
 def test_files_of_bad_numbers_are_refused(tmp_path, mean, deviation, message):

@@ -74,7 +74,7 @@ class NodeStatistics:
             raise InputError(f"cannot read the statistics in {path} ({error.strerror or error})") from error
         except (LookupError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"{path} is no file of statistics, which has {needed} ({reason})") from error
+            raise InputError(f"{path} is not a file of statistics, which has {needed} ({reason})") from error
 
     def write(self, path: Path) -> None:
         """Write an .npz file, atomically. InputError if it cannot be written."""

@@ -82,7 +82,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise InputError(f"it cannot be read ({error.strerror or error})") from error
     except Exception as error:  # numpy can raise anything for another kind of file
-        raise InputError(f"it is damaged, or no .npz file of numpy. Write it with {example}") from error
+        raise InputError(f"it is damaged, or not an .npz file of numpy. Write it with {example}") from error
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise InputError(f"it is a single array, not an .npz file of named arrays. Write it with {example}")
     with archive:

@@ -83,7 +83,7 @@ def test_a_file_keeps_all_digits(tmp_path):
 def test_files_of_bad_numbers_are_refused(tmp_path, mean, deviation, message):
     arrays = {"mean": mean, "deviation": deviation}
     np.savez(tmp_path / "bad.npz", **{name: np.array(values) for name, values in arrays.items() if values is not None})
-    with pytest.raises(InputError, match=rf"bad\.npz is no file of statistics.*{re.escape(message)}"):
+    with pytest.raises(InputError, match=rf"bad\.npz is not a file of statistics.*{re.escape(message)}"):
         NodeStatistics.read(tmp_path / "bad.npz")
 
 

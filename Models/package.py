@@ -184,9 +184,9 @@ def _hub_errors(source: str) -> Iterator[None]:
         elif "RevisionNotFoundError" in kinds:
             advice = "It has no such revision: name a branch, a tag or a commit of it"
         elif kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
-            why = printable(" ".join(str(error.__cause__ or "").split()))[:150]
-            advice = f"It is not in the cache, and the Hub cannot be reached{f' ({why})' if why else ''}. "
-            advice += "Check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, and run the command again"
+            why = printable(" ".join(str(error.__cause__ or "").split())).partition(" For more")[0][:150]
+            advice = f"It is not in the cache, and the Hub does not give it{f' ({why})' if why else ''}. "
+            advice += "Check the connection, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE, and run the command again"
         elif "EntryNotFoundError" in kinds:
             advice = f"It is not a package of export.py: it lacks {PACKAGE_CONFIG} or {PACKAGE_WEIGHTS}"
         else:

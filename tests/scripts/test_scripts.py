@@ -342,7 +342,7 @@ def bad_place(tmp_path_factory, folder) -> Path:
     return cwd
 
 
-GOOD = ["-dataset", "folder", "-data_dir", "good", "-model_dir", "none", *SMALL]
+GOOD = ["-dataset", "folder", "-data_dir", "good", "-model_dir", "none", *SMALL, "-backbone", "resnet12"]
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ GOOD = ["-dataset", "folder", "-data_dir", "good", "-model_dir", "none", *SMALL]
         (["-data_dir", "broken", "-way", "1", "-num_workers", "1"], 1, "it cannot be read"),
         (["-data_dir", "broken", "-way", "1", "-verify_images"], 1, "no image of class a can be read"),
         (["-model_dir", "nowhere.pth"], 1, "no checkpoint at nowhere.pth"),
-        (["-model_dir", "resnet18.pth"], 1, "resnet18.pth does not hold the weights of Conv4: it lacks"),
+        (["-model_dir", "resnet18.pth"], 1, "resnet18.pth does not hold the weights of ResNet12: it lacks"),
         (["-patch_list", "a,b"], 2, "whole numbers above 0 joined by commas, as in 2,3; got 'a,b'"),
         (["-patch_list", "33", "-deepemd", "grid"], 2, "33 makes 1089 patches"),
         (["-gpu", "99"], 1, "there is no GPU 99"),
@@ -442,12 +442,13 @@ def test_a_failing_final_test_costs_nothing_but_itself(folder, tmp_path):
         if path.name != "0000.png":  # the first image of a split is looked at before the first step
             path.write_bytes(path.read_bytes()[:70])
     counts = ["-max_epoch", 1, "-val_frequency", 1, "-val_episode", 1, "-test_episode", 1, "-way", 2]
-    flags = ["-dataset", "folder", "-data_dir", "data", *SMALL, *counts, "-pretrain_dir", "none"]
-    done = run("train_meta.py", *flags, "-backbone", "resnet12", cwd=tmp_path)
+    flags = ["-dataset", "folder", "-data_dir", "data", *SMALL[:-2], *counts, "-pretrain_dir", "none"]
+    done = run("train_meta.py", *flags, cwd=tmp_path)
     assert (done.status, "it cannot be read" in done.err) == (1, True)
+    assert (tmp_path / "checkpoint/folder/fcn/1shot-2way/max_acc.pth").is_file()
+    assert "to test them, run: python eval.py " in done.err
     weights = torch.load(tmp_path / "checkpoint/folder/fcn/1shot-2way/max_acc.pth", weights_only=True)["params"]
     assert list(weights) == [f"encoder.{key}" for key in ResNet12().state_dict()]
-    assert "to test them, run: python eval.py " in done.err
 
 
 def test_sync_bn_needs_processes_on_gpus(data, tmp_path):

@@ -27,8 +27,9 @@ import train_pretrain
 from engine.arguments import STAGE_FLAGS
 from engine.evaluation import Evaluation, Evaluator
 from Models import ResNet12
+from Models.conv4 import Conv4
 
-SMALL = ["-gpu", "cpu", "-image_size", "16", "-query", "2", "-num_workers", "0"]
+SMALL = ["-gpu", "cpu", "-image_size", "16", "-query", "2", "-num_workers", "0", "-backbone", "conv4"]
 
 
 def next_command(out: str) -> list[str]:
@@ -52,12 +53,12 @@ def trained(tmp_path_factory, data) -> tuple[Path, list[str]]:
     return cwd, outs
 
 
-PRETRAINED = "checkpoint/pre_train/glyphs/64-0.0100-30-0.20/max_acc.pth"
+PRETRAINED = "checkpoint/pre_train/glyphs/64-0.0100-30-0.20-conv4/max_acc.pth"
 
 
 def test_processes_that_load_images_end_with_the_script(data, tmp_path):
     """Also where nothing has collected the cycles of frames by then, through which libraries hold the loaders."""
-    flags = [*data, "-gpu", "cpu", "-image_size", 16, "-query", 2, "-num_workers", 1, "-bs", 999, "-max_epoch", 1]
+    flags = [*data, *SMALL, "-num_workers", 1, "-bs", 999, "-max_epoch", 1]
     code = (
         "import gc; gc.disable(); import train_pretrain; from utils import run_script; run_script(train_pretrain.main)"
     )
@@ -69,10 +70,10 @@ def test_processes_that_load_images_end_with_the_script(data, tmp_path):
 
 def test_three_stages(trained):
     cwd, (_, meta_out, eval_out) = trained
-    pretrain, meta = cwd / PRETRAINED, cwd / "checkpoint/glyphs/fcn/1shot-5way"
+    pretrain, meta = cwd / PRETRAINED, cwd / "checkpoint/glyphs/fcn/1shot-5way-conv4"
     for folder, prefix in ((pretrain.parent, ""), (meta, "encoder.")):
         params = torch.load(folder / "max_acc.pth", weights_only=True)["params"]
-        assert list(params) == [prefix + key for key in ResNet12().state_dict()]
+        assert list(params) == [prefix + key for key in Conv4().state_dict()]
         assert len(json.loads((folder / "trlog.json").read_text())["epochs"]) == 2
         assert list((folder / "tf").iterdir())
     results = (meta / "results.txt").read_text().splitlines()
@@ -88,7 +89,7 @@ def test_three_stages(trained):
 def test_tensorboard_scalars(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(trained[0] / "checkpoint/glyphs/fcn/1shot-5way/tf"))
+    events = EventAccumulator(str(trained[0] / "checkpoint/glyphs/fcn/1shot-5way-conv4/tf"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {
         f"data/{name}" for name in ("loss", "acc", "total_loss", "val_loss", "val_acc")
@@ -159,7 +160,7 @@ def test_next_names_every_flag_that_matters(folder, tmp_path):
             "num_workers": "0",
             "way": "3",
         },
-        **{"head": "knn", "kshot": "mean"},
+        **{"head": "knn", "kshot": "mean", "backbone": "conv4"},
         **{"shot": "2", "sfc_update_step": "2", "sfc_lr": "0.3", "temperature": "5.0", "norm": "none", "gpu": "cpu"},
         **{"solver": "ipm", "form": "QP", "l2_strength": "0.1", "amp": "bfloat16", "episode_batch": "3"},
         **{"deepemd": "grid", "patch_list": "1", "patch_ratio": "1.5", "num_patch": "4", "extra_dir": "mine"},
@@ -191,8 +192,9 @@ def test_next_names_every_flag_that_matters(folder, tmp_path):
 
 def test_pretraining_of_k_shot_and_pyramid(data, tmp_path):
     flags = ["-shot", 3, "-feature_pyramid", 1, "-max_epoch", 1, "-num_episode", 1, "-bs", 256, "-sfc_update_step", 2]
-    succeed("train_pretrain.py", *data, *SMALL, *flags, "-lr", 0.00003, cwd=tmp_path)
-    assert (tmp_path / "checkpoint/pre_train/glyphs/256-3e-05-30-0.20/max_acc.pth").is_file()
+    succeed("train_pretrain.py", *data, *SMALL, *flags, "-lr", 0.00003, "-backbone", "resnet12", cwd=tmp_path)
+    weights = tmp_path / "checkpoint/pre_train/glyphs/256-3e-05-30-0.20/max_acc.pth"
+    assert list(torch.load(weights, weights_only=True)["params"]) == list(ResNet12().state_dict())
 
 
 @pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def test_ways_to_train(trained, data, tmp_path, monkeypatch, flags):
     )
     assert "epoch 2/2: train loss" in out
     assert "nan" not in out
-    run_folder = tmp_path / "checkpoint/glyphs/fcn/1shot-2way"
+    run_folder = tmp_path / "checkpoint/glyphs/fcn/1shot-2way-conv4"
     assert sorted(path.name for path in run_folder.glob("epoch-*.pth")) == (
         ["epoch-1.pth", "epoch-2.pth"] if "-save_all" in flags else []
     )
@@ -276,7 +278,7 @@ def test_repeatable_to_the_bit_with_any_number_of_workers(data, tmp_path):
     counts = ["-max_epoch", 2, "-val_frequency", 2, "-val_episode", 2, "-test_episode", 3]
     for workers in (0, 2):
         succeed("train_meta.py", *flags, *counts, "-num_workers", workers, "-extra_dir", workers, cwd=tmp_path)
-        folder = tmp_path / f"checkpoint/glyphs/sampling/1shot-3way/{workers}"
+        folder = tmp_path / f"checkpoint/glyphs/sampling/1shot-3way-conv4/{workers}"
         curves = json.loads((folder / "trlog.json").read_text())
         weights = torch.load(folder / "max_acc.pth", weights_only=True)["params"]
         found.append((curves["epochs"], curves["test_loss"], weights))
@@ -306,7 +308,7 @@ def test_published_weights_are_those_of_the_variant(trained, data, tmp_path):
         assert done.status == (variant == "sampling")
     assert "download the published weights (bash download_trained_model.sh), or use a pretrained network" in done.err
     done = run("train_meta.py", *data, *SMALL, cwd=tmp_path)
-    assert "no checkpoint at deepemd_pretrain_model/glyphs/resnet12/max_acc.pth" in done.err
+    assert "no checkpoint at deepemd_pretrain_model/glyphs/conv4/max_acc.pth" in done.err
     assert "bash download_pretrain_model.sh" in done.err
 
 
@@ -340,7 +342,7 @@ def bad_place(tmp_path_factory, folder) -> Path:
     return cwd
 
 
-GOOD = ["-dataset", "folder", "-data_dir", "good", "-model_dir", "none", *SMALL]
+GOOD = ["-dataset", "folder", "-data_dir", "good", "-model_dir", "none", *SMALL, "-backbone", "resnet12"]
 
 
 @pytest.mark.parametrize(
@@ -440,11 +442,13 @@ def test_a_failing_final_test_costs_nothing_but_itself(folder, tmp_path):
         if path.name != "0000.png":  # the first image of a split is looked at before the first step
             path.write_bytes(path.read_bytes()[:70])
     counts = ["-max_epoch", 1, "-val_frequency", 1, "-val_episode", 1, "-test_episode", 1, "-way", 2]
-    flags = ["-dataset", "folder", "-data_dir", "data", *SMALL, *counts, "-pretrain_dir", "none"]
+    flags = ["-dataset", "folder", "-data_dir", "data", *SMALL[:-2], *counts, "-pretrain_dir", "none"]
     done = run("train_meta.py", *flags, cwd=tmp_path)
     assert (done.status, "cannot be read as an image" in done.err) == (1, True)
     assert (tmp_path / "checkpoint/folder/fcn/1shot-2way/max_acc.pth").is_file()
     assert "to test them, run: python eval.py " in done.err
+    weights = torch.load(tmp_path / "checkpoint/folder/fcn/1shot-2way/max_acc.pth", weights_only=True)["params"]
+    assert list(weights) == [f"encoder.{key}" for key in ResNet12().state_dict()]
 
 
 def test_sync_bn_needs_processes_on_gpus(data, tmp_path):
@@ -453,7 +457,7 @@ def test_sync_bn_needs_processes_on_gpus(data, tmp_path):
 
 
 def test_divergence_says_so(data, tmp_path):
-    flags = ["-max_epoch", 1, "-num_episode", 1, "-bs", 200, "-lr", "1e6", "-way", 2]
+    flags = ["-max_epoch", 1, "-num_episode", 1, "-bs", 200, "-lr", "1e6", "-way", 2, "-backbone", "resnet12"]
     done = run("train_pretrain.py", *data, *SMALL, *flags, cwd=tmp_path)
     assert done.status == 1
     last = done.err.splitlines()[-1]
@@ -565,13 +569,13 @@ def test_an_ignored_interrupt_stays_ignored(monkeypatch, capsys, script, handler
 
 
 def test_a_full_disk_is_one_line_and_costs_nothing(data, tmp_path, monkeypatch):
-    weights = tmp_path / "checkpoint/pre_train/glyphs/256-0.0100-30-0.20/max_acc.pth"
+    weights = tmp_path / "checkpoint/pre_train/glyphs/256-0.0100-30-0.20-conv4/max_acc.pth"
     flags = [*data, *SMALL, "-max_epoch", 1, "-num_episode", 1, "-bs", 256, "-lr", 0.01, "-way", 2]
     succeed("train_pretrain.py", *flags, cwd=tmp_path)
     before = weights.read_bytes()
     monkeypatch.setattr(engine.run.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
     done = run("train_pretrain.py", *flags, cwd=tmp_path)
     assert done.status == 1
-    assert re.search(r"error: the run needs 250 MB of free space in .*; there are 1$", done.err.strip())
+    assert re.search(r"error: the run needs 2 MB of free space in .*; there are 1$", done.err.strip())
     assert weights.read_bytes() == before
     assert not (weights.parent / "previous-1").exists()

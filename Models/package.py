@@ -158,9 +158,8 @@ def _from_hub(source: str) -> Path:
     with _hub_errors(source):
         config = Path(hf_hub_download(name, PACKAGE_CONFIG, revision=revision, **server))
     try:
-        wanted = read_config(config)["weights"][
-            "sha256"
-        ]  # before weights of another project, which may be large, are downloaded
+        # Before weights of another project, which may be large, are downloaded.
+        wanted = read_config(config)["weights"]["sha256"]
     except InputError as error:
         raise InputError(f"{source} is not a package that this version reads: {error}") from error
     with _hub_errors(source):

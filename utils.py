@@ -111,7 +111,9 @@ def _user_message(error: Exception) -> str | None:
     """One line for errors that the user can do something about, None for others."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, torch.OutOfMemoryError):
-        advice = "Use a smaller -query, fewer patches, -checkpoint_activations, or more GPUs (-gpu 0,1)"
+        advice = (
+            "Use a smaller -query or -episode_batch, fewer patches, -checkpoint_activations, or more GPUs (-gpu 0,1)"
+        )
         return f"out of GPU memory ({lines[0]}). {advice}"
     if isinstance(error, MemoryError) or re.search(r"can't allocate memory|bad_alloc", str(error)):
         return f"out of memory ({lines[0]}). Use a smaller -query, -episode_batch or -image_size, or fewer patches"

@@ -13,14 +13,14 @@ from helpers import finish, run, start, succeed
 
 from engine.evaluation import Recorder
 from engine.results import describe_confusion
-from Models import ResNet12
+from Models.conv4 import Conv4
 
 SMALL = ["-gpu", "cpu", "-image_size", "16", "-query", "2", "-way", "2", "-num_workers", "0", "-test_episode", "4"]
 
 
 @pytest.fixture
 def flags(folder) -> list[object]:
-    return ["-dataset", "folder", "-data_dir", folder, *SMALL]
+    return ["-dataset", "folder", "-data_dir", folder, *SMALL, "-backbone", "conv4"]
 
 
 def read(path: Path) -> dict:
@@ -30,7 +30,7 @@ def read(path: Path) -> dict:
 def save_weights(path: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"params": ResNet12().state_dict()}, path)
+    torch.save({"params": Conv4().state_dict()}, path)
     return path
 
 
@@ -90,7 +90,7 @@ def test_the_line_names_what_is_not_at_its_default(flags, tmp_path):
     extra = ["-head", "knn", "-kshot", "mean", "-shot", 2, "-seed", 7, "-feature_pyramid", "1", "-solver", "simplex"]
     plain, changed = (succeed("eval.py", *flags, "-model_dir", "none", *e, cwd=tmp_path) for e in ([], extra))
     assert plain.startswith("folder test, fcn, 2-way 1-shot, 4 episodes: acc ")
-    assert plain.endswith(" s), with -image_size 16 -query 2\n")
+    assert plain.endswith(" s), with -image_size 16 -query 2 -backbone conv4\n")
     for words in ("-head knn", "-kshot mean", "-seed 7", "-feature_pyramid 1", "-solver simplex", "-image_size 16"):
         assert words in changed
     lines = (tmp_path / "checkpoint/eval/results.txt").read_text().splitlines()
@@ -115,19 +115,17 @@ def test_results_go_where_json_says(flags, tmp_path):
 def test_weights_are_used_as_they_were_trained(flags, folder, tmp_path):
     """The flags of their run are those of the evaluation; -way and -query, which are its own, are not."""
     weights = save_weights(tmp_path / "run/max_acc.pth", 1)
-    trained = {"dataset": "folder", "image_size": 24, "head": "knn", "temperature": 2.0, "way": 6, "query": 9}
+    trained = {"dataset": "folder", "backbone": "conv4", "image_size": 24, "head": "knn", "way": 6, "query": 9}
     (weights.parent / "run.json").write_text(json.dumps({"flags": trained}))
     given = ["-data_dir", folder, "-model_dir", "run", *SMALL[:2], *SMALL[4:], "-json", "-"]
     done = run("eval.py", *given, cwd=tmp_path)
     assert done.status == 0, done.err
     adopted = [line for line in done.err.splitlines() if line.startswith("flags of the run that trained the weights")]
-    assert adopted == [
-        "flags of the run that trained the weights (run/run.json): -dataset folder -image_size 24 -head knn -temperature 2.0"
-    ]
+    words = "-dataset folder -backbone conv4 -image_size 24 -head knn"
+    assert adopted == [f"flags of the run that trained the weights (run/run.json): {words}"]
     found = json.loads(done.out)
     assert {**found["flags"], **trained, "way": 2, "query": 2} == found["flags"]
-    explicit = ["-dataset", "folder", "-image_size", 24, "-head", "knn", "-temperature", 2.0]
-    done = run("eval.py", *given, *explicit, cwd=tmp_path)
+    done = run("eval.py", *given, *words.split(), cwd=tmp_path)
     assert json.loads(done.out)["loss"] == found["loss"]
     assert "run.json" not in done.err
     done = run("eval.py", *given, "-image_size", 16, cwd=tmp_path)
@@ -153,10 +151,10 @@ def test_nodes_and_episodes_in_files_give_the_same_accuracies(flags, tmp_path):
     # Files of nodes hold training images of each class, for the statistics of nodes.
     with np.load(tmp_path / "f.npz") as archive:
         assert {name: archive[name].shape for name in archive} == {
-            "nodes": (42, 640, 1),
+            "nodes": (42, 64, 1),
             **dict.fromkeys(("labels", "files"), (42,)),
             "class_names": (6,),
-            "train_nodes": (42, 640, 1),
+            "train_nodes": (42, 64, 1),
             "train_labels": (42,),
         }
         assert archive["files"][8] == "class1/0001.png"

@@ -434,7 +434,8 @@ def test_what_was_run_on_what(folder, tmp_path):
 
 def test_a_log_has_lines(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("engine.loading.SECONDS_BETWEEN_LINES", 0.0)
-    done = run(*PRETRAIN, *HERE, "-data_dir", folder, cwd=tmp_path)
+    slow = "-backbone", "resnet12"  # a bar is drawn ten times a second at most
+    done = run(*PRETRAIN, *HERE, *slow, "-data_dir", folder, cwd=tmp_path)
     assert "\r" not in done.err + done.out
     assert re.search(r"^epoch 1: 2/3 \[.*loss \d+\.\d+, acc \d+\.\d+ %\]$", done.err, re.M)
     monkeypatch.setattr("engine.loading.SECONDS_BETWEEN_LINES", 60.0)

@@ -18,7 +18,7 @@ from .on_cpu import in_threads, to_numpy
 from .problem import MissingLibraryError, ProblemError, SolverError
 
 GRADIENTS = {"full": "for cost and weights", "cost": "for the cost only, as with opencv"}
-ROWS_PER_PRICING = 16  # priced together before a pivot: fewer find a cell sooner, more find a better one
+ROWS_PER_PRICING = 12  # priced together before a pivot: fewer find a cell sooner, more find a better one
 SECONDS_BEFORE_NOTICE = 2.0
 
 

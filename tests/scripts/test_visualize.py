@@ -247,7 +247,8 @@ def tensorboard_images(folder: Path) -> dict[str, list[int]]:
 
     events = EventAccumulator(str(folder / "tf"), size_guidance={"images": 0})
     events.Reload()
-    return {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+    # Files of the same second are read in the order of their names, in which 10 is before 9.
+    return {tag: sorted(event.step for event in events.Images(tag)) for tag in events.Tags()["images"]}
 
 
 def test_log_images(data, tmp_path):

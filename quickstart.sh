@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a model that has learned something: environment, installation, the glyphs data set, the three
-# stages at a small image size, and a table of what each of them contributes. Three to four minutes on two cores, after installation.
+# stages at a small image size, and a table of what each of them contributes. Three to ten minutes on two cores, after installation.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./install.sh

@@ -173,7 +173,7 @@ def chamfer_logits(proto: Tensor, query: Tensor, settings: HeadSettings) -> Tens
     The weights a and b of the nodes are those of ``deepemd``, and sum to 1 on each side: an optimal matching that may move the
     mass of each side freely.
     """
-    similarity = cosine_similarity_map(query, proto, **settings.of_nodes)  # (..., Q, W, M, N)
+    similarity = METRICS[settings.metric](query, proto, **settings.of_nodes)  # (..., Q, W, M, N)
     given = {"weights": settings.weights, "power": settings.weight_power}
     a = scale_to_mass(node_weights(query, proto, **given), 1)  # (..., Q, W, M)
     b = scale_to_mass(node_weights(proto, query, **given).transpose(-3, -2), 1)  # (..., Q, W, N)

@@ -17,7 +17,6 @@ from Models.emd import SOLVERS, emd, scale_to_mass
 from Models.statistics import NodeStatistics, normalised
 
 # The choices of -metric, -norm and -weights.
-METRICS = {"cosine": "cosine similarity of two nodes"}
 NORMS = {
     "center": "subtract each node's own mean over channels",
     "none": "leave the nodes as they are",
@@ -92,6 +91,10 @@ def cosine_similarity_map(
     return similarity.unflatten(-3, (query.shape[-3], query.shape[-1])).transpose(-3, -2)
 
 
+# Similarities of nodes, with the arguments and the shapes of the one above: the cost of matching two nodes is 1 - similarity.
+METRICS = {"cosine": cosine_similarity_map}
+
+
 # --- Section 3.2: optimal matching -> logits --------------------------------------------------------------------------
 
 
@@ -138,7 +141,7 @@ def match_nodes(
     check_nodes(proto, query)
     check_choice("metric", metric, METRICS)
     check_choice("solver", solver, SOLVERS)
-    similarity = cosine_similarity_map(query, proto, norm=norm, statistics=statistics)  # (..., Q, W, M, N)
+    similarity = METRICS[metric](query, proto, norm=norm, statistics=statistics)  # (..., Q, W, M, N)
     # Without a gradient for the weights, the encoder learns through the cost alone, as in the published OpenCV path.
     has_gradient = "supply" in SOLVERS[solver].differentiable and options.get("gradient") != "cost"
     given = {"weights": weights, "power": weight_power, "floor": 0.0 if has_gradient else OPENCV_FLOOR}

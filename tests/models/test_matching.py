@@ -6,7 +6,14 @@ from torch.nn import functional as F
 
 from Models.emd import emd
 from Models.heads import head_logits
-from Models.matching import OPENCV_FLOOR, cosine_similarity_map, cross_reference_weights, emd_logits, match_nodes
+from Models.matching import (
+    METRICS,
+    OPENCV_FLOOR,
+    cosine_similarity_map,
+    cross_reference_weights,
+    emd_logits,
+    match_nodes,
+)
 
 
 def nodes(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -107,3 +114,13 @@ def test_deepemd_is_the_default_head():
     assert torch.equal(head_logits(proto, query, head="deepemd", temperature=3.0), expected)
     cost = {"solver": "simplex", "gradient": "cost"}
     assert torch.equal(head_logits(proto, query, solver="simplex:gradient=cost"), emd_logits(proto, query, **cost))
+
+
+@pytest.mark.parametrize("head", ["deepemd", "chamfer"])
+def test_a_metric_is_one_entry_of_the_table(monkeypatch, head):
+    monkeypatch.setitem(METRICS, "half", lambda *nodes, **settings: cosine_similarity_map(*nodes, **settings) / 2)
+    proto, query = nodes(2, 8, 3), nodes(4, 8, 3, seed=1)
+    cosine, half = (
+        head_logits(proto, query, head=head, metric=metric, solver="simplex") for metric in ("cosine", "half")
+    )
+    torch.testing.assert_close(half, cosine / 2)

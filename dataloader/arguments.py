@@ -97,7 +97,7 @@ def open_dataset(args: Namespace, split: str, *, train: bool, deepemd: str | Non
         features = read_features(args.features, map_size=args.map_size or 0)
         images, channels, nodes = features.nodes.shape
         found = f"{images} images of {len(features.class_names)} classes, {nodes} nodes of {channels} channels"
-        status(f"features: {args.features} ({found})")
+        status(f"features: {printable(args.features)} ({found})")
         return features
     view = view_of(args, train=train, deepemd=deepemd)
     return ImageDataset(args.dataset, split, data_dir=args.data_dir, view=view, verify=args.verify_images)

@@ -16,7 +16,7 @@ from Models.choices import check_choice
 from Models.emd import SOLVERS, emd, scale_to_mass
 from Models.statistics import NodeStatistics, normalised
 
-# The choices of -metric, -norm and -weights.
+# The choices of -norm and -weights.
 NORMS = {
     "center": "subtract each node's own mean over channels",
     "none": "leave the nodes as they are",
